@@ -1,0 +1,387 @@
+"""The board: shared memory in which a generation says what it is doing.
+
+Theory of operation
+-------------------
+One memfd per generation, mapped by the master before its first fork, so that every worker has it too. A fixed layout of
+64-bit words: a header, which only the master writes, and slots, one for each worker, which only that worker writes (the
+words under "command" in a slot are the master's). One writer per word and stores of whole aligned words mean that nobody
+needs a lock and that a process killed in the middle of anything leaves nothing locked. `memoryview.cast("Q")` stores a
+word with one move; `struct.pack_into` would write zeroes first, and a reader would see them.
+
+Texts are longer than a word: they stand under a sequence counter that is odd while the text is being written. A reader
+that does not get an even, unchanged counter in a few tries gives up on the text, never on the numbers.
+
+Other processes (`zdd-web status`, the predecessor) find the board by its name, `zdd_web:<NAME>`, under /proc/<pid>/fd: the
+kernel decides who may look, and nothing is left behind by a crash. The first words describe the layout, so that
+a predecessor of another version can still find the pids on a board whose other fields it does not know.
+
+Where there is no memfd the memory is anonymous: workers still have it, the commands do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, overload
+
+from zdd_web.errors import BoardError
+from zdd_web.lifecycle import Phase
+
+MEMFD_PREFIX = "zdd_web:"
+MAGIC = int.from_bytes(b"ZDDBOARD", "little")
+LAYOUT = 1
+WORD = 8
+
+#: More than any host runs of gunicorn workers; untouched slots cost no memory, a memfd is sparse.
+SLOTS = 512
+
+
+class Word:
+    """An unsigned 64-bit field at a fixed index of a record."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @overload
+    def __get__(self, record: None, owner: type) -> Word: ...
+    @overload
+    def __get__(self, record: Record, owner: type) -> int: ...
+    def __get__(self, record: Record | None, owner: type) -> int | Word:
+        if record is None:
+            return self
+        return record.words[record.base + self.index]
+
+    def __set__(self, record: Record, value: int) -> None:
+        record.words[record.base + self.index] = value
+
+
+class Text:
+    """A UTF-8 text of at most `size` bytes (a multiple of eight) under a sequence counter."""
+
+    def __init__(self, index: int, size: int) -> None:
+        self.index, self.size = index, size
+
+    @overload
+    def __get__(self, record: None, owner: type) -> Text: ...
+    @overload
+    def __get__(self, record: Record, owner: type) -> str: ...
+    def __get__(self, record: Record | None, owner: type) -> str | Text:
+        if record is None:
+            return self
+        at = record.base + self.index
+        start = (at + 2) * WORD
+        for _ in range(100):
+            sequence = record.words[at]
+            text = bytes(record.memory[start : start + min(record.words[at + 1], self.size)])
+            if sequence % 2 == 0 and record.words[at] == sequence:
+                return text.decode("utf-8", "replace")
+        return ""
+
+    def __set__(self, record: Record, value: str) -> None:
+        at = record.base + self.index
+        start = (at + 2) * WORD
+        data = value.encode("utf-8", "replace")[: self.size]
+        record.words[at] |= 1
+        record.memory[start : start + len(data)] = data
+        record.words[at + 1] = len(data)
+        record.words[at] += 1
+
+
+class Record:
+    """A run of words on the board."""
+
+    def __init__(self, memory: memoryview, base: int) -> None:
+        self.memory = memory
+        self.words: memoryview[int] = memory.cast("Q")
+        self.base = base
+
+
+class WorkerState(enum.IntEnum):
+    """What a worker says of itself. The numbers are written on the board: append, never renumber."""
+
+    FREE = 0
+    BOOTING = 1
+    READY = 2
+    SERVING = 3
+    LEAVING = 4
+
+    @property
+    def label(self) -> str:
+        """The state's name as `status` spells it."""
+        return self.name.lower()
+
+
+class UpgradeState(enum.IntEnum):
+    """How far the master's last upgrade came. Append, never renumber."""
+
+    NONE = 0
+    BOOTING = 1
+    COMMITTING = 2
+    DONE = 3
+    FAILED = 4
+    REFUSED = 5
+
+
+class Header(Record):
+    """The master's words. Times are monotonic nanoseconds."""
+
+    # Words 0-5 describe the layout itself and never move.
+    magic = Word(0)
+    layout = Word(1)
+    slots_at = Word(2)
+    slot_words = Word(3)
+    slot_count = Word(4)
+    master_pid = Word(5)
+    master_start = Word(6)
+    generation = Word(7)
+    phase = Word(8)
+    phase_since = Word(9)
+    deadline = Word(10)
+    workers_wanted = Word(11)
+    started_at = Word(12)
+    ready_at = Word(13)
+    tick_at = Word(14)
+    predecessor_pid = Word(15)
+    successor_pid = Word(16)
+    successor_phase = Word(17)
+    #: Counts the SIGUSR2 that were handled: a command that sent one waits for this to move, then reads the outcome.
+    upgrade_number = Word(18)
+    upgrade_state = Word(19)
+    upgrade_since = Word(20)
+    boot_log_fd = Word(21)
+    upgrades_done = Word(22)
+    upgrades_failed = Word(23)
+    reload_number = Word(24)
+    reload_state = Word(25)
+    name = Text(32, 128)
+    upgrade_reason = Text(64, 1024)
+    WORDS = 256
+
+
+class Slot(Record):
+    """A worker's words, and the master's orders to it. Times are monotonic nanoseconds."""
+
+    # pid and start never move: see Board.worker_pids.
+    pid = Word(0)
+    start = Word(1)
+    state = Word(2)
+    state_since = Word(3)
+    in_flight = Word(4)
+    requests = Word(5)
+    tasks = Word(6)
+    # command, written by the master only
+    age = Word(8)
+    retire = Word(9)
+    retire_deadline = Word(10)
+    error = Text(16, 512)
+    WORDS = 96
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """One worker as the board had it at an instant."""
+
+    pid: int
+    start: int
+    age: int
+    state: WorkerState
+    retiring: bool
+    in_flight: int
+    requests: int
+    tasks: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The board as it was at an instant: what probes, commands and tests decide upon."""
+
+    name: str
+    generation: int
+    phase: Phase
+    phase_since: int
+    deadline: int
+    master_pid: int
+    master_start: int
+    workers_wanted: int
+    started_at: int
+    ready_at: int
+    tick_at: int
+    predecessor_pid: int
+    successor_pid: int
+    successor_phase: Phase | None
+    upgrade_number: int
+    upgrade_state: UpgradeState
+    upgrade_reason: str
+    boot_log_fd: int
+    upgrades_done: int
+    upgrades_failed: int
+    workers: tuple[WorkerView, ...]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in hand in all workers."""
+        return sum(worker.in_flight for worker in self.workers)
+
+    @property
+    def tasks(self) -> int:
+        """Background tasks in hand in all workers."""
+        return sum(worker.tasks for worker in self.workers)
+
+
+class Board:
+    """A mapped board; see the module's text.
+
+    >>> board = Board.private(name="doctest")
+    >>> board.header.generation = 3
+    >>> board.snapshot().generation
+    3
+    """
+
+    def __init__(self, mapping: mmap.mmap, fd: int = -1) -> None:
+        self._mapping = mapping
+        self.fd = fd
+        self.memory = memoryview(mapping)
+        self.header = Header(self.memory, 0)
+
+    @classmethod
+    def create(cls, name: str, *, slots: int = SLOTS) -> Board:
+        """Make a new, empty board of a generation under the memfd name `zdd_web:<name>`."""
+        size = (Header.WORDS + slots * Slot.WORDS) * WORD
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create(MEMFD_PREFIX + name, os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            board = cls(mmap.mmap(fd, size), fd)
+        else:
+            board = cls(mmap.mmap(-1, size))
+        header = board.header
+        header.layout, header.slots_at, header.slot_words, header.slot_count = (
+            LAYOUT,
+            Header.WORDS,
+            Slot.WORDS,
+            slots,
+        )
+        header.name = name
+        header.phase = Phase.BOOTING
+        # Last: a reader that sees the magic may believe the rest.
+        header.magic = MAGIC
+        return board
+
+    @classmethod
+    def private(cls, name: str = "") -> Board:
+        """Make a board that no other process has: for `runserver`, `flask run` and test clients."""
+        size = (Header.WORDS + Slot.WORDS) * WORD
+        board = cls(mmap.mmap(-1, size))
+        header = board.header
+        header.layout, header.slots_at, header.slot_words, header.slot_count = (
+            LAYOUT,
+            Header.WORDS,
+            Slot.WORDS,
+            1,
+        )
+        header.name, header.generation, header.phase, header.magic = name, 1, Phase.SERVING, MAGIC
+        header.master_pid = os.getpid()
+        return board
+
+    @classmethod
+    def open(cls, fd: int, *, writable: bool = False) -> Board:
+        """Map the board behind a descriptor, which stays the caller's.
+
+        Raises `BoardError` when it is no board.
+        """
+        size = os.fstat(fd).st_size
+        if size < Header.WORDS * WORD:
+            raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        board = cls(mmap.mmap(fd, size, prot=protection))
+        if board.header.magic != MAGIC:
+            board.close()
+            raise BoardError(f"descriptor {fd} is no board of zdd_web")
+        return board
+
+    def close(self) -> None:
+        """Unmap the board, and close its descriptor where this object made it."""
+        header = self.header
+        header.words.release()
+        with contextlib.suppress(BufferError):  # a slot that is still held keeps the mapping, not the board
+            self.memory.release()
+            self._mapping.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def slot(self, index: int) -> Slot:
+        """Return the slot with an index from 0."""
+        return Slot(self.memory, self.header.slots_at + index * self.header.slot_words)
+
+    def slots(self) -> Iterator[Slot]:
+        """Return all slots, used or not."""
+        return (self.slot(index) for index in range(self.header.slot_count))
+
+    def claim(self, age: int) -> Slot:
+        """Take a free slot for a worker that is about to be forked; the master's call.
+
+        Raises `BoardError` when none is free.
+        """
+        for slot in self.slots():
+            if slot.state == WorkerState.FREE:
+                words = slot.words
+                for word in range(slot.base, slot.base + Slot.error.index):
+                    words[word] = 0
+                slot.error = ""
+                slot.age = age
+                slot.state = WorkerState.BOOTING
+                return slot
+        raise BoardError(f"all {self.header.slot_count} slots of the board are taken: run fewer workers")
+
+    def worker_pids(self) -> list[tuple[int, int]]:
+        """Return (pid, start time) of every worker on the board, also on one of another layout."""
+        header = self.header
+        found = []
+        for index in range(header.slot_count):
+            at = header.slots_at + index * header.slot_words
+            if header.words[at]:
+                found.append((header.words[at], header.words[at + 1]))
+        return found
+
+    def snapshot(self) -> Snapshot:
+        """Read the whole board. Raises `BoardError` when another version of zdd_web wrote it."""
+        header = self.header
+        if header.layout != LAYOUT:
+            raise BoardError(
+                f"the board has layout {header.layout}, this zdd_web reads {LAYOUT}: use the commands of its version"
+            )
+        views: list[WorkerView] = []
+        for slot in self.slots():
+            state = slot.state
+            if state == WorkerState.FREE:
+                continue
+            views.append(
+                WorkerView(
+                    pid=slot.pid,
+                    start=slot.start,
+                    age=slot.age,
+                    state=WorkerState(state),
+                    retiring=bool(slot.retire),
+                    in_flight=slot.in_flight,
+                    requests=slot.requests,
+                    tasks=slot.tasks,
+                    error=slot.error,
+                )
+            )
+        fields: dict[str, Any] = {
+            name: getattr(header, name)
+            for name in Snapshot.__dataclass_fields__
+            if name not in ("phase", "successor_phase", "upgrade_state", "workers")
+        }
+        return Snapshot(
+            phase=Phase(header.phase),
+            successor_phase=Phase(header.successor_phase) if header.successor_phase else None,
+            upgrade_state=UpgradeState(header.upgrade_state),
+            workers=tuple(sorted(views, key=lambda view: view.age)),
+            **fields,
+        )

@@ -1,0 +1,49 @@
+"""Probes in Django.
+
+First in `MIDDLEWARE`, so that a probe is answered before host validation (Kubernetes asks with the pod's IP as Host),
+before SECURE_SSL_REDIRECT, sessions and authentication. `request.path_info` needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+
+from zdd_web.wsgi import answer
+
+
+class ProbeMiddleware:
+    """Answer probes; pass everything else on untouched, sync or async."""
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        self.get_response = get_response
+        self._async = iscoroutinefunction(get_response)
+        if self._async:
+            markcoroutinefunction(self)
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
+        if self._async:
+            return self.__acall__(request)
+        response: HttpResponseBase = _probe(request) or self.get_response(request)
+        return response
+
+    async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
+        response: HttpResponseBase = _probe(request) or await self.get_response(request)
+        return response
+
+
+def _probe(request: HttpRequest) -> HttpResponse | None:
+    reply = answer(request.path_info, request.method or "")
+    if reply is None:
+        return None
+    response = HttpResponse(reply.body, status=reply.status, reason=reply.reason)
+    for name, value in reply.headers:
+        response[name] = value
+    return response

@@ -1,0 +1,65 @@
+"""The boot log: what a new generation says until it serves, kept by the old one.
+
+An operator whose upgrade failed wants the traceback where the command ran, not in a log somewhere. A memfd of the old
+master is handed down. Until `install()` runs it is the new master's stderr (a broken configuration file is only ever
+printed there); from then on a handler on gunicorn's error log writes to it as well, until the gate opens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+#: `zdd-web upgrade` shows the end of it.
+TAIL_BYTES = 8_192
+#: A worker in a boot loop must not fill the memory.
+LIMIT_BYTES = 1 << 20
+
+
+def create() -> int:
+    """Return the descriptor of an empty boot log."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("zdd_web-boot-log", os.MFD_CLOEXEC)
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def tail(fd: int, size: int = TAIL_BYTES) -> str:
+    """Return the end of a boot log, whole lines."""
+    length = os.fstat(fd).st_size
+    data = os.pread(fd, size, max(0, length - size))
+    if length > size:
+        data = data.partition(b"\n")[2]
+    return data.decode("utf-8", "replace")
+
+
+class Handler(logging.Handler):
+    """Copies gunicorn's error log to a boot log."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self.fd = fd
+        self.setFormatter(logging.Formatter("[%(process)d] [%(levelname)s] %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record. The offset is shared by all who inherited the descriptor, so lines do not overwrite."""
+        try:
+            self.write(self.format(record))
+        except OSError:
+            pass
+
+    def write(self, text: str) -> None:
+        """Append a text and a line's end."""
+        if os.fstat(self.fd).st_size < LIMIT_BYTES:
+            os.write(self.fd, f"{text}\n".encode(errors="replace"))
+
+
+def give_back_stderr(stderr: int, boot_log: int) -> None:
+    """Make descriptor 2 the real stderr again, and say there what was said meanwhile."""
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    said = tail(boot_log, LIMIT_BYTES)
+    if said:
+        os.write(2, said.encode())

@@ -1,0 +1,122 @@
+"""The only place that knows which gunicorn this is.
+
+Everything here is a difference between releases, or a name inside gunicorn that is not public. Line references are to
+27.0.1. What a release lacks is asked of the object, not of the version number, wherever the object can tell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gunicorn
+from gunicorn import sock
+from gunicorn.config import make_settings
+
+from zdd_web.errors import SettingsError
+
+OLDEST, BEYOND = (23,), (28,)
+
+WORKER_CLASSES = ("sync", "gthread")
+
+
+def check_version(version: str = gunicorn.__version__) -> None:
+    """Raise `SettingsError` for a gunicorn whose insides this package was not measured against."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not OLDEST <= numbers < BEYOND:
+        raise SettingsError(
+            f"gunicorn {version} is not supported: install gunicorn>={OLDEST[0]},<{BEYOND[0]}, "
+            f"or remove install() from the configuration file to run without zdd_web"
+        )
+
+
+def check_worker_class(cfg: Any) -> None:
+    """Raise `SettingsError` for a worker class whose drain and gate this package does not know."""
+    from gunicorn.workers.gthread import ThreadWorker
+    from gunicorn.workers.sync import SyncWorker
+
+    if not issubclass(cfg.worker_class, (SyncWorker, ThreadWorker)):
+        raise SettingsError(
+            f"worker_class = {cfg.worker_class_str!r} is not supported: use one of {', '.join(WORKER_CLASSES)}"
+        )
+
+
+def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
+    """Return a hook of the user as gunicorn would call it.
+
+    A dotted string is imported and the number of arguments checked, by gunicorn itself, with gunicorn's own errors.
+    """
+    setting = make_settings()[name]
+    setting.set(value)
+    hook: Callable[..., Any] = setting.get()
+    return hook
+
+
+def set_wait(server: Any, interval: Callable[[], float]) -> None:
+    """Make the main loop wake after `interval()` seconds where it would sleep for a whole one.
+
+    24 waits on a queue in `wait_for_signals(timeout)`; 23 sleeps in `sleep()` on a pipe.
+    """
+    if hasattr(server, "wait_for_signals"):
+        wait = server.wait_for_signals
+        server.wait_for_signals = lambda timeout=1.0: wait(timeout=min(timeout, interval()))
+        return
+
+    def sleep() -> None:
+        reader = server.PIPE[0]
+        if select.select([reader], [], [], interval())[0]:
+            try:
+                while os.read(reader, 1):
+                    pass
+            except BlockingIOError:
+                pass
+
+    server.sleep = sleep
+
+
+def adopt_listeners(server: Any, fds: Iterable[int]) -> list[Any]:
+    """Wrap inherited descriptors in gunicorn's socket objects (sock.py:180)."""
+    listeners: list[Any] = sock.create_sockets(server.cfg, server.log, list(fds))
+    return listeners
+
+
+def suspend_control_server(server: Any) -> None:
+    """Close gunicorn's control socket (25.1 and later).
+
+    Two masters on one path do not go together: the newer steals it, the older deletes it when it ends.
+    """
+    if getattr(server, "_control_server", None) is not None:
+        server._stop_control_server()
+
+
+def hold_control_server(server: Any) -> None:
+    """Keep a new generation from opening the control socket before it is in office."""
+    if hasattr(server, "_start_control_server"):
+        server._start_control_server = lambda: None
+
+
+def resume_control_server(server: Any) -> None:
+    """Open the control socket, now that this generation is in office."""
+    server.__dict__.pop("_start_control_server", None)
+    if hasattr(server, "_start_control_server") and getattr(server, "_control_server", None) is None:
+        server._start_control_server()
+
+
+def wake(worker: Any) -> None:
+    """Make a worker's loop come round now instead of at its next timeout."""
+    queue = getattr(worker, "method_queue", None)
+    if queue is not None:
+        queue.defer(lambda: None)
+    elif worker.PIPE:
+        try:
+            os.write(worker.PIPE[1], b".")
+        except BlockingIOError:
+            pass
+
+
+def close_after_reply(request: Any) -> None:
+    """Have the reply to a request carry `Connection: close`, for every worker class since 22."""
+    request.must_close = True

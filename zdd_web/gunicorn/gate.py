@@ -1,0 +1,54 @@
+"""The gate: a worker accepts nothing until its generation may serve.
+
+A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by writing a byte that
+nobody ever reads, so that it stands open for every later worker, at once and without a word. The master's
+death makes the pipe readable too: the phase on the board tells which of the two it was.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from zdd_web.board import Board
+from zdd_web.lifecycle import Phase
+
+
+class Gate:
+    """The pipe; made by the master before its first fork."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        self.opened = False
+
+    def open(self) -> None:
+        """Let every worker pass, those waiting and those to come."""
+        if not self.opened:
+            self.opened = True
+            os.write(self._writer, b"\n")
+
+    def keep_reader(self) -> None:
+        """Close the writing end, in a worker: only the master's death may end the pipe."""
+        if self._writer >= 0:
+            os.close(self._writer)
+            self._writer = -1
+
+    def leave(self) -> None:
+        """Close what is left of the gate, in a worker that has passed."""
+        os.close(self._reader)
+
+    def wait(self, board: Board, beat: Callable[[], None], interval: float) -> None:
+        """Wait until the gate opens, calling `beat()` at least every `interval` seconds.
+
+        Ends the worker when the master is gone.
+        """
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        while True:
+            beat()
+            if poller.poll(interval * 1000):
+                if board.header.phase == Phase.BOOTING:
+                    sys.exit(0)
+                return

@@ -1,0 +1,147 @@
+"""What two generations say to each other, and what the younger inherits.
+
+One SOCK_SEQPACKET pair, made by the old master before it forks: messages stay whole, and the end of either process is
+the end of the file at the other. Every message is a JSON object with a "kind":
+
+    successor   -> hello   pid, pid_file; its board as SCM_RIGHTS, before its first fork, so that the predecessor
+                           knows every worker pid there will ever be
+                   ready   workers: all stand at the gate
+                   failed  reason
+    predecessor -> go      open the gate. Asked for rather than assumed: the deadline and the answer meet at one
+                           place, so a generation that was given up can never open its gate a moment later
+                   office  the commit window is over: the pid file and the control socket are yours
+
+The listeners, the other end of the pair and the boot log are inherited by exec; the environment variable says under
+which descriptors. It is ours alone: gunicorn's `GUNICORN_PID` stays unset, so that a new release without zdd_web
+fails to bind instead of serving ungated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from zdd_web.errors import UpgradeError
+
+ENV = "ZDD_WEB_HANDOVER"
+
+#: A message is a few hundred bytes; a reason may quote a traceback's last line.
+MESSAGE_BYTES = 16_384
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message; `fd` is the descriptor that came with it, or -1."""
+
+    kind: str
+    fields: dict[str, Any]
+    fd: int = -1
+
+
+class Channel:
+    """One end of the pair, never blocking."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = end
+        self.ended = False
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Return the predecessor's and the successor's end."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._end.fileno()
+
+    def send(self, kind: str, *, fd: int = -1, **fields: Any) -> None:
+        """Send a message; to an ended peer it is lost, which `receive()` will tell."""
+        data = json.dumps({"kind": kind, **fields}).encode()
+        try:
+            if fd >= 0:
+                socket.send_fds(self._end, [data], [fd])
+            else:
+                self._end.send(data)
+        except OSError:
+            # Not `ended` yet: what the peer said before it died is still to be read.
+            pass
+
+    def receive(self) -> Message | None:
+        """Return the next message, or None when there is none; sets `ended` when there will be no more."""
+        if self.ended:
+            return None
+        try:
+            data, fds, _, _ = socket.recv_fds(self._end, MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self.ended = True
+            return None
+        try:
+            fields = json.loads(data)
+            return Message(fields.pop("kind"), fields, fds[0] if fds else -1)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            for fd in fds:
+                os.close(fd)
+            return Message("garbage", {})
+
+    def close(self) -> None:
+        """Close this end."""
+        self.ended = True
+        self._end.close()
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What a successor is given, as descriptors of its own."""
+
+    generation: int
+    predecessor: int
+    channel: int
+    boot_log: int
+    stderr: int
+    listeners: tuple[int, ...]
+    binds: tuple[str, ...]
+
+    def to_environ(self) -> str:
+        """Return the value of the environment variable."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All descriptors that the exec must leave open."""
+        return (self.channel, self.boot_log, self.stderr, *self.listeners)
+
+    @classmethod
+    def take(cls, environ: dict[str, str] | os._Environ[str]) -> Inheritance | None:
+        """Take the inheritance out of an environment; None when there is none.
+
+        Raises `UpgradeError` when the variable is there and cannot be true.
+        """
+        text = environ.pop(ENV, None)
+        if text is None:
+            return None
+        try:
+            fields = json.loads(text)
+            fields["listeners"], fields["binds"] = tuple(fields["listeners"]), tuple(fields["binds"])
+            found = cls(**fields)
+            for fd in found.descriptors:
+                os.fstat(fd)
+                os.set_inheritable(fd, False)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UpgradeError(
+                f"{ENV}={text}: not an inheritance of this process ({error}): unset the variable"
+            ) from None
+        return found
+
+    def open_channel(self) -> Channel:
+        """Return this successor's end of the pair."""
+        return Channel(socket.socket(fileno=self.channel))

@@ -1,0 +1,236 @@
+"""gunicorn's hooks, ours and the user's side by side.
+
+State lives in this module and not in the functions that `install()` puts into the configuration: a reload runs that file
+again, in a fresh namespace, and must find the master that is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from zdd_web import log
+from zdd_web.errors import SettingsError, UpgradeError, ZddError
+from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.launch import Launch
+from zdd_web.gunicorn.master import Master
+from zdd_web.gunicorn.worker import BOOT_FAILED, WorkerSide
+from zdd_web.lifecycle import Phase
+from zdd_web.settings import Settings, resolve
+
+MARK = "__zdd_web__"
+
+
+@dataclass
+class State:
+    """What this process knows: set in the master, inherited by its workers."""
+
+    launch: Launch
+    heir: Inheritance | None
+    settings: Settings = field(default_factory=Settings)
+    master: Master | None = None
+    worker: WorkerSide | None = None
+    users: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+state: State | None = None
+
+
+def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
+    """See `zdd_web.gunicorn.install`. Raises `ZddError`."""
+    global state
+    if MARK in namespace:
+        raise SettingsError(
+            "install() was called twice in one configuration: keep the last call, at the end of the file"
+        )
+    if state is None:
+        # Before anything else: what is inherited is in the environment, and descriptor 2 is the boot log.
+        heir = Inheritance.take(os.environ)
+        if heir is not None:
+            bootlog.give_back_stderr(heir.stderr, heir.boot_log)
+        state = State(launch=Launch.record(), heir=heir)
+    compat.check_version()
+    state.settings = resolve(settings, os.environ)
+    state.users = {
+        name: compat.normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None
+    }
+    for name, ours in _OURS.items():
+        namespace[name] = ours
+    namespace[MARK] = True
+
+
+def _then_users(name: str) -> Callable[..., Any] | None:
+    assert state is not None
+    return state.users.get(name)
+
+
+def fail(error: ZddError, server: Any = None) -> NoReturn:
+    """End a start that cannot work: the reason on stderr and in the log, exit status 1, no traceback, no pid file."""
+    text = f"zdd_web: {error}"
+    if server is not None:
+        log.emit("settings.invalid", logging.CRITICAL, error=str(error))
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        if server.cfg.errorlog == "-":
+            sys.exit(1)
+    raise SystemExit(text)
+
+
+def check(server: Any) -> None:
+    """Check what only the finished configuration can tell, command line included. Raises `SettingsError`."""
+    cfg = server.cfg
+    for name, ours in _OURS.items():
+        if getattr(cfg, name) is not ours:
+            raise SettingsError(
+                f"{name} was set after install() in the configuration file, so zdd_web's own is lost: "
+                f"define it before install(), which runs both"
+            )
+    if cfg.reuse_port:
+        raise SettingsError(
+            "reuse_port = True (or --reuse-port) loses the requests that wait in a closing worker's queue, and breaks "
+            "SIGUSR2: remove it"
+        )
+    compat.check_worker_class(cfg)
+
+
+def service_name(settings: Settings, cfg: Any) -> str:
+    """Return what the commands call this service: NAME, else `proc_name`, else the first bind."""
+    name = settings.name or cfg.settings["proc_name"].get() or cfg.bind[0]
+    return re.sub(r"[^A-Za-z0-9._:@/\[\]-]", "-", name)[:100]
+
+
+# -- the hooks, in the order in which they run
+
+
+def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None:
+    """The first hook that sees the whole configuration: before the pid file, and before `preload_app` loads the app."""
+    assert state is not None
+    if old_value is None and state.master is None:
+        log.use_gunicorn(server.log.error_log)
+        try:
+            check(server)
+        except SettingsError as error:
+            # There is no `pidfile` attribute yet (arbiter.py:86), hence none to remove.
+            server.pidfile = None
+            fail(error, server)
+        try:
+            name = service_name(state.settings, server.cfg)
+            state.master = Master(server, state.settings, state.launch, name, state.heir)
+        except OSError as error:
+            server.pidfile = None
+            fail(ZddError(f"the board cannot be made: {error}"), server)
+        if state.master.succession is not None:
+            state.master.succession.hide_pid_file()
+    hook = _then_users("nworkers_changed")
+    if hook is not None:
+        hook(server, new_value, old_value)
+
+
+def on_starting(server: Any) -> None:
+    """Put the master's methods in place."""
+    assert state is not None
+    if state.master is None:
+        server_error = SettingsError("nworkers_changed was set after install(): define it before, install() runs both")
+        fail(server_error, server)
+    try:
+        check(server)
+        hook = _then_users("on_starting")
+        if hook is not None:
+            hook(server)
+        state.master.take_over()
+    except (SettingsError, UpgradeError) as error:
+        if state.master.succession is not None:
+            state.master.succession.fail(str(error))
+        fail(error, server)
+    except BaseException:
+        # gunicorn creates the pid file before this hook and leaves it behind (arbiter.py:180-186).
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        raise
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give the worker its slot."""
+    assert state is not None and state.master is not None
+    state.master.roster.claim(worker)
+    hook = _then_users("pre_fork")
+    if hook is not None:
+        hook(server, worker)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Become a worker of ours."""
+    assert state is not None and state.master is not None
+    master = state.master
+    slot = master.roster.slot_of(worker)
+    boot_log = master.succession.handler if master.succession is not None else None
+    master.after_fork()
+    state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log)
+    if master.phase is not Phase.BOOTING:
+        server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = BOOT_FAILED
+    state.worker.enter()
+    hook = _then_users("post_fork")
+    if hook is not None:
+        hook(server, worker)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Stand at the gate, after whatever the user does to a worker that is about to serve."""
+    assert state is not None and state.worker is not None
+    hook = _then_users("post_worker_init")
+    if hook is not None:
+        hook(worker)
+    state.worker.stand_at_gate()
+
+
+def pre_request(worker: Any, req: Any) -> None:
+    """Count the request in."""
+    state.worker.request_started(req)  # type: ignore[union-attr]
+    hook = state.users.get("pre_request")  # type: ignore[union-attr]
+    if hook is not None:
+        hook(worker, req)
+
+
+def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
+    """Count the request out, also when the user's hook raises."""
+    try:
+        hook = state.users.get("post_request")  # type: ignore[union-attr]
+        if hook is not None:
+            hook(worker, req, environ, resp)
+    finally:
+        state.worker.request_finished()  # type: ignore[union-attr]
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Let the user's hook run, then leave for good."""
+    assert state is not None
+    try:
+        hook = _then_users("worker_exit")
+        if hook is not None:
+            hook(server, worker)
+    finally:
+        # gunicorn calls this hook in the master too, for a worker that was gone when it was signalled (arbiter.py:816).
+        if state.worker is not None and worker.pid == os.getpid():
+            state.worker.exit()
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    hook.__name__: hook
+    for hook in (
+        nworkers_changed,
+        on_starting,
+        pre_fork,
+        post_fork,
+        post_worker_init,
+        pre_request,
+        post_request,
+        worker_exit,
+    )  # fmt: skip
+}
+__all__ = ["State", "check", "fail", "install", "service_name", "state"]

@@ -1,0 +1,54 @@
+"""The pid file, replaced in one step.
+
+gunicorn's own unlinks before it creates (pidfile.py:49): a reader in between finds no service. This one writes beside it
+and renames, and can be prepared while a full disk is still no harm. It has the names that gunicorn's loop calls.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+
+class PidFile:
+    """A pid file that names one process at every instant."""
+
+    def __init__(self, fname: str, pid: int) -> None:
+        self.fname, self.pid = fname, pid
+
+    def prepare(self, pid: int) -> str:
+        """Write the file for `pid` beside the pid file and return its path; raises OSError."""
+        fd, path = tempfile.mkstemp(prefix=".zdd_web-", dir=os.path.dirname(os.path.abspath(self.fname)))
+        try:
+            os.fchmod(fd, 0o644)
+            os.write(fd, f"{pid}\n".encode())
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        return path
+
+    def commit(self, prepared: str) -> None:
+        """Put a prepared file in the pid file's place."""
+        os.replace(prepared, self.fname)
+
+    def create(self, pid: int) -> None:
+        """Make the pid file name `pid`."""
+        self.commit(self.prepare(pid))
+
+    def read(self) -> int:
+        """Return the pid that the file names; 0 when there is none."""
+        try:
+            with open(self.fname, "rb") as file:
+                return int(file.read(32))
+        except (OSError, ValueError):
+            return 0
+
+    def unlink(self) -> None:
+        """Remove the file if it still names this process."""
+        if self.read() == self.pid:
+            try:
+                os.unlink(self.fname)
+            except OSError:
+                pass

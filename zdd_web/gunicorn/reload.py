@@ -1,0 +1,138 @@
+"""SIGHUP: prove first, in a child process, that config and app load; then reload, and replace workers one by one.
+
+gunicorn's own reload runs the configuration file in the master, where an error is a `sys.exit(1)`, tells the old
+workers to go before the new ones have booted, and then blocks its loop until they went (arbiter.py:530-601).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from gunicorn import util
+
+from zdd_web import clock, proc
+from zdd_web.errors import ZddError
+from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn.pidfile import PidFile
+
+
+class Proof:
+    """A child process that tries the configuration and the app."""
+
+    def __init__(self, pid: int, output: int, timeout: float) -> None:
+        self.pid, self._output, self.timeout = pid, output, timeout
+        self._start = proc.start_time(pid)
+        self._deadline = clock.after_ns(timeout)
+        self.status: int | None = None
+
+    @classmethod
+    def begin(cls, server: Any, timeout: float) -> Proof:
+        """Fork the child. Raises OSError when there can be no fork."""
+        output = bootlog.create()
+        pid = os.fork()
+        if pid == 0:
+            _try(server, output)
+        return cls(pid, output, timeout)
+
+    def reaped(self, status: int) -> None:
+        """Take note of the child's exit status, from the master's reaper."""
+        self.status = status
+
+    def poll(self) -> str | None:
+        """Return why the reload is refused, "" when nothing is against it, None while the child still tries."""
+        if self.status is None:
+            if not clock.passed(self._deadline):
+                return None
+            self.end()
+            return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"
+        if self.status == 0:
+            return ""
+        said = [line.strip() for line in bootlog.tail(self._output).splitlines() if line.strip()]
+        return said[-1] if said else f"the child that tried it ended with status {self.status}"
+
+    def end(self) -> None:
+        """Kill the child if it still tries."""
+        proc.kill(self.pid, self._start, signal.SIGKILL)
+
+    def close(self) -> str:
+        """Return all that the child had printed, and forget it."""
+        said = bootlog.tail(self._output)
+        os.close(self._output)
+        return said
+
+
+def _try(server: Any, output: int) -> None:
+    """Load config and app, in the forked child; never returns."""
+    status = 1
+    try:
+        for sig in server.SIGNALS:
+            signal.signal(sig, signal.SIG_DFL)
+        proc.die_with_parent(signal.SIGKILL)
+        os.dup2(output, 2)
+        before = server.cfg
+        server.app.reload()
+        obstacle = _unchangeable(before, server.app.cfg)
+        if obstacle:
+            raise ZddError(obstacle)
+        server.app.callable = None
+        server.app.wsgi()
+        status = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _unchangeable(before: Any, after: Any) -> str:
+    if before.address != after.address:
+        return (
+            f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; restart the service"
+        )
+    if before.worker_class != after.worker_class:
+        return (
+            f"worker_class changed from {before.worker_class_str!r} to {after.worker_class_str!r}: "
+            f"use an upgrade (SIGUSR2), which takes it over"
+        )
+    return ""
+
+
+def apply(server: Any) -> None:
+    """Put the new configuration in force; the workers are the roster's business.
+
+    Raises `ZddError`, with the old configuration still in force, when it no longer loads.
+    """
+    before = server.app.cfg
+    _reset_environ(before)
+    try:
+        server.app.reload()
+    except SystemExit:
+        server.app.cfg = before
+        raise ZddError("the configuration loaded a moment ago and does not now: see stderr") from None
+    server.setup(server.app)
+    server.log.reopen_files()
+    server.cfg.on_reload(server)
+    if server.cfg.pidfile != before.pidfile:
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        server.pidfile = None
+        if server.cfg.pidfile is not None:
+            server.pidfile = PidFile(server.cfg.pidfile, os.getpid())
+            server.pidfile.create(os.getpid())
+    util._setproctitle(f"master [{server.proc_name}]")
+
+
+def _reset_environ(cfg: Any) -> None:
+    # `raw_env` of the old configuration must not survive in the new one (arbiter.py:536).
+    for key in cfg.env:
+        if key in cfg.env_orig:
+            os.environ[key] = cfg.env_orig[key]
+        else:
+            os.environ.pop(key, None)

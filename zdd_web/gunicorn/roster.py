@@ -1,0 +1,166 @@
+"""The roster: which worker has which slot, and who should come or go.
+
+`plan()` is the whole decision, pure; `Roster` keeps the books of the master. Both go by what workers say on the
+board: a worker that is leaving counts for nothing, one that boots counts only as on its way.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zdd_web import clock
+from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.lifecycle import SPAWNING, Phase
+
+#: The kernel may drop a SIGTERM that arrives between a worker's fork and its handlers (gunicorn #1910): say it again.
+REPEAT_TERM = 1.0
+
+#: After a failed boot the next one waits, longer each time, seconds.
+BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.5, 1.5, 30.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker as the plan sees it. `age` counts up, the oldest has the lowest; `told` means it was told to retire."""
+
+    pid: int
+    age: int
+    state: WorkerState
+    told: bool = False
+    outdated: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers to spawn, and the pids to retire."""
+
+    spawn: int = 0
+    retire: tuple[int, ...] = ()
+
+
+def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
+    """Decide who comes and who goes.
+
+    Capacity never falls by our own doing: a serving worker is retired only when `wanted` others serve. Workers from
+    before a reload are `outdated`: they are replaced, oldest first, as their successors pass the gate.
+
+    >>> serving = WorkerState.SERVING
+    >>> plan([Member(1, 1, serving, outdated=True), Member(2, 2, serving)], wanted=1, phase=Phase.SERVING)
+    Plan(spawn=0, retire=(1,))
+    """
+    if phase not in SPAWNING:
+        return Plan(retire=tuple(member.pid for member in members if not member.told))
+    staying = sorted(
+        (member for member in members if not member.told and member.state is not WorkerState.LEAVING),
+        key=lambda member: (not member.outdated, member.age),
+    )
+    current = [member for member in staying if not member.outdated]
+    serving = [member for member in staying if member.state is WorkerState.SERVING]
+    surplus = min(len(serving), len(staying)) - wanted
+    retire = [member.pid for member in serving[: max(0, surplus)]]
+    # One that has not promised anything yet costs nothing.
+    retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
+    return Plan(spawn=max(0, wanted - len(current)), retire=tuple(retire))
+
+
+@dataclass
+class _Place:
+    worker: Any
+    slot: Slot
+    told_at: int = 0
+
+
+class Roster:
+    """The master's books: its workers and their slots."""
+
+    def __init__(self, server: Any, board: Board) -> None:
+        self._server, self._board = server, board
+        self._places: list[_Place] = []
+        self._current_age = 0
+        self._failures = 0
+        self._spawn_not_before = 0
+
+    def claim(self, worker: Any) -> Slot:
+        """Give a worker that is about to be forked its slot. Raises `BoardError` when there is none."""
+        slot = self._board.claim(worker.age)
+        self._places.append(_Place(worker, slot))
+        return slot
+
+    def slot_of(self, worker: Any) -> Slot:
+        """Return the slot of a worker that was given one."""
+        return next(place.slot for place in self._places if place.worker is worker)
+
+    def members(self) -> list[Member]:
+        """Return the workers as the plan sees them."""
+        return [
+            Member(
+                pid=place.worker.pid,
+                age=place.worker.age,
+                state=WorkerState(place.slot.state),
+                told=bool(place.slot.retire),
+                outdated=place.worker.age <= self._current_age,
+            )
+            for place in self._places
+        ]
+
+    def reconcile(self) -> list[tuple[int, WorkerState, str]]:
+        """Free the slots of workers that gunicorn has reaped; return (pid, last state, error) of each."""
+        gone = [place for place in self._places if self._server.WORKERS.get(place.worker.pid) is not place.worker]
+        lost = []
+        for place in gone:
+            self._places.remove(place)
+            state = WorkerState(place.slot.state)
+            lost.append((place.slot.pid or place.worker.pid, state, place.slot.error))
+            place.slot.pid = 0
+            place.slot.state = WorkerState.FREE
+        return lost
+
+    def outdate(self) -> None:
+        """Mark everybody who is here now as to be replaced."""
+        self._current_age = self._server.worker_age
+
+    def boot_failed(self) -> float:
+        """Note that a worker could not boot; return the seconds until the next may be tried."""
+        wait = min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR**self._failures)
+        self._failures += 1
+        self._spawn_not_before = clock.after_ns(wait)
+        return wait
+
+    def may_spawn(self) -> bool:
+        """Tell whether the back-off after failed boots is over."""
+        return self._spawn_not_before == 0 or clock.passed(self._spawn_not_before)
+
+    def booted(self) -> None:
+        """Note that boots succeed: the next failure starts the back-off anew."""
+        self._failures = 0
+        self._spawn_not_before = 0
+
+    def retire(self, pids: Sequence[int], deadline_ns: int) -> None:
+        """Tell workers to go: the order on the board first, then the signal."""
+        for place in self._places:
+            if place.worker.pid in pids:
+                place.slot.retire_deadline = deadline_ns
+                place.slot.retire = 1
+                self._term(place)
+
+    def repeat(self) -> None:
+        """Send SIGTERM again to those who were told a while ago and are still here."""
+        for place in self._places:
+            if place.told_at and clock.since(place.told_at) >= REPEAT_TERM:
+                self._term(place)
+
+    def kill(self) -> int:
+        """SIGKILL everybody who is left; return how many."""
+        for place in self._places:
+            self._server.kill_worker(place.worker.pid, signal.SIGKILL)
+        return len(self._places)
+
+    def _term(self, place: _Place) -> None:
+        place.told_at = clock.now_ns()
+        self._server.kill_worker(place.worker.pid, signal.SIGTERM)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -1,0 +1,102 @@
+"""An upgrade as the new generation sees it: adopt the listeners, get ready, ask, and take office."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from zdd_web import clock, log
+from zdd_web.board import Board
+from zdd_web.errors import UpgradeError
+from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.pidfile import PidFile
+
+
+class Succession:
+    """What a new master inherited, and how far it has come towards office."""
+
+    def __init__(self, heir: Inheritance, server: Any, board: Board) -> None:
+        self.heir, self._server, self._board = heir, server, board
+        self._channel = heir.open_channel()
+        self.handler = bootlog.Handler(heir.boot_log)
+        self.alone = False
+        self._asked = False
+        self._told = False
+        self._pid_file = ""
+
+    def hide_pid_file(self) -> None:
+        """Keep gunicorn from creating the pid file: it names the old master until this one is in office."""
+        self._pid_file = self._server.cfg.pidfile or ""
+        self._server.cfg.set("pidfile", None)
+
+    def adopt(self) -> None:
+        """Make the inherited listeners this master's, and introduce it to its predecessor.
+
+        Raises `UpgradeError` when the configuration wants other listeners than there are.
+        """
+        binds = tuple(self._server.cfg.bind)
+        if binds != self.heir.binds:
+            raise UpgradeError(
+                f"bind is {', '.join(binds)} in the new configuration and {', '.join(self.heir.binds)} in the running one: "
+                f"an upgrade keeps the listeners; restore bind, or restart the service"
+            )
+        os.environ.pop("GUNICORN_FD", None)
+        self._server.cfg.set("pidfile", self._pid_file or None)
+        self._server.LISTENERS = compat.adopt_listeners(self._server, self.heir.listeners)
+        compat.hold_control_server(self._server)
+        logging.getLogger("gunicorn.error").addHandler(self.handler)
+        path = os.path.abspath(self._pid_file) if self._pid_file else ""
+        self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path)
+
+    def may_serve(self, ready: int) -> bool:
+        """Ask the predecessor for the gate, once; tell whether it has answered or is gone."""
+        if not self._asked:
+            self._asked = True
+            # Before anybody can have an answer of this generation.
+            log.emit("upgrade.ready", generation=self.heir.generation, pid=os.getpid(), workers=ready,
+                     seconds=clock.since(self._board.header.started_at))  # fmt: skip
+            self._channel.send("ready", workers=ready)
+        return self._told or self.alone
+
+    def follow(self) -> bool:
+        """Hear the predecessor; tell whether the succession is over and this master in office."""
+        while message := self._channel.receive():
+            if message.kind == "go":
+                self._told = True
+            elif message.kind == "office":
+                self._take_office()
+                return True
+        if self._channel.ended and not self.alone:
+            self.alone = True
+            log.emit(
+                "predecessor.lost",
+                logging.WARNING,
+                generation=self.heir.generation,
+                predecessor=self.heir.predecessor,
+            )
+        # Alone and not yet serving: boot on, there is nobody else to serve.
+        if self.alone and self._board.header.ready_at:
+            self._take_office()
+            return True
+        return False
+
+    def fail(self, reason: str) -> None:
+        """Tell the predecessor why there will be no handover."""
+        self._channel.send("failed", reason=reason)
+
+    def forget(self) -> None:
+        """Close what only the master may hold, in a worker: the channel, whose end tells of the master's."""
+        self._channel.close()
+
+    def _take_office(self) -> None:
+        self._channel.close()
+        logging.getLogger("gunicorn.error").removeHandler(self.handler)
+        os.close(self.heir.boot_log)
+        if self._pid_file:
+            pid_file = PidFile(self._pid_file, os.getpid())
+            if pid_file.read() != os.getpid():
+                pid_file.create(os.getpid())
+            self._server.pidfile = pid_file
+        compat.resume_control_server(self._server)

@@ -1,0 +1,256 @@
+"""The worker's side: its slot, the gate, SIGTERM, and the wait for background work.
+
+Everything is hung on the worker object between the fork and `init_process()`, which looks the methods up by name when
+it installs its signal handlers and enters its loop.
+
+SIGTERM and who sent it: the master writes `retire` into the slot first, so a worker that finds it obeys at once, as
+it does once its generation drains or retires, or when its master is gone. Otherwise the signal came from somebody
+who signals whole groups (systemd's KillMode=control-group) or from a person: the worker waits a second for
+the master's word, then leaves alone if the service is still serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web import clock, log, proc, process, waitgroup
+from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.warmup import warm_up
+from zdd_web.lifecycle import SPAWNING, WORKERS_LEAVE, Phase
+from zdd_web.settings import Settings
+
+#: gunicorn ends the whole service on exit codes 3 and 4 (arbiter.py:681), its words for "could not boot". Once a
+#: generation has served, its workers say it with this one.
+BOOT_FAILED = 70
+
+#: How long a worker that was signalled directly waits for its master's word, seconds.
+PATIENCE = 1.0
+
+#: With no deadline, a drain that gunicorn itself bounds (`graceful_timeout`) gets a day.
+NO_LIMIT = 86_400
+
+
+class WorkerSide:
+    """What zdd_web adds to one gunicorn worker, in that worker's process."""
+
+    def __init__(
+        self,
+        worker: Any,
+        board: Board,
+        slot: Slot,
+        settings: Settings,
+        gate: Gate,
+        boot_log: bootlog.Handler | None,
+    ) -> None:
+        self.worker, self.board, self.slot, self.settings, self.gate = worker, board, slot, settings, gate
+        self.boot_log = boot_log
+        self.process = process.attach(board, slot, settings)
+        self._at_gate = False
+        self._left = False
+        self._emptying = False
+        self._signalled_at = 0.0
+        self._abandoned = False
+        self._obey: Callable[[int, Any], None] = worker.handle_exit
+        self._beat: Callable[[], None] = worker.notify
+        self._load: Callable[[], None] = worker.load_wsgi
+        self._run: Callable[[], None] = worker.run
+
+    def enter(self) -> None:
+        """Take the slot and hang everything on the worker; called right after the fork."""
+        self.slot.start = proc.start_time(os.getpid())
+        self.slot.pid = os.getpid()
+        worker = self.worker
+        worker.handle_exit, worker.notify = self.handle_exit, self.notify
+        worker.load_wsgi, worker.run = self.load, self.run
+        if os.getppid() != worker.ppid:
+            os._exit(0)
+
+    # -- boot
+
+    def load(self) -> None:
+        """Load the app; a worker that hangs here must not outlive its master, which it cannot notice."""
+        # After set_owner_process(), which makes the kernel forget the wish.
+        proc.die_with_parent(signal.SIGKILL)
+        try:
+            self._load()
+        except BaseException as error:
+            self._boot_failed(error)
+            raise
+
+    def _boot_failed(self, error: BaseException) -> None:
+        self.slot.error = f"{type(error).__name__}: {error}"
+        if self.boot_log is not None:
+            # gunicorn logs some of these at debug only (arbiter.py:756).
+            self.boot_log.handle(
+                logging.LogRecord(
+                    "zdd_web",
+                    logging.ERROR,
+                    "",
+                    0,
+                    "the app could not be loaded",
+                    (),
+                    (type(error), error, error.__traceback__),
+                )
+            )
+        log.emit("boot.failed", logging.ERROR, pid=os.getpid(), error=self.slot.error)
+
+    def stand_at_gate(self) -> None:
+        """Warm up, say that this worker is ready, and wait for the gate; called after the app was loaded."""
+        if self.settings.generation_header:
+            self.worker.wsgi = _name_generation(
+                self.worker.wsgi, self.settings.generation_header, self.board.header.generation
+            )
+        try:
+            warm_up(self.worker.wsgi, self.settings.warmup, self.notify)
+        except BaseException as error:
+            self._boot_failed(error)
+            raise
+        self.process.say(WorkerState.READY)
+        self._at_gate = True
+        if not self.worker.alive or self.slot.retire:
+            sys.exit(0)
+        interval = min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
+        self.gate.wait(self.board, self.notify, interval)
+        self._at_gate = False
+        if self.boot_log is not None:
+            logging.getLogger("gunicorn.error").removeHandler(self.boot_log)
+        self.gate.leave()
+        self.process.say(WorkerState.SERVING)
+        # From here on requests may be in hand: the master's death means "finish and go".
+        proc.die_with_parent(signal.SIGTERM)
+        if os.getppid() != self.worker.ppid:
+            self.handle_exit(signal.SIGTERM, None)
+
+    # -- the way out
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM."""
+        if self._at_gate:
+            sys.exit(0)
+        if self._left or self._emptying:
+            return
+        phase = Phase(self.board.header.phase)
+        if self.slot.retire or phase in WORKERS_LEAVE or os.getppid() != self.worker.ppid:
+            if phase is Phase.DRAINING and not self.board.header.successor_pid:
+                # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
+                self._emptying = True
+                compat.wake(self.worker)
+            else:
+                self.leave()
+        elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
+            self._signalled_at = 0.0
+            if phase in SPAWNING and phase is not Phase.LAME_DUCK:
+                self.leave()
+        elif not self._signalled_at:
+            self._signalled_at = time.monotonic()
+            timer = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.daemon = True
+            timer.start()
+
+    def notify(self) -> None:
+        """Beat gunicorn's heartbeat; between two rounds of the loop is also where emptying the queue comes to its end."""
+        self._beat()
+        if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
+            self._emptying = False
+            self.leave()
+
+    def _queue_is_empty(self) -> bool:
+        poller = select.poll()
+        for listener in self.worker.sockets:
+            poller.register(listener.fileno(), select.POLLIN)
+        return not poller.poll(0)
+
+    def leave(self) -> None:
+        """Have the worker end its loop, with what is left of the deadline and not `graceful_timeout`."""
+        left = clock.remaining(self.process.deadline_ns)
+        self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, round(left)))
+        self.note_leaving()
+        self._obey(signal.SIGTERM, None)
+        compat.wake(self.worker)
+
+    def note_leaving(self) -> None:
+        """Say on the board that this worker accepts nothing more, so that the master may replace it now."""
+        if not self._left:
+            self._left = True
+            self.process.say(WorkerState.LEAVING)
+
+    def run(self) -> None:
+        """The worker's loop, then the wait for background work.
+
+        Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
+        """
+        self._run()
+        self.note_leaving()
+        # The HUP and TTOU of other days may still be re-sending it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._finish_background()
+
+    def _finish_background(self) -> None:
+        if not waitgroup.all_entries():
+            return
+        own_deadline = clock.after_ns(self.settings.recycle_timeout)
+        log.emit("background.waiting", pid=os.getpid(), tasks=len(waitgroup.all_entries()))
+        while entries := waitgroup.all_entries():
+            self._beat()
+            if clock.passed(self._background_deadline(own_deadline)):
+                break
+            entries[0].group.wait(timeout=0.1)
+        for entry in entries:
+            self._abandoned = True
+            log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name,
+                     name=entry.name, age=entry.age, thread=entry.thread)  # fmt: skip
+
+    def _background_deadline(self, own: int) -> int:
+        """When background work is given up: the stop's deadline, or this worker's own while the service goes on.
+
+        A retiring generation without a deadline may take all the time it needs; one whose master is gone may not.
+        """
+        if os.getppid() != self.worker.ppid:
+            return own
+        if self.board.header.phase in (Phase.RETIRING, Phase.DRAINING):
+            return self.board.header.deadline
+        return max(own, self.slot.retire_deadline)
+
+    def exit(self) -> None:
+        """The last word of the process, after everybody's `worker_exit`."""
+        if self._abandoned:
+            # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
+            logging.shutdown()
+            os._exit(1)
+
+    # -- requests
+
+    def request_started(self, request: Any) -> None:
+        """Count a request in, and make it its connection's last when this worker is on its way out."""
+        self.process.request_started()
+        if self.process.leaving:
+            compat.close_after_reply(request)
+
+    def request_finished(self) -> None:
+        """Count a request out, and notice `max_requests`, of which gunicorn tells nobody."""
+        self.process.request_finished()
+        if not self.worker.alive and not self._left:
+            self.note_leaving()
+            log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
+
+
+def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
+    named = (header, str(generation))
+
+    def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, named], exc_info)
+
+        return app(environ, start)
+
+    return with_generation

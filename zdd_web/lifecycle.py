@@ -1,0 +1,86 @@
+"""The phases of a generation and what may follow what.
+
+Rule 1: everything that decides which phase comes next lives in this file, as data. The master (the only writer of the
+phase) asks `after()`; a pair that the table does not know raises `LifecycleError` and changes nothing.
+
+`LAME_DUCK` is always passed through on a stop, also when its length is zero, so that there is one way to a stop and
+not two.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from zdd_web.errors import LifecycleError
+
+
+class Phase(enum.IntEnum):
+    """Where a generation stands. The numbers are written on the board: append, never renumber."""
+
+    BOOTING = 1
+    SERVING = 2
+    LAME_DUCK = 3
+    DRAINING = 4
+    RETIRING = 5
+    STOPPED = 6
+
+    @property
+    def label(self) -> str:
+        """The phase's name as log lines, `status` and the docs spell it.
+
+        >>> Phase.LAME_DUCK.label
+        'lame_duck'
+        """
+        return self.name.lower()
+
+
+class Event(enum.Enum):
+    """What may happen to a generation."""
+
+    READY = "all workers stand at the gate"
+    STOP = "SIGTERM"
+    LAME_DUCK_OVER = "the lame duck has lasted DRAIN_DELAY"
+    SUCCEEDED = "the successor serves and has lived through the commit window"
+    SUCCESSOR_LOST = "the successor died while this generation retired"
+    FINISHED = "no worker is left"
+
+
+TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
+    Phase.BOOTING: {Event.READY: Phase.SERVING, Event.STOP: Phase.DRAINING, Event.FINISHED: Phase.STOPPED},
+    Phase.SERVING: {Event.STOP: Phase.LAME_DUCK, Event.SUCCEEDED: Phase.RETIRING},
+    # A second SIGTERM skips what is left of the lame duck.
+    Phase.LAME_DUCK: {Event.STOP: Phase.DRAINING, Event.LAME_DUCK_OVER: Phase.DRAINING},
+    Phase.DRAINING: {Event.STOP: Phase.DRAINING, Event.FINISHED: Phase.STOPPED},
+    # SIGTERM while retiring gives the retirement a deadline; where it leads stays the same.
+    Phase.RETIRING: {
+        Event.STOP: Phase.RETIRING,
+        Event.SUCCESSOR_LOST: Phase.SERVING,
+        Event.FINISHED: Phase.STOPPED,
+    },
+    Phase.STOPPED: {},
+}
+
+#: A generation that has not promised anything yet, or promises nothing any more, spawns no workers.
+SPAWNING = frozenset({Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK})
+
+#: Work begun in these phases is the last of this generation: replies close their connection, `draining()` is true.
+LEAVING = frozenset({Phase.LAME_DUCK, Phase.DRAINING, Phase.RETIRING, Phase.STOPPED})
+
+#: A worker obeys SIGTERM at once in these; in the others only when its slot says `retire`.
+WORKERS_LEAVE = frozenset({Phase.DRAINING, Phase.RETIRING, Phase.STOPPED})
+
+
+def after(phase: Phase, event: Event) -> Phase:
+    """Return the phase that follows `phase` upon `event`.
+
+    Raises `LifecycleError` for a pair that the table does not know.
+
+    >>> after(Phase.SERVING, Event.STOP).label
+    'lame_duck'
+    """
+    try:
+        return TRANSITIONS[phase][event]
+    except KeyError:
+        raise LifecycleError(
+            f"phase {phase.label} does not know the event {event.name.lower()} ({event.value})"
+        ) from None

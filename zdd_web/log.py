@@ -1,0 +1,102 @@
+"""The log vocabulary: one line a transition, `key=value` after a fixed event word.
+
+    generation=2 event=upgrade.ready pid=4711 workers=4 seconds=1.92
+
+Tests wait on these lines and dashboards parse them: they are interface. Every event word is listed in `EVENTS`; an
+unknown one raises, so that the list in the docs cannot fall behind.
+
+In gunicorn's processes a line goes straight to the handlers of gunicorn's error log. Through the logger it could be
+lost: an app's `dictConfig` without `disable_existing_loggers: False` disables every logger that exists by then, ours
+and gunicorn's. Elsewhere lines go to the logger `zdd_web`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any
+
+EVENTS = {
+    "boot.started": "a master begins to boot its workers",
+    "boot.failed": "a worker could not load the app; error says why",
+    "phase.serving": "the generation serves: its gate is open",
+    "phase.lame_duck": "a stop began: readiness is 503, everything is still accepted",
+    "phase.draining": "requests and background work in hand are finished, nothing new is begun",
+    "phase.retiring": "the successor serves; this generation finishes what it has",
+    "phase.stopped": "the generation is gone; seconds is how long it took to leave",
+    "upgrade.started": "SIGUSR2: a successor was forked",
+    "upgrade.ready": "all workers of the new generation stand at the gate",
+    "upgrade.committed": "the successor has lived through the commit window and is in office",
+    "upgrade.failed": "the successor was ended; the old generation serves on",
+    "upgrade.cancelled": "a stop ended an upgrade under way",
+    "successor.lost": "the successor ended while this generation retired, which serves again",
+    "predecessor.lost": "the old master ended before it answered; the new generation serves",
+    "reload.started": "SIGHUP: a child process tries config and app",
+    "reload.done": "the new config is in force; new workers take over as they get ready",
+    "refused": "a signal was not obeyed; reason and remedy say why and what to do",
+    "worker.recycled": "a worker leaves at max_requests; its replacement boots",
+    "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
+    "background.waiting": "a leaving worker waits for its background work",
+    "background.failed": "a background task raised",
+    "background.abandoned": "a background task was not finished at the deadline",
+    "drain.abandoned": "workers were killed at the deadline with work in hand",
+    "settings.invalid": "a setting cannot work; the service does not start",
+    "internal.error": "zdd_web itself raised; the service goes on",
+}
+
+_BARE = re.compile(r"[A-Za-z0-9_.,:/@%+\[\]-]+\Z")
+
+
+def format_event(event: str, fields: dict[str, Any]) -> str:
+    """Return the line of an event.
+
+    Raises `KeyError` for a word that is not in `EVENTS`.
+
+    >>> format_event("refused", {"generation": 1, "signal": "USR2", "reason": "an upgrade is under way"})
+    'generation=1 event=refused signal=USR2 reason="an upgrade is under way"'
+    """
+    EVENTS[event]
+    pairs = {"event": event, **fields}
+    if "generation" in pairs:
+        pairs = {"generation": pairs.pop("generation"), **pairs}
+    return " ".join(f"{key}={_value(value)}" for key, value in pairs.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".") or "0"
+    text = str(value)
+    return text if _BARE.match(text) else json.dumps(text, ensure_ascii=False)
+
+
+_sink: logging.Logger = logging.getLogger("zdd_web")
+
+
+def use_gunicorn(error_log: logging.Logger) -> None:
+    """Send events to the handlers of gunicorn's error log from now on."""
+    global _sink
+    _sink = error_log
+
+
+def emit(event: str, level: int = logging.INFO, *, exc_info: bool | BaseException = False, **fields: Any) -> None:
+    """Write the line of an event, with the same keys as `extra` under `zdd_`."""
+    message = format_event(event, fields)
+    extra = {f"zdd_{key}": value for key, value in {"event": event, **fields}.items()}
+    if _sink.name == "zdd_web":
+        _sink.log(level, message, extra=extra, exc_info=exc_info or None)
+        return
+    if level < _sink.level:
+        return
+    record = _sink.makeRecord(_sink.name, level, __file__, 0, message, (), _exc_info(exc_info), "emit", extra)
+    for handler in _sink.handlers:
+        if level >= handler.level:
+            handler.handle(record)
+
+
+def _exc_info(exc_info: bool | BaseException) -> Any:
+    import sys
+
+    if isinstance(exc_info, BaseException):
+        return type(exc_info), exc_info, exc_info.__traceback__
+    return sys.exc_info() if exc_info else None

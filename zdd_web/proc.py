@@ -1,0 +1,63 @@
+"""What the kernel says about processes: /proc, and the two prctl calls that Python does not offer."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 when there is no such process or no /proc.
+
+    A pid alone names nobody for long, since pids are reused; a pid and its start time name one process forever.
+    """
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def parent(pid: int) -> int:
+    """Return the pid of a process's parent; 0 when there is no such process or no /proc."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def alive(pid: int, start: int) -> bool:
+    """Tell whether the process that had `pid` when it started at `start` still runs. A zombie does not."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in (b"Z", b"X") and int(fields[19]) == start
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of /proc/<pid>/stat from the third (state) on; [] when there are none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The second field is the command in parentheses and may hold spaces and parentheses itself.
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def die_with_parent(sig: signal.Signals | None) -> None:
+    """Ask the kernel to send this process `sig` when its parent ends; None takes it back.
+
+    The kernel forgets it when the process changes its uid, so it must be said after that. Where the call does not
+    exist nothing happens: it is the second line of defence, after the pids on the board.
+    """
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig or 0), 0, 0, 0)
+    except (OSError, AttributeError):
+        pass
+
+
+def kill(pid: int, start: int, sig: signal.Signals) -> bool:
+    """Signal the process that had `pid` at `start`; False when it is gone."""
+    if not alive(pid, start):
+        return False
+    try:
+        os.kill(pid, sig)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,130 @@
+"""This process's handle: its board, its slot, its settings. Looked up on each call, never kept by the app.
+
+In a gunicorn worker `attach()` was called after the fork. Anywhere else (`runserver`, `flask run`, a test client, a
+shell) the first call makes a private board on which the phase is `serving`, so that the same app code runs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from zdd_web import clock, waitgroup
+from zdd_web.board import Board, Header, Slot, WorkerState
+from zdd_web.lifecycle import LEAVING, Phase
+from zdd_web.settings import Settings, resolve
+
+
+class Process:
+    """What this process knows of itself and of its generation."""
+
+    def __init__(self, board: Board, slot: Slot | None, settings: Settings) -> None:
+        self.board, self.slot, self.settings = board, slot, settings
+        self._lock = threading.Lock()
+        # Bound once: these run on every request.
+        self._words = board.header.words
+        self._at = slot.base if slot is not None else -1
+        if slot is not None:
+            waitgroup.observer = self._tasks_changed
+
+    def _tasks_changed(self, count: int) -> None:
+        assert self.slot is not None
+        self.slot.tasks = count
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of this process's generation, read from the board."""
+        return Phase(self.board.header.phase)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether replies should close their connection: the generation or this worker is on its way out."""
+        if self._words[_PHASE] in LEAVING:
+            return True
+        return self._at >= 0 and bool(self._words[self._at + _RETIRE])
+
+    @property
+    def deadline_ns(self) -> int:
+        """When the work in hand is cut off, monotonic nanoseconds; `clock.NEVER` for never."""
+        header = self.board.header
+        if header.deadline:
+            return header.deadline
+        return self.slot.retire_deadline if self.slot is not None else clock.NEVER
+
+    def request_started(self) -> None:
+        """Count a request in; threads of one worker share its words, hence the lock."""
+        at = self._at
+        with self._lock:
+            self._words[at + _IN_FLIGHT] += 1
+
+    def request_finished(self) -> None:
+        """Count a request out."""
+        at, words = self._at, self._words
+        with self._lock:
+            words[at + _IN_FLIGHT] -= 1
+            words[at + _REQUESTS] += 1
+
+    def say(self, state: WorkerState) -> None:
+        """Write this worker's state on the board."""
+        assert self.slot is not None
+        self.slot.state_since = clock.now_ns()
+        self.slot.state = state
+
+
+_PHASE = Header.phase.index
+_RETIRE = Slot.retire.index
+_IN_FLIGHT = Slot.in_flight.index
+_REQUESTS = Slot.requests.index
+
+_current: Process | None = None
+
+
+def attach(board: Board, slot: Slot | None, settings: Settings) -> Process:
+    """Make a board this process's own; the gunicorn hooks call it, in the master and after each fork."""
+    global _current
+    _current = Process(board, slot, settings)
+    return _current
+
+
+def current() -> Process:
+    """Return this process's handle, with a private board where there is no gunicorn."""
+    if _current is None:
+        return attach(Board.private(), None, resolve({}, os.environ))
+    return _current
+
+
+def phase() -> Phase:
+    """Return the phase of this generation.
+
+    >>> phase().label
+    'serving'
+    """
+    return current().phase
+
+
+def generation() -> int:
+    """Return the number of this generation, from 1 along a chain of upgrades.
+
+    >>> generation()
+    1
+    """
+    return current().board.header.generation
+
+
+def draining() -> bool:
+    """Tell whether this process is on its way out: long-running work should come to an end.
+
+    >>> draining()
+    False
+    """
+    return current().leaving
+
+
+def deadline() -> float | None:
+    """Return when work in hand will be cut off, as `time.monotonic()` has it; None while no end is in sight.
+
+    >>> deadline() is None
+    True
+    """
+    at = current().deadline_ns
+    return None if at == clock.NEVER else at / 1e9
