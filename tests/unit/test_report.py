@@ -180,9 +180,7 @@ def test_loss_without_any_event_has_no_place() -> None:
         ([sample(0)], [], StopResult(1, 2, 0, 0, ok=False, reason="cut off"), False),
     ],
 )
-def test_ok(
-    samples: list[Sample], handovers: list[Handover], stop: StopResult | None, expected: bool
-) -> None:
+def test_ok(samples: list[Sample], handovers: list[Handover], stop: StopResult | None, expected: bool) -> None:
     assert expected is build(samples, handovers, stop=stop).ok
 
 
@@ -217,9 +215,7 @@ def test_counts_add_up(samples: list[Sample], handovers: list[Handover]) -> None
 
 
 @given(samples_of_any_kind, any_handovers, st.none() | st.just(STOP))
-def test_any_report_can_be_written(
-    samples: list[Sample], handovers: list[Handover], stop: StopResult | None
-) -> None:
+def test_any_report_can_be_written(samples: list[Sample], handovers: list[Handover], stop: StopResult | None) -> None:
     report = build(samples, handovers, stop=stop)
     assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report.to_json()
     assert render.text(report).startswith(render.verdict(report) + "\n")

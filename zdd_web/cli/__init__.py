@@ -1,0 +1,151 @@
+"""The command `zdd-web`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+import zdd_web
+from zdd_web.board import Snapshot, UpgradeState, WorkerView
+from zdd_web.cli import follow, service
+from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.rehearse.command import rehearse
+from zdd_web.errors import ServiceNotFound
+
+#: The end of a failed generation's log that `upgrade` prints.
+LOG_LINES = 20
+
+
+@click.group()
+@click.version_option(zdd_web.__version__, prog_name="zdd-web")
+def main() -> None:
+    """Deploy, look at and rehearse a gunicorn service with zdd_web."""
+
+
+def _which_service(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--pid-file", metavar="FILE", help="The service's pid file."),
+        click.option("--pid", type=int, help="The pid of its master."),
+        click.option("--name", help="Its NAME; needed where several services run."),
+    ):
+        command = option(command)
+    return command
+
+
+def _find(name: str | None, pid: int | None, pid_file: str | None) -> service.Generation:
+    if sum(given is not None for given in (name, pid, pid_file)) > 1:
+        raise click.UsageError("give one of --name, --pid and --pid-file")
+    try:
+        return service.find(name=name, pid=pid, pid_file=pid_file)
+    except ServiceNotFound as error:
+        raise CannotHelp(str(error)) from None
+
+
+@main.command()
+@_which_service
+def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
+    """Replace the running code with what is on disk; status 0 only when the new generation serves."""
+    generation = _find(name, pid, pid_file)
+    click.echo(
+        f"{generation.board.header.name}: generation {generation.board.header.generation} (pid {generation.pid})"
+    )
+    result = follow.upgrade(generation, lambda snapshot: click.echo(f"  {_PROGRESS[snapshot.upgrade_state]}"))
+    if result.ok:
+        click.echo(f"generation {result.generation} serves, after {result.seconds:.1f} s")
+        return
+    click.echo(f"upgrade {result.reason}", err=True)
+    lines = result.log.splitlines()[-LOG_LINES:]
+    if lines:
+        click.echo(f"the new generation's last {len(lines)} log lines:", err=True)
+        click.echo("\n".join(f"  | {line}" for line in lines), err=True)
+    click.echo(f"generation {generation.board.header.generation} serves on", err=True)
+    sys.exit(1)
+
+
+_PROGRESS = {
+    UpgradeState.BOOTING: "the new generation boots",
+    UpgradeState.COMMITTING: "it is ready and answers; waiting for the commit window to end",
+    UpgradeState.DONE: "it is in office; the old one finishes what it has",
+    UpgradeState.FAILED: "it failed",
+    UpgradeState.REFUSED: "refused",
+}
+
+
+@main.command()
+@_which_service
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(name: str | None, pid: int | None, pid_file: str | None, as_json: bool) -> None:
+    """Show generations, phases, workers, requests in flight and background tasks."""
+    if name is None and pid is None and pid_file is None:
+        generations = list(service.generations())
+        if not generations:
+            _find(name, pid, pid_file)
+    else:
+        generations = service.same_service(_find(name, pid, pid_file))
+    snapshots = [generation.snapshot() for generation in generations]
+    if as_json:
+        click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
+        return
+    click.echo(_generation_table(snapshots))
+    click.echo()
+    click.echo(_worker_table(snapshots))
+
+
+def _generation_table(snapshots: list[Snapshot]) -> str:
+    columns = ("service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade")
+    return tabulate([_generation_row(snapshot) for snapshot in snapshots], columns)
+
+
+def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
+    last = "" if snapshot.upgrade_state is UpgradeState.NONE else snapshot.upgrade_state.name.lower()
+    if snapshot.upgrade_reason:
+        last += f": {snapshot.upgrade_reason[:60]}"
+    return (
+        snapshot.name,
+        snapshot.generation,
+        snapshot.phase.label,
+        _age(snapshot.phase_since),
+        snapshot.master_pid,
+        f"{len(snapshot.workers)} of {snapshot.workers_wanted}",
+        snapshot.in_flight,
+        snapshot.tasks,
+        last,
+    )
+
+
+def _worker_table(snapshots: list[Snapshot]) -> str:
+    rows = [
+        (snapshot.generation, worker.pid, _state(worker), worker.in_flight, worker.requests, worker.tasks, worker.error)
+        for snapshot in snapshots
+        for worker in snapshot.workers
+    ]
+    return tabulate(rows, ("generation", "worker", "state", "in flight", "requests", "tasks", "error"))
+
+
+def _state(worker: WorkerView) -> str:
+    return f"{worker.state.label}, told to go" if worker.retiring else worker.state.label
+
+
+def _age(since_ns: int) -> str:
+    return f"{max(0.0, time.monotonic() - since_ns / 1e9):.0f} s"
+
+
+def _plain(snapshot: Snapshot) -> dict[str, Any]:
+    fields = dataclasses.asdict(snapshot)
+    fields["phase"] = snapshot.phase.label
+    fields["successor_phase"] = snapshot.successor_phase.label if snapshot.successor_phase else None
+    fields["upgrade_state"] = snapshot.upgrade_state.name.lower()
+    fields["in_flight"], fields["tasks"] = snapshot.in_flight, snapshot.tasks
+    for worker in fields["workers"]:
+        worker["state"] = worker["state"].label
+    return fields
+
+
+main.add_command(rehearse)

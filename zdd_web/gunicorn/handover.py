@@ -7,6 +7,7 @@ the end of the file at the other. Every message is a JSON object with a "kind":
                            knows every worker pid there will ever be
                    ready   workers: all stand at the gate
                    failed  reason
+                   release it ends because it was told to, or because its own successor serves: do not come back
     predecessor -> go      open the gate. Asked for rather than assumed: the deadline and the answer meet at one
                            place, so a generation that was given up can never open its gate a moment later
                    office  the commit window is over: the pid file and the control socket are yours

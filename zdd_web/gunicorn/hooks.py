@@ -231,6 +231,6 @@ _OURS: dict[str, Callable[..., Any]] = {
         pre_request,
         post_request,
         worker_exit,
-    )  # fmt: skip
+    )
 }
 __all__ = ["State", "check", "fail", "install", "service_name", "state"]

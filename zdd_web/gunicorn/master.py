@@ -109,7 +109,7 @@ class Master:
         return IDLE_TICK if self.phase is Phase.SERVING and self._settled() else BUSY_TICK
 
     def _settled(self) -> bool:
-        if self.upgrade is not None or self.succession is not None or self.proof is not None:
+        if self.upgrade is not None or self._awaits_office or self.proof is not None:
             return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
@@ -171,6 +171,14 @@ class Master:
 
     # -- as a successor
 
+    @property
+    def _awaits_office(self) -> bool:
+        return self.succession is not None and not self.succession.in_office
+
+    def _release_predecessor(self) -> None:
+        if self.succession is not None:
+            self.succession.release()
+
     def _follow_predecessor(self, succession: Succession) -> None:
         if succession.follow():
             self.succession = None
@@ -209,7 +217,7 @@ class Master:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
         if self.phase is not Phase.SERVING:
             raise UpgradeError(f"the generation is {self.phase.label}: only a serving one can be upgraded")
-        if self.succession is not None:
+        if self._awaits_office:
             raise UpgradeError("this generation is not in office yet: wait for its predecessor's commit window to end")
         if self.proof is not None:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
@@ -289,6 +297,7 @@ class Master:
         compat.suspend_control_server(self.server)
         self.header.successor_pid = upgrade.pid
         upgrade.hand_over_office()
+        self._release_predecessor()
         self.header.upgrades_done += 1
         self._outcome(UpgradeState.DONE, "")
         self.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
@@ -312,7 +321,7 @@ class Master:
         obstacle = ""
         if self.phase is not Phase.SERVING:
             obstacle = f"the generation is {self.phase.label}"
-        elif self.upgrade is not None or self.succession is not None:
+        elif self.upgrade is not None or self._awaits_office:
             obstacle = "an upgrade is under way"
         elif self.proof is not None:
             obstacle = "a reload is under way"
@@ -349,6 +358,7 @@ class Master:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
         phase = self.phase
         self._cancel_upgrade()
+        self._release_predecessor()
         if phase is Phase.BOOTING:
             self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
         elif not self.header.deadline:
@@ -365,13 +375,17 @@ class Master:
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
-        guarded("cancel_upgrade", self._cancel_upgrade)()
+        self._prepare_to_end()
         self._gunicorn_int()
 
     def handle_quit(self) -> None:
         """SIGQUIT keeps gunicorn's meaning: stop now."""
-        guarded("cancel_upgrade", self._cancel_upgrade)()
+        self._prepare_to_end()
         self._gunicorn_quit()
+
+    def _prepare_to_end(self) -> None:
+        guarded("cancel_upgrade", self._cancel_upgrade)()
+        guarded("release_predecessor", self._release_predecessor)()
 
     def _cancel_upgrade(self) -> None:
         if self.proof is not None:
@@ -381,7 +395,7 @@ class Master:
             return
         reason = "the service was stopped"
         if upgrade.stage is Stage.COMMITTING:
-            # It has requests in hand: it stops as this generation does.
+            # It has requests in hand: it stops as this generation does, and its board says that it may go.
             upgrade.ask_to_stop()
             upgrade.forget()
         else:

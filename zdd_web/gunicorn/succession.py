@@ -22,6 +22,7 @@ class Succession:
         self._channel = heir.open_channel()
         self.handler = bootlog.Handler(heir.boot_log)
         self.alone = False
+        self.in_office = False
         self._asked = False
         self._told = False
         self._pid_file = ""
@@ -61,14 +62,15 @@ class Succession:
         return self._told or self.alone
 
     def follow(self) -> bool:
-        """Hear the predecessor; tell whether the succession is over and this master in office."""
+        """Hear the predecessor; tell whether it is gone, and this object with it."""
         while message := self._channel.receive():
             if message.kind == "go":
                 self._told = True
             elif message.kind == "office":
                 self._take_office()
-                return True
-        if self._channel.ended and not self.alone:
+        if not self._channel.ended:
+            return False
+        if not self.in_office and not self.alone:
             self.alone = True
             log.emit(
                 "predecessor.lost",
@@ -79,8 +81,11 @@ class Succession:
         # Alone and not yet serving: boot on, there is nobody else to serve.
         if self.alone and self._board.header.ready_at:
             self._take_office()
-            return True
-        return False
+        return self.in_office
+
+    def release(self) -> None:
+        """Tell a predecessor that still retires not to come back: this generation ends because it was asked to."""
+        self._channel.send("release")
 
     def fail(self, reason: str) -> None:
         """Tell the predecessor why there will be no handover."""
@@ -91,7 +96,8 @@ class Succession:
         self._channel.close()
 
     def _take_office(self) -> None:
-        self._channel.close()
+        # The channel stays open while the predecessor lives: its end would mean that this master has died.
+        self.in_office = True
         logging.getLogger("gunicorn.error").removeHandler(self.handler)
         os.close(self.heir.boot_log)
         if self._pid_file:

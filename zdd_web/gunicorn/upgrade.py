@@ -68,6 +68,7 @@ class Upgrade:
         self.pid_file = ""
         self.board: Board | None = None
         self.status: int | None = None
+        self.released = False
         self._channel = channel
 
     @classmethod
@@ -114,6 +115,10 @@ class Upgrade:
                 return Verdict(ready=True, workers=int(message.fields.get("workers", 0)))
             elif message.kind == "failed":
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
+            elif message.kind == "release":
+                self.released = True
+        if self.released:
+            return None
         if self._channel.ended or self.status is not None:
             return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
         if self.stage is Stage.BOOTING and clock.passed(self.deadline):

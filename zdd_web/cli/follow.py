@@ -1,0 +1,84 @@
+"""Ask a master for an upgrade and follow it on its board to the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zdd_web import proc
+from zdd_web.board import Snapshot, UpgradeState
+from zdd_web.cli.service import Generation
+from zdd_web.gunicorn import bootlog
+
+#: A master in its loop answers a signal at its next turn, at the latest after a second.
+ANSWER_WITHIN = 10.0
+POLL = 0.02
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an upgrade ended; `log` is the end of what the new generation had said when it failed."""
+
+    ok: bool
+    reason: str
+    log: str
+    seconds: float
+    requested_at: float
+    generation: int
+
+
+def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> Outcome:
+    """Send SIGUSR2 and wait until the new generation is in office, or the upgrade was refused or has failed.
+
+    Bounded by the service's own UPGRADE_TIMEOUT, which ends every upgrade one way or the other.
+    """
+    board = generation.board
+    before = board.header.upgrade_number
+    began = time.monotonic()
+    expected = board.header.generation + 1
+
+    def outcome(ok: bool, reason: str, log: str = "") -> Outcome:
+        return Outcome(ok, reason, log, time.monotonic() - began, began, expected)
+
+    try:
+        os.kill(generation.pid, signal.SIGUSR2)
+    except PermissionError:
+        return outcome(False, f"no permission to signal process {generation.pid}: run this as its user or as root")
+    except ProcessLookupError:
+        return outcome(False, f"the master {generation.pid} is gone")
+    last = UpgradeState.NONE
+    while True:
+        snapshot = generation.snapshot()
+        if snapshot.upgrade_number != before:
+            if snapshot.upgrade_state is not last:
+                last = snapshot.upgrade_state
+                progress(snapshot)
+            if last is UpgradeState.DONE:
+                return outcome(True, "")
+            if last in (UpgradeState.FAILED, UpgradeState.REFUSED):
+                log = _boot_log(generation, snapshot) if last is UpgradeState.FAILED else ""
+                return outcome(False, f"{last.name.lower()}: {snapshot.upgrade_reason}", log)
+        elif time.monotonic() - began > ANSWER_WITHIN:
+            return outcome(False, f"the master {generation.pid} did not answer SIGUSR2 within {ANSWER_WITHIN:g} s")
+        if not proc.alive(generation.pid, snapshot.master_start):
+            # Its last words are on the board, which outlives it.
+            if generation.snapshot().upgrade_state is UpgradeState.DONE:
+                return outcome(True, "")
+            return outcome(False, f"the master {generation.pid} ended during the upgrade")
+        time.sleep(POLL)
+
+
+def _boot_log(generation: Generation, snapshot: Snapshot) -> str:
+    if not snapshot.boot_log_fd:
+        return ""
+    try:
+        fd = generation.open_descriptor(snapshot.boot_log_fd)
+    except OSError:
+        return ""
+    try:
+        return bootlog.tail(fd)
+    finally:
+        os.close(fd)

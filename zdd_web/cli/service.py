@@ -1,0 +1,127 @@
+"""Find a running service by the boards that its masters hold open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zdd_web import proc
+from zdd_web.board import MEMFD_PREFIX, Board, Snapshot
+from zdd_web.errors import BoardError, ServiceNotFound
+from zdd_web.lifecycle import Phase
+
+_LINK = f"/memfd:{MEMFD_PREFIX}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One master and its board, mapped read-only."""
+
+    pid: int
+    board: Board
+
+    def snapshot(self) -> Snapshot:
+        """Read the board."""
+        return self.board.snapshot()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the master still runs."""
+        return proc.alive(self.pid, self.board.header.master_start)
+
+    def open_descriptor(self, number: int) -> int:
+        """Open what the master has open as descriptor `number`. Raises OSError."""
+        return os.open(f"/proc/{self.pid}/fd/{number}", os.O_RDONLY)
+
+
+def generation_of(pid: int) -> Generation | None:
+    """Return the generation whose master is `pid`, None when it is no master of zdd_web.
+
+    Raises PermissionError when this user may not look.
+    """
+    directory = f"/proc/{pid}/fd"
+    for number in os.listdir(directory):
+        try:
+            if not os.readlink(f"{directory}/{number}").startswith(_LINK):
+                continue
+            fd = os.open(f"{directory}/{number}", os.O_RDONLY)
+        except OSError:
+            continue  # closed in between
+        try:
+            board = Board.open(fd)
+        except (BoardError, OSError, ValueError):
+            continue
+        finally:
+            os.close(fd)
+        # A master holds its successor's board too, and a worker its master's.
+        if board.header.master_pid == pid:
+            return Generation(pid, board)
+        board.close()
+    return None
+
+
+def generations() -> Iterator[Generation]:
+    """Return every generation on this machine that this user may look at, oldest first in each service."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            generation = generation_of(int(entry))
+        except OSError:
+            continue
+        if generation is not None:
+            found.append(generation)
+    return iter(sorted(found, key=lambda each: (each.board.header.name, each.board.header.generation)))
+
+
+def find(*, name: str | None = None, pid: int | None = None, pid_file: str | None = None) -> Generation:
+    """Return the generation that is in office in the service that the operator named.
+
+    Raises `ServiceNotFound` with what there is instead.
+    """
+    if pid_file is not None:
+        try:
+            with open(pid_file) as file:
+                pid = int(file.read())
+        except (OSError, ValueError) as error:
+            raise ServiceNotFound(f"--pid-file {pid_file}: {error}: is the service running?") from None
+    if pid is not None:
+        return _by_pid(pid)
+    candidates = [each for each in generations() if name is None or each.board.header.name == name]
+    names = sorted({each.board.header.name for each in candidates})
+    if len(names) > 1:
+        raise ServiceNotFound(f"several services run here: {', '.join(names)}: name one with --name")
+    if not candidates:
+        others = sorted({each.board.header.name for each in generations()})
+        there = f"running here: {', '.join(others)}" if others else "this user sees no service of zdd_web here"
+        raise ServiceNotFound(f"no service{f' named {name!r}' if name else ''}: {there}")
+    return in_office(candidates)
+
+
+def _by_pid(pid: int) -> Generation:
+    try:
+        generation = generation_of(pid)
+    except PermissionError:
+        raise ServiceNotFound(f"process {pid} belongs to another user: run this as that user or as root") from None
+    except OSError:
+        raise ServiceNotFound(f"no process {pid}: is the service running?") from None
+    if generation is None:
+        raise ServiceNotFound(
+            f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?"
+        )
+    return generation
+
+
+def in_office(candidates: list[Generation]) -> Generation:
+    """Return the generation that a signal to "the service" must go to: the youngest that nobody has succeeded yet."""
+    seniors = [each for each in candidates if each.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)]
+    # During an upgrade both are here; until the commit the older one rules.
+    return (seniors or candidates)[0]
+
+
+def same_service(generation: Generation) -> list[Generation]:
+    """Return all generations of a service, oldest first."""
+    name = generation.board.header.name
+    return [each for each in generations() if each.board.header.name == name] or [generation]
