@@ -173,6 +173,8 @@ class Slot(Record):
     in_flight = Word(4)
     requests = Word(5)
     tasks = Word(6)
+    #: Background tasks that were given up at the deadline.
+    abandoned = Word(7)
     # command, written by the master only
     age = Word(8)
     retire = Word(9)
@@ -297,8 +299,10 @@ class Board:
         if size < Header.WORDS * WORD:
             raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        board = cls(mmap.mmap(fd, size, prot=protection))
-        if board.header.magic != MAGIC:
+        # Whole words: a foreign file may end anywhere.
+        board = cls(mmap.mmap(fd, size - size % WORD, prot=protection))
+        header = board.header
+        if header.magic != MAGIC or header.slots_at + header.slot_count * header.slot_words > size // WORD:
             board.close()
             raise BoardError(f"descriptor {fd} is no board of zdd_web")
         return board

@@ -41,16 +41,18 @@ def _stat(pid: int) -> list[bytes]:
         return []
 
 
-def die_with_parent(sig: signal.Signals | None) -> None:
-    """Ask the kernel to send this process `sig` when its parent ends; None takes it back.
+def die_with_parent(sig: signal.Signals, parent: int) -> bool:
+    """Ask the kernel to send this process `sig` when its parent ends; False when `parent` is gone already.
 
     The kernel forgets it when the process changes its uid, so it must be said after that. Where the call does not
     exist nothing happens: it is the second line of defence, after the pids on the board.
     """
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig or 0), 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
     except (OSError, AttributeError):
         pass
+    # A parent that ended before the call sends nothing any more.
+    return os.getppid() == parent
 
 
 def kill(pid: int, start: int, sig: signal.Signals) -> bool:

@@ -36,8 +36,7 @@ class Process:
         """The phase of this process's generation, read from the board."""
         return Phase(self.board.header.phase)
 
-    @property
-    def leaving(self) -> bool:
+    def is_leaving(self) -> bool:
         """Whether replies should close their connection: the generation or this worker is on its way out."""
         if self._words[_PHASE] in LEAVING:
             return True
@@ -117,7 +116,7 @@ def draining() -> bool:
     >>> draining()
     False
     """
-    return current().leaving
+    return current().is_leaving()
 
 
 def deadline() -> float | None:

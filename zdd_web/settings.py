@@ -146,7 +146,7 @@ def _seconds(*, least: float, most: float = 86_400.0) -> Callable[[object], floa
             raise ValueError("must be a number of seconds")
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError("must be a number of seconds") from None
         if not least <= number <= most:  # false for NaN as well
             raise ValueError(f"must be between {least:g} and {most:g} seconds")

@@ -42,7 +42,8 @@ _groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
 
 #: Called with the number of entries in all groups whenever it changes; `process` points it at the board.
 observer: Callable[[int], None] | None = None
-_observing = threading.Lock()
+# Reentrant: the garbage collector may end a piece of work (a generator that stands in `track()`) at any allocation.
+_observing = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -113,8 +114,10 @@ class WaitGroup:
 
     def _remove(self, entry: Entry) -> None:
         with self._changed:
-            if self._entries.pop(entry.number, None) is None:
+            # Numbers begin anew after a fork: an entry of the parent's must not end one of the child's.
+            if self._entries.get(entry.number) is not entry:
                 return
+            del self._entries[entry.number]
             self._changed.notify_all()
         _tell()
 
@@ -199,22 +202,33 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def all_entries() -> list[Entry]:
     """Return the work in hand in all groups of this process, oldest first."""
-    return sorted((entry for group in list(_groups) for entry in group.entries()), key=lambda entry: entry.started)
+    return sorted((entry for group in _all_groups() for entry in group.entries()), key=lambda entry: entry.started)
+
+
+def _all_groups() -> list[WaitGroup]:
+    while True:
+        try:
+            return list(_groups)
+        except RuntimeError:
+            continue  # another thread made a group meanwhile, which a WeakSet does not bear
 
 
 def _tell() -> None:
-    if observer is None:
-        return
-    # The lock orders the stores of several threads: without it an older count could overwrite a newer one.
+    # The lock orders the stores of several threads: without it an older count could overwrite a newer one. So does
+    # looking again, for work that ended in this thread in the middle of the call.
     with _observing:
-        observer(sum(len(group) for group in list(_groups)))
+        told = -1
+        while observer is not None and told != (count := sum(len(group) for group in _all_groups())):
+            observer(count)
+            told = count
 
 
 def _after_fork() -> None:
-    # What the parent's threads were doing they are not doing here, and a lock that one of them held stays held.
-    global _observing
-    _observing = threading.Lock()
-    for group in list(_groups):
+    # What the parent's threads were doing they are not doing here, and a lock that one of them held stays held. The
+    # observer writes into the slot of the parent; a worker gets its own when it is attached.
+    global _observing, observer
+    _observing, observer = threading.RLock(), None
+    for group in _all_groups():
         group._reset()
 
 

@@ -117,6 +117,26 @@ def wake(worker: Any) -> None:
             pass
 
 
-def close_after_reply(request: Any) -> None:
-    """Have the reply to a request carry `Connection: close`, for every worker class since 22."""
-    request.must_close = True
+class _Decision:
+    """A truth value that is made when it is first asked for, and stays."""
+
+    __slots__ = ("_ask", "_made")
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._made: bool | None = None
+
+    def __bool__(self) -> bool:
+        if self._made is None:
+            self._made = self._ask()
+        return self._made
+
+
+def close_if(request: Any, leaving: Callable[[], bool]) -> None:
+    """Have the reply carry `Connection: close` if `leaving()` is true when its headers are written.
+
+    That is when gunicorn first looks at `must_close` (wsgi.py:328), which every worker class has had since 22. A
+    later look (gthread.py:786) must find the same, or a connection that was announced as kept is closed.
+    """
+    if not request.must_close:
+        request.must_close = _Decision(leaving)

@@ -46,6 +46,9 @@ from zdd_web.settings import Settings
 BUSY_TICK = 0.02
 IDLE_TICK = 1.0
 
+#: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
+LAST_ACCEPTS_WITHIN = 2.0
+
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
 
@@ -69,6 +72,10 @@ class Master:
         self.proof: reload.Proof | None = None
         self._lame_duck_ends = clock.NEVER
         self._boot_log = -1
+        self._prepared = ""
+        self._abandoned = 0
+        self._upgrade_when_in_office = False
+        self._stopping_since = clock.NEVER
         process.attach(self.board, None, settings)
 
     @property
@@ -139,11 +146,12 @@ class Master:
         self.emit(f"phase.{phase.label}", after=round(clock.since(since), 3), workers=len(self.roster), **fields)
 
     def _bury_workers(self) -> None:
-        for pid, state, error in self.roster.reconcile():
-            if state not in (WorkerState.BOOTING, WorkerState.READY):
+        for gone in self.roster.reconcile():
+            self._abandoned += gone.abandoned
+            if gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 self.roster.booted()
                 continue
-            reason = f"worker {pid} ended before it served" + (f": {error}" if error else "")
+            reason = f"worker {gone.pid} ended before it served" + (f": {gone.error}" if gone.error else "")
             if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
                 self.succession.fail(reason)
                 raise HaltServer(reason, self.server.WORKER_BOOT_ERROR)
@@ -182,11 +190,18 @@ class Master:
     def _follow_predecessor(self, succession: Succession) -> None:
         if succession.follow():
             self.succession = None
+        if self._upgrade_when_in_office and not self._awaits_office:
+            self._upgrade_when_in_office = False
+            self.handle_usr2()
 
     # -- as a predecessor
 
     def handle_usr2(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
+        if self._awaits_office and self.phase is Phase.SERVING:
+            # A deploy right after a deploy: a second at most, and worth waiting for.
+            self._upgrade_when_in_office = True
+            return
         try:
             self._refuse_upgrade_unless_possible()
             if self._boot_log >= 0:
@@ -217,8 +232,6 @@ class Master:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
         if self.phase is not Phase.SERVING:
             raise UpgradeError(f"the generation is {self.phase.label}: only a serving one can be upgraded")
-        if self._awaits_office:
-            raise UpgradeError("this generation is not in office yet: wait for its predecessor's commit window to end")
         if self.proof is not None:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
         if os.getpid() == 1:
@@ -247,6 +260,15 @@ class Master:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
             self._commit(upgrade)
+        elif upgrade.stage is Stage.IN_OFFICE and self.header.upgrade_state == UpgradeState.COMMITTING:
+            self._follow_last_accepts()
+
+    def _follow_last_accepts(self) -> None:
+        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
+        leaving = all(member.state is WorkerState.LEAVING for member in self.roster.members())
+        if leaving or clock.since(self.header.phase_since) >= LAST_ACCEPTS_WITHIN:
+            self.header.upgrades_done += 1
+            self._outcome(UpgradeState.DONE, "")
 
     def _let_go(self, upgrade: Upgrade, workers: int) -> None:
         try:
@@ -280,10 +302,10 @@ class Master:
         self.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _discard_prepared(self) -> None:
-        prepared = self.__dict__.pop("_prepared", "")
-        if prepared:
+        if self._prepared:
             with contextlib.suppress(OSError):
-                os.unlink(prepared)
+                os.unlink(self._prepared)
+            self._prepared = ""
 
     def _forget_successor(self) -> None:
         self.upgrade = None
@@ -291,15 +313,13 @@ class Master:
         self.header.successor_pid = self.header.successor_phase = 0
 
     def _commit(self, upgrade: Upgrade) -> None:
-        prepared = self.__dict__.pop("_prepared", "")
-        if prepared:
-            self.server.pidfile.commit(prepared)
+        if self._prepared:
+            self.server.pidfile.commit(self._prepared)
+            self._prepared = ""
         compat.suspend_control_server(self.server)
         self.header.successor_pid = upgrade.pid
         upgrade.hand_over_office()
         self._release_predecessor()
-        self.header.upgrades_done += 1
-        self._outcome(UpgradeState.DONE, "")
         self.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
         self._move(Event.SUCCEEDED, successor=upgrade.pid)
 
@@ -368,7 +388,7 @@ class Master:
             self.header.deadline = clock.after_ns(lame_duck + budget.work)
         elif phase is Phase.LAME_DUCK:
             self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
-        self._stopping_since = self.__dict__.get("_stopping_since") or clock.now_ns()
+        self._stopping_since = self._stopping_since or clock.now_ns()
         self._move(Event.STOP)
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self._move(Event.LAME_DUCK_OVER)
@@ -423,9 +443,16 @@ class Master:
 
     def _end_if_finished(self) -> None:
         if not self.server.WORKERS:
+            self._bury_workers()
+            if self.header.upgrade_state == UpgradeState.COMMITTING:
+                self._follow_last_accepts()
             self._move(Event.FINISHED, seconds=self._leaving_for())
+            if self._abandoned and self.header.deadline:
+                raise HaltServer(f"{self._abandoned} background tasks were abandoned at the deadline", 1)
             raise StopIteration
-        if not clock.passed(self.header.deadline):
+        # Workers name what they abandon at the deadline; they get half of the margin to say so and to exit.
+        deadline = self.header.deadline
+        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin / 2:
             return
         snapshot = self.board.snapshot()
         killed = self.roster.kill()
@@ -434,8 +461,7 @@ class Master:
         raise HaltServer("work was abandoned at the deadline", 1)
 
     def _leaving_for(self) -> float:
-        began: int = self.__dict__.get("_stopping_since") or self.header.phase_since
-        return clock.since(began)
+        return clock.since(self._stopping_since or self.header.phase_since)
 
     def reap_workers(self) -> None:
         """Note the exit status of our own children, then have gunicorn reap the rest."""

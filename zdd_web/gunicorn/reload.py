@@ -71,7 +71,7 @@ def _try(server: Any, output: int) -> None:
     try:
         for sig in server.SIGNALS:
             signal.signal(sig, signal.SIG_DFL)
-        proc.die_with_parent(signal.SIGKILL)
+        proc.die_with_parent(signal.SIGKILL, server.pid)
         os.dup2(output, 2)
         before = server.cfg
         server.app.reload()

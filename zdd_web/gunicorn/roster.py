@@ -66,6 +66,16 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     return Plan(spawn=max(0, wanted - len(current)), retire=tuple(retire))
 
 
+@dataclass(frozen=True)
+class Gone:
+    """What a worker that is no more had last said on the board."""
+
+    pid: int
+    state: WorkerState
+    error: str
+    abandoned: int
+
+
 @dataclass
 class _Place:
     worker: Any
@@ -106,17 +116,16 @@ class Roster:
             for place in self._places
         ]
 
-    def reconcile(self) -> list[tuple[int, WorkerState, str]]:
-        """Free the slots of workers that gunicorn has reaped; return (pid, last state, error) of each."""
-        gone = [place for place in self._places if self._server.WORKERS.get(place.worker.pid) is not place.worker]
-        lost = []
-        for place in gone:
+    def reconcile(self) -> list[Gone]:
+        """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
+        gone = []
+        for place in [p for p in self._places if self._server.WORKERS.get(p.worker.pid) is not p.worker]:
             self._places.remove(place)
-            state = WorkerState(place.slot.state)
-            lost.append((place.slot.pid or place.worker.pid, state, place.slot.error))
-            place.slot.pid = 0
-            place.slot.state = WorkerState.FREE
-        return lost
+            slot = place.slot
+            gone.append(Gone(slot.pid or place.worker.pid, WorkerState(slot.state), slot.error, slot.abandoned))
+            slot.pid = 0
+            slot.state = WorkerState.FREE
+        return gone
 
     def outdate(self) -> None:
         """Mark everybody who is here now as to be replaced."""

@@ -158,9 +158,10 @@ class Upgrade:
     def end(self, *, now: bool) -> None:
         """Kill the new master and its workers; `now` spares no request. Idempotent."""
         proc.kill(self.pid, self.start, signal.SIGKILL)
+        self._reap()
+        # Only now, when it can fork no more. One that has not written its pid yet finds its parent gone.
         for pid, start in self._workers():
             proc.kill(pid, start, signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM)
-        self._reap()
         self.forget()
 
     def ask_to_stop(self) -> None:

@@ -59,7 +59,6 @@ class WorkerSide:
         self._left = False
         self._emptying = False
         self._signalled_at = 0.0
-        self._abandoned = False
         self._obey: Callable[[int, Any], None] = worker.handle_exit
         self._beat: Callable[[], None] = worker.notify
         self._load: Callable[[], None] = worker.load_wsgi
@@ -72,15 +71,14 @@ class WorkerSide:
         worker = self.worker
         worker.handle_exit, worker.notify = self.handle_exit, self.notify
         worker.load_wsgi, worker.run = self.load, self.run
-        if os.getppid() != worker.ppid:
-            os._exit(0)
 
     # -- boot
 
     def load(self) -> None:
         """Load the app; a worker that hangs here must not outlive its master, which it cannot notice."""
         # After set_owner_process(), which makes the kernel forget the wish.
-        proc.die_with_parent(signal.SIGKILL)
+        if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
+            os._exit(0)
         try:
             self._load()
         except BaseException as error:
@@ -127,8 +125,7 @@ class WorkerSide:
         self.gate.leave()
         self.process.say(WorkerState.SERVING)
         # From here on requests may be in hand: the master's death means "finish and go".
-        proc.die_with_parent(signal.SIGTERM)
-        if os.getppid() != self.worker.ppid:
+        if not proc.die_with_parent(signal.SIGTERM, self.worker.ppid):
             self.handle_exit(signal.SIGTERM, None)
 
     # -- the way out
@@ -205,8 +202,8 @@ class WorkerSide:
             if clock.passed(self._background_deadline(own_deadline)):
                 break
             entries[0].group.wait(timeout=0.1)
+        self.slot.abandoned = len(entries)
         for entry in entries:
-            self._abandoned = True
             log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name,
                      name=entry.name, age=entry.age, thread=entry.thread)  # fmt: skip
 
@@ -223,7 +220,7 @@ class WorkerSide:
 
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""
-        if self._abandoned:
+        if self.slot.abandoned:
             # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
             logging.shutdown()
             os._exit(1)
@@ -231,10 +228,9 @@ class WorkerSide:
     # -- requests
 
     def request_started(self, request: Any) -> None:
-        """Count a request in, and make it its connection's last when this worker is on its way out."""
+        """Count a request in, and make it its connection's last if this worker is on its way out by its reply."""
         self.process.request_started()
-        if self.process.leaving:
-            compat.close_after_reply(request)
+        compat.close_if(request, self.process.is_leaving)
 
     def request_finished(self) -> None:
         """Count a request out, and notice `max_requests`, of which gunicorn tells nobody."""

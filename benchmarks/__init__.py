@@ -1,0 +1,1 @@
+"""Measurements of zdd_web; see README.md. They print and never assert."""

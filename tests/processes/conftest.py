@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes.harness import Service
+
+
+@pytest.fixture(params=["sync", "gthread"])
+def worker_class(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_service(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Service]]:
+    """Make services; a failing test prints their logs, and none leaves a process behind."""
+    made: list[Service] = []
+
+    def make(worker_class: str = "gthread", **options: Any) -> Service:
+        directory = tmp_path / f"service{len(made)}"
+        directory.mkdir()
+        service = Service(directory, worker_class, **options)
+        made.append(service)
+        return service
+
+    yield make
+    failed = getattr(request.node, "failed", False)
+    for service in made:
+        if failed:
+            print(f"--- log of {service.name}\n{service.log()}")
+        service.clean_up()
+
+
+@pytest.fixture
+def service(make_service: Callable[..., Service], worker_class: str) -> Service:
+    """A service that is not started yet, for each worker class."""
+    return make_service(worker_class)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome: Any = yield
+    if outcome.get_result().failed:
+        item.failed = True  # type: ignore[attr-defined]

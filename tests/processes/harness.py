@@ -1,0 +1,292 @@
+"""A real gunicorn with zdd_web, in a directory of its own, for one test.
+
+Nothing here sleeps in order to synchronise: every wait polls for a fact (a log line, a board, a port, a process's end)
+and gives up at a deadline with the server's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zdd_web.board import Snapshot
+from zdd_web.cli import service as finder
+from zdd_web.cli.rehearse.load import Load, LoadThread
+from zdd_web.cli.rehearse.report import Sample
+
+T = TypeVar("T")
+
+#: Generous, for a noisy machine; nothing waits this long when all is well.
+PATIENCE = 30.0
+
+APP = """
+    import os, signal, sys, time
+    import zdd_web
+    from zdd_web.wsgi import ProbeMiddleware
+
+    VERSION = "1"
+
+    def app(environ, start_response):
+        path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
+        seconds = float(query.partition("=")[2] or 0)
+        if path == "/slow":
+            time.sleep(seconds)
+        elif path == "/job":
+            zdd_web.background.go(job, seconds, name="job")
+        elif path == "/crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif path == "/upload":
+            size = 0
+            while chunk := environ["wsgi.input"].read(1024):
+                size += len(chunk)
+        body = f"{VERSION} {zdd_web.generation()} {os.getpid()}".encode()
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    def job(seconds):
+        time.sleep(seconds)
+        print("job finished", file=sys.stderr, flush=True)
+
+    app = ProbeMiddleware(app)
+"""
+
+CONF = """
+    from zdd_web.gunicorn import install
+    install(globals(), {settings})
+"""
+
+
+def until(what: str, probe: Callable[[], T | None], service: Service | None = None, patience: float = PATIENCE) -> T:
+    """Return the first true value of `probe()`; fail with the server's log at the deadline."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = probe()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {patience:g} s for {what}" + (f"\n{service.log()}" if service else ""))
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of the harness's app: `version generation pid`."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+
+    @property
+    def version(self) -> str:
+        return self.body.split()[0]
+
+    @property
+    def generation(self) -> int:
+        return int(self.body.split()[1])
+
+    @property
+    def pid(self) -> int:
+        return int(self.body.split()[2])
+
+
+class Service:
+    """One gunicorn service; see the module's text."""
+
+    def __init__(self, directory: Path, worker_class: str = "gthread", workers: int = 2, **settings: Any) -> None:
+        self.directory = directory
+        self.marker = f"test-{uuid.uuid4().hex[:12]}"
+        self.name = self.marker
+        self.pid_file = directory / "service.pid"
+        self.log_file = directory / "log"
+        self.worker_class, self.workers, self.settings = worker_class, workers, settings
+        self.arguments: list[str] = []
+        self.environ: dict[str, str] = {}
+        self.launcher = [sys.executable, "-m", "gunicorn"]
+        self.target = ["app:app"]
+        self.bind: str | None = "127.0.0.1:0"
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.write_app(APP)
+        self.write_conf(CONF)
+
+    # -- what runs
+
+    def write_app(self, text: str) -> None:
+        (self.directory / "app.py").write_text(textwrap.dedent(text))
+
+    def deploy(self, version: str, *, at_import: str = "") -> None:
+        """Put new code on disk; `at_import` is a statement that runs when it is imported."""
+        text = textwrap.dedent(APP).replace('VERSION = "1"', f'VERSION = "{version}"\n{at_import}\n')
+        (self.directory / "app.py").write_text(text)
+
+    def write_conf(self, text: str) -> None:
+        settings = ", ".join(f"{key}={value!r}" for key, value in {"name": self.name, **self.settings}.items())
+        (self.directory / "gunicorn.conf.py").write_text(textwrap.dedent(text).replace("{settings}", settings))
+
+    def command(self) -> list[str]:
+        threads = ["--threads", "4"] if self.worker_class == "gthread" else []
+        return [
+            *self.launcher, *self.target, *(["--bind", self.bind] if self.bind else []), "--workers", str(self.workers),
+            "--worker-class", self.worker_class, *threads, "--pid", str(self.pid_file), "--no-control-socket",
+            *self.arguments,
+        ]  # fmt: skip
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start gunicorn and return at once."""
+        environ = {**os.environ, "ZDD_TEST_MARKER": self.marker, "PYTHONDONTWRITEBYTECODE": "1", **self.environ}
+        environ.pop("PWD", None)
+        command = self.command()
+        if not _knows_control_socket():
+            command.remove("--no-control-socket")
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.directory, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        return self.process
+
+    def start(self) -> Service:
+        """Start gunicorn and wait until its first generation serves."""
+        process = self.spawn()
+        until("phase.serving", lambda: self.matches(r"event=phase\.serving") or process.poll() is not None, self)
+        assert process.poll() is None, self.log()
+        match = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", self.log())
+        assert match, self.log()
+        self.port = int(match[1])
+        return self
+
+    # -- what it says
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def matches(self, pattern: str) -> list[str]:
+        return re.findall(f".*{pattern}.*", self.log())
+
+    def wait_for(self, pattern: str, times: int = 1, patience: float = PATIENCE) -> str:
+        """Wait until that many log lines match; return the last one."""
+        found = until(
+            f"{times} x {pattern!r}",
+            lambda: lines if len(lines := self.matches(pattern)) >= times else None,
+            self,
+            patience,
+        )
+        return found[times - 1]
+
+    def generations(self) -> list[finder.Generation]:
+        return [each for each in finder.generations() if each.board.header.name == self.name]
+
+    def in_office(self) -> finder.Generation:
+        return until("a generation in office", lambda: (found := self.generations()) and finder.in_office(found), self)
+
+    def snapshot(self) -> Snapshot:
+        return self.in_office().snapshot()
+
+    @property
+    def pid(self) -> int:
+        """The pid of the master in office."""
+        return self.in_office().pid
+
+    # -- what is done to it
+
+    def signal(self, sig: signal.Signals, pid: int | None = None) -> None:
+        os.kill(pid or self.pid, sig)
+
+    def upgrade(self, expect: str = "upgrade.committed") -> str:
+        """Send SIGUSR2 and wait for the line that ends it."""
+        times = len(self.matches(rf"event={re.escape(expect)}")) + 1
+        self.signal(signal.SIGUSR2)
+        return self.wait_for(rf"event={re.escape(expect)}", times)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `zdd-web`."""
+        return subprocess.run(
+            [sys.executable, "-m", "zdd_web.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def get(self, path: str = "/", timeout: float = PATIENCE, **headers: str) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            return Reply(response.status, dict(response.getheaders()), response.read().decode())
+        finally:
+            connection.close()
+
+    def is_open(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(PATIENCE)
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @contextlib.contextmanager
+    def under_load(self, clients: int = 16, paths: tuple[str, ...] = ("/",)) -> Iterator[LoadThread]:
+        """Load with new and kept connections; every sample is in `load.samples` afterwards."""
+        load = LoadThread(Load("127.0.0.1", self.port, paths, clients, 0.5, 0.02, 20.0))
+        with load:
+            answered_from(load, 50)
+            yield load
+
+    def stop(self, status: int | None = 0) -> None:
+        """Send SIGTERM to the master in office and wait until the service is gone."""
+        self.signal(signal.SIGTERM)
+        until("the end of all processes", lambda: not self.processes(), self)
+        if status is not None and self.process is not None:
+            assert self.process.wait() == status, self.log()
+
+    def processes(self) -> list[int]:
+        """The pids of everything this service has started and that still runs; zombies do not."""
+        found = []
+        needle = f"ZDD_TEST_MARKER={self.marker}".encode()
+        if self.process is not None:
+            self.process.poll()
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            try:
+                if needle in Path(f"/proc/{entry}/environ").read_bytes():
+                    found.append(int(entry))
+            except OSError:
+                continue
+        return found
+
+    def clean_up(self) -> None:
+        """Kill what is left."""
+        for _ in range(50):
+            left = self.processes()
+            if not left:
+                break
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        if self.process is not None:
+            self.process.wait()
+
+
+def answered_from(load: LoadThread, count: int) -> None:
+    """Wait until the load has that many more answers."""
+    target = len(load.samples) + count
+    until(f"{count} answers", lambda: len(load.samples) >= target)
+
+
+def lost(load: LoadThread) -> list[Sample]:
+    """The requests that were not answered completely."""
+    return [sample for sample in load.samples if sample.outcome.lost]
+
+
+def _knows_control_socket() -> bool:
+    from gunicorn.config import make_settings
+
+    return "control_socket" in make_settings()

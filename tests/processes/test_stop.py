@@ -1,0 +1,208 @@
+"""SIGTERM: what a stop does to requests, background work and probes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.processes.harness import Service, answered_from, lost, until
+
+
+def configure(service: Service, **settings: object) -> Service:
+    service.settings.update(settings)
+    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
+    return service
+
+
+def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
+    service.start()
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(service.get, "/slow?seconds=2")
+        until("the request", lambda: service.snapshot().in_flight == 1, service)
+        service.signal(signal.SIGTERM)
+        assert reply.result().status == 200
+    until("the end", lambda: not service.processes(), service)
+    assert service.process.wait() == 0
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+
+
+def test_what_waits_in_the_accept_queue_is_answered(service: Service):
+    service.start()
+    # More connections than workers and threads: the rest waits in the kernel.
+    with ThreadPoolExecutor(20) as pool:
+        replies = [pool.submit(service.get, "/slow?seconds=0.3") for _ in range(20)]
+        busy = 2 if service.worker_class == "sync" else 8
+        until("busy workers", lambda: service.snapshot().in_flight >= busy, service)
+        until("all connections", lambda: connected_to(service.port) >= 20, service)
+        service.signal(signal.SIGTERM)
+        assert [reply.result().status for reply in replies] == [200] * 20
+    until("the end", lambda: not service.processes(), service)
+
+
+def connected_to(port: int) -> int:
+    """Count the established connections to a port, from the server's side."""
+    local = f":{port:04X}"
+    with open("/proc/net/tcp") as table:
+        rows = [line.split() for line in table.readlines()[1:]]
+    return sum(row[1].endswith(local) and row[3] == "01" for row in rows)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP])
+def test_background_work_is_finished(service: Service, sig: signal.Signals):
+    # Longer than gunicorn's own patience with a silent worker, so the heartbeat must go on.
+    service.arguments = ["--timeout", "2"]
+    configure(service, recycle_timeout=20).start()
+    worker = service.get("/job?seconds=5").pid
+    service.signal(sig)
+    service.wait_for("event=background.waiting")
+    service.wait_for("job finished")
+    until("the worker's end", lambda: worker not in service.processes(), service)
+    assert not service.matches("WORKER TIMEOUT")
+    if sig is signal.SIGTERM:
+        until("the end", lambda: not service.processes(), service)
+        assert service.process.wait() == 0
+    else:
+        service.stop()
+
+
+def test_background_work_past_the_deadline_is_named_and_the_status_tells(service: Service):
+    configure(service, grace_period=3).start()
+    service.get("/job?seconds=600")
+    service.signal(signal.SIGTERM)
+    line = service.wait_for("event=background.abandoned")
+    assert "name=job" in line
+    assert "age=" in line
+    until("the end", lambda: not service.processes(), service)
+    assert service.process.wait() == 1
+
+
+def test_a_request_past_the_deadline_is_cut_and_the_status_tells(service: Service):
+    configure(service, grace_period=2).start()
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(service.get, "/slow?seconds=600")
+        until("the request", lambda: service.snapshot().in_flight == 1, service)
+        service.signal(signal.SIGTERM)
+        line = service.wait_for("event=drain.abandoned")
+        with pytest.raises((ConnectionError, OSError)):
+            reply.result()
+    assert "requests=1" in line
+    until("the end", lambda: not service.processes(), service)
+    assert service.process.wait() == 1
+
+
+def test_lame_duck_accepts_everything_while_readiness_is_503(service: Service):
+    configure(service, drain_delay=20, grace_period=30).start()
+    with service.under_load() as load:
+        service.signal(signal.SIGTERM)
+        service.wait_for("event=phase.lame_duck")
+        ready = service.get("/readyz")
+        assert (ready.status, ready.body) == (503, "lame_duck\n")
+        assert ready.headers["Retry-After"]
+        assert service.get("/healthz").status == 503
+        assert service.get("/livez").status == 200
+        answered_from(load, 100)
+        assert service.get("/").headers["Connection"] == "close"
+    assert lost(load) == []
+    # The second one skips the rest.
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.draining")
+    until("the end", lambda: not service.processes(), service)
+    assert service.process.wait() == 0
+
+
+def test_a_worker_that_dies_in_the_lame_duck_is_replaced(service: Service):
+    configure(service, drain_delay=20, grace_period=30).start()
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.lame_duck")
+    victim = service.get().pid
+    os.kill(victim, signal.SIGKILL)
+    until(
+        "two serving workers without the victim",
+        lambda: [w.state.label for w in service.snapshot().workers if w.pid != victim] == ["serving"] * 2,
+        service,
+    )
+    service.signal(signal.SIGTERM)
+    until("the end", lambda: not service.processes(), service)
+
+
+def test_workers_signalled_with_the_group_leave_when_their_master_says_so(service: Service):
+    configure(service, drain_delay=20, grace_period=30).start()
+    workers = [worker.pid for worker in service.snapshot().workers]
+    with service.under_load() as load:
+        for pid in [service.pid, *workers]:
+            os.kill(pid, signal.SIGTERM)
+        service.wait_for("event=phase.lame_duck")
+        answered_from(load, 200)
+        assert [worker.pid for worker in service.snapshot().workers] == workers
+    assert lost(load) == []
+    service.signal(signal.SIGTERM)
+    until("the end", lambda: not service.processes(), service)
+
+
+def test_a_worker_that_alone_is_signalled_leaves_and_is_replaced(service: Service):
+    service.start()
+    victim = service.get().pid
+    with service.under_load() as load:
+        os.kill(victim, signal.SIGTERM)
+        until("the worker's end", lambda: victim not in service.processes(), service)
+        answered_from(load, 50)
+    assert lost(load) == []
+    until("two workers", lambda: [w.state.label for w in service.snapshot().workers] == ["serving"] * 2, service)
+    service.stop()
+
+
+def test_a_killed_master_leaves_no_port_open(service: Service):
+    service.start()
+    service.signal(signal.SIGKILL)
+    until("the workers' end", lambda: not service.processes(), service)
+    assert not service.is_open()
+
+
+def test_a_killed_master_leaves_no_worker_that_hangs_at_import(service: Service):
+    service.deploy("1", at_import="time.sleep(600)")
+    process = service.spawn()
+    service.wait_for("Booting worker", times=2)
+    until("boards", service.generations, service)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until("the workers' end", lambda: not service.processes(), service)
+
+
+def test_stop_while_booting_ends_soon(service: Service):
+    service.deploy("1", at_import="time.sleep(600)")
+    process = service.spawn()
+    service.wait_for("Booting worker", times=2)
+    os.kill(process.pid, signal.SIGTERM)
+    service.wait_for("event=phase.draining")
+    until("the end", lambda: not service.processes(), service)
+    assert not service.pid_file.exists()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
+def test_sigint_and_sigquit_stop_now(service: Service, sig: signal.Signals):
+    service.start()
+    service.signal(sig)
+    until("the end", lambda: not service.processes(), service)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+
+
+def test_an_upload_in_hand_is_finished(service: Service):
+    service.start()
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 3000\r\n\r\n" + b"x" * 1000)
+        until("the request", lambda: service.snapshot().in_flight == 1, service)
+        service.signal(signal.SIGTERM)
+        service.wait_for("event=phase.draining")
+        client.sendall(b"x" * 2000)
+        answer = b""
+        while data := client.recv(4096):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"Connection: close" in answer
+    until("the end", lambda: not service.processes(), service)

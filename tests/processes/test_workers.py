@@ -1,0 +1,143 @@
+"""Workers that come and go: slots, replacement, reload."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from tests.processes.harness import Service, answered_from, lost, until
+from zdd_web import proc
+from zdd_web.board import WorkerState
+
+
+def serving(service: Service) -> list[int]:
+    return [w.pid for w in service.snapshot().workers if w.state is WorkerState.SERVING and not w.retiring]
+
+
+def settled(service: Service, count: int) -> list[int]:
+    """Wait until exactly that many workers exist, all serving, and return their pids."""
+
+    def found() -> list[int] | None:
+        pids = serving(service)
+        return pids if len(pids) == len(service.snapshot().workers) == count else None
+
+    return until(f"{count} serving workers", found, service)
+
+
+def test_slots_are_reused_and_name_live_processes(service: Service):
+    service.start()
+    with service.under_load() as load:
+        for change, count in ((signal.SIGTTIN, 3), (signal.SIGTTIN, 4), (signal.SIGTTOU, 3), (signal.SIGTTOU, 2)):
+            service.signal(change)
+            settled(service, count)
+        for _ in range(3):
+            before = settled(service, 2)
+            service.signal(signal.SIGHUP)
+            until(
+                "new workers", lambda old=before: not set(old) & set(serving(service)) and settled(service, 2), service
+            )
+        answered_from(load, 50)
+    assert lost(load) == []
+    board = service.in_office().board
+    used = [slot.base for slot in board.slots() if slot.state != WorkerState.FREE]
+    # Sixteen workers have been here; the two that are left stand in the first few places.
+    assert max(used) < board.slot(6).base
+    for worker in service.snapshot().workers:
+        assert proc.alive(worker.pid, worker.start)
+    service.stop()
+
+
+def test_a_crashed_worker_is_replaced_and_its_slot_freed(service: Service):
+    service.start()
+    before = settled(service, 2)
+    os.kill(before[0], signal.SIGKILL)
+    until("a replacement", lambda: before[0] not in serving(service) and len(serving(service)) == 2, service)
+    assert before[1] in settled(service, 2)
+    service.stop()
+
+
+def test_max_requests_replaces_workers_without_a_lost_request(service: Service):
+    service.arguments = ["--max-requests", "50"]
+    service.start()
+    first = settled(service, 2)
+    with service.under_load() as load:
+        until("recycled workers", lambda: len(service.matches("event=worker.recycled")) >= 4, service)
+        answered_from(load, 50)
+    assert lost(load) == []
+    assert not set(first) & set(settled(service, 2))
+    service.stop()
+
+
+def test_reload_brings_new_code_without_a_stall(service: Service):
+    service.start()
+    service.deploy("2", at_import="time.sleep(1)")
+    with service.under_load() as load:
+        service.signal(signal.SIGHUP)
+        until("version 2", lambda: service.get().version == "2", service)
+        settled(service, 2)
+        answered_from(load, 50)
+    assert lost(load) == []
+    assert service.snapshot().generation == 1
+    service.stop()
+
+
+def test_reload_with_broken_code_is_refused_and_the_old_workers_go_on(service: Service):
+    service.start()
+    before = settled(service, 2)
+    service.deploy("2", at_import="raise RuntimeError('boom at import')")
+    service.signal(signal.SIGHUP)
+    line = service.wait_for("event=refused signal=HUP")
+    assert "boom at import" in line
+    assert settled(service, 2) == before
+    conf = service.directory / "gunicorn.conf.py"
+    good = conf.read_text()
+    conf.write_text("workers = (\n")
+    service.signal(signal.SIGHUP)
+    assert "SyntaxError" in service.wait_for("event=refused signal=HUP", times=2)
+    assert settled(service, 2) == before
+    conf.write_text(good)
+    service.deploy("3")
+    service.signal(signal.SIGHUP)
+    until("version 3", lambda: service.get().version == "3", service)
+    service.stop()
+
+
+def test_broken_code_on_disk_does_not_end_a_generation_that_has_served(service: Service):
+    service.start()
+    service.deploy("2", at_import="raise RuntimeError('boom at import')")
+    before = settled(service, 2)
+    os.kill(before[0], signal.SIGKILL)
+    service.wait_for("event=worker.boot_failed", times=2)
+    assert serving(service) == [before[1]]
+    assert service.get().version == "1"
+    service.deploy("3")
+    assert before[1] in settled(service, 2)
+    service.stop()
+
+
+def test_probes_answer_on_the_apps_port(service: Service):
+    service.start()
+    for path in ("/livez", "/readyz", "/healthz", "/readyz/"):
+        reply = service.get(path)
+        assert (reply.status, reply.body) == (200, "ok\n"), path
+        assert reply.headers["Cache-Control"] == "no-store"
+    service.stop()
+
+
+def test_a_request_in_flight_is_counted_and_counted_out(service: Service):
+    from concurrent.futures import ThreadPoolExecutor
+
+    service.start()
+    requests = sum(worker.requests for worker in service.snapshot().workers)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(service.get, "/slow?seconds=1")
+        until("the request", lambda: service.snapshot().in_flight == 1, service)
+        reply.result()
+    until("its end", lambda: service.snapshot().in_flight == 0, service)
+    assert sum(worker.requests for worker in service.snapshot().workers) == requests + 1
+    began = time.monotonic()
+    service.get("/job?seconds=1")
+    until("the task", lambda: service.snapshot().tasks == 1 or time.monotonic() - began > 5, service)
+    until("its end", lambda: service.snapshot().tasks == 0, service)
+    service.stop()

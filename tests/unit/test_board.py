@@ -1,0 +1,389 @@
+"""The board: what one process writes another reads, whatever is on it and whoever wrote it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.forks import in_child, spawn, status_of
+from zdd_web.board import (
+    LAYOUT,
+    MAGIC,
+    WORD,
+    Board,
+    Header,
+    Slot,
+    Snapshot,
+    Text,
+    UpgradeState,
+    Word,
+    WorkerState,
+    WorkerView,
+)
+from zdd_web.errors import BoardError
+from zdd_web.lifecycle import Phase
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.create("unit", slots=3)
+    yield board
+    board.close()
+
+
+@pytest.fixture
+def memfd() -> Iterator[int]:
+    """A descriptor of memory that nobody has made a board of yet."""
+    fd = os.memfd_create("unit", os.MFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+# -- round trips
+
+
+def test_board_is_found_by_the_name_of_its_memfd(board: Board) -> None:
+    assert os.readlink(f"/proc/self/fd/{board.fd}") == "/memfd:zdd_web:unit (deleted)"
+    assert not os.get_inheritable(board.fd)
+
+
+def test_new_board_boots_and_has_no_workers(board: Board) -> None:
+    snapshot = board.snapshot()
+    assert (snapshot.name, snapshot.phase, snapshot.workers) == ("unit", Phase.BOOTING, ())
+    assert (snapshot.successor_phase, snapshot.upgrade_state) == (None, UpgradeState.NONE)
+    assert board.worker_pids() == []
+
+
+def test_private_board_serves() -> None:
+    board = Board.private("alone")
+    snapshot = board.snapshot()
+    assert (snapshot.name, snapshot.generation, snapshot.phase) == ("alone", 1, Phase.SERVING)
+    assert (snapshot.master_pid, snapshot.workers, board.fd) == (os.getpid(), (), -1)
+    board.close()
+
+
+def test_every_word_of_the_header_has_a_place_of_its_own(board: Board) -> None:
+    board.header.name = "n" * 128
+    board.header.upgrade_reason = "r" * 1024
+    plain = [field for field in Snapshot.__dataclass_fields__ if isinstance(vars(Header).get(field), Word)]
+    numbers = {field: 1_000 + at for at, field in enumerate(sorted(plain))}
+    numbers |= {"phase": Phase.RETIRING, "successor_phase": Phase.SERVING, "upgrade_state": UpgradeState.FAILED}
+    for field, number in numbers.items():
+        setattr(board.header, field, number)
+    snapshot = dataclasses.asdict(board.snapshot())
+    assert {field: snapshot[field] for field in numbers} == numbers
+    assert (snapshot["name"], snapshot["upgrade_reason"]) == ("n" * 128, "r" * 1024)
+
+
+def test_fields_of_a_record_do_not_overlap() -> None:
+    for record in (Header, Slot):
+        taken: list[int] = []
+        for descriptor in vars(record).values():
+            if isinstance(descriptor, Text):
+                assert descriptor.size % WORD == 0
+                taken += range(descriptor.index, descriptor.index + 2 + descriptor.size // WORD)
+            elif isinstance(descriptor, Word):
+                taken.append(descriptor.index)
+        assert len(taken) == len(set(taken))
+        assert max(taken) < record.WORDS
+
+
+def test_worker_says_all_there_is_to_say(board: Board) -> None:
+    slot = board.claim(7)
+    slot.pid, slot.start, slot.state, slot.retire = 4711, 99, WorkerState.SERVING, 1
+    slot.in_flight, slot.requests, slot.tasks = 2, 300, 4
+    slot.error = "ImportError: no module named 'shöp'"
+    assert board.snapshot().workers == (
+        WorkerView(
+            pid=4711,
+            start=99,
+            age=7,
+            state=WorkerState.SERVING,
+            retiring=True,
+            in_flight=2,
+            requests=300,
+            tasks=4,
+            error="ImportError: no module named 'shöp'",
+        ),
+    )
+
+
+def test_snapshot_sums_what_its_workers_have_in_hand_oldest_first(board: Board) -> None:
+    for age, in_flight, tasks in ((2, 3, 0), (1, 1, 5)):
+        slot = board.claim(age)
+        slot.in_flight, slot.tasks = in_flight, tasks
+    snapshot = board.snapshot()
+    assert [worker.age for worker in snapshot.workers] == [1, 2]
+    assert (snapshot.in_flight, snapshot.tasks) == (4, 5)
+
+
+def test_snapshot_stays_what_it_was(board: Board) -> None:
+    snapshot = board.snapshot()
+    board.header.phase = Phase.SERVING
+    assert snapshot.phase is Phase.BOOTING
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        snapshot.phase = Phase.SERVING  # type: ignore[misc]
+
+
+def test_numbers_on_the_board_are_forever() -> None:
+    assert {state.label: int(state) for state in WorkerState} == {
+        "free": 0,
+        "booting": 1,
+        "ready": 2,
+        "serving": 3,
+        "leaving": 4,
+    }
+    assert {state.name: int(state) for state in UpgradeState} == {
+        "NONE": 0,
+        "BOOTING": 1,
+        "COMMITTING": 2,
+        "DONE": 3,
+        "FAILED": 4,
+        "REFUSED": 5,
+    }
+
+
+# -- slots
+
+
+def test_slots_are_claimed_freed_and_reused_clean(board: Board) -> None:
+    first, second = board.claim(1), board.claim(2)
+    assert first.base != second.base
+    first.pid, first.start, first.in_flight, first.tasks, first.error = 4711, 5, 3, 2, "it broke"
+    first.retire, first.retire_deadline = 1, 12
+    first.state = WorkerState.FREE
+    again = board.claim(3)
+    assert again.base == first.base
+    assert board.snapshot().workers[-1] == WorkerView(
+        pid=0,
+        start=0,
+        age=3,
+        state=WorkerState.BOOTING,
+        retiring=False,
+        in_flight=0,
+        requests=0,
+        tasks=0,
+        error="",
+    )
+    assert again.retire_deadline == 0
+
+
+def test_full_board_refuses_a_worker_and_says_what_to_do(board: Board) -> None:
+    claimed = [board.claim(age) for age in range(3)]
+    with pytest.raises(BoardError, match="all 3 slots of the board are taken: run fewer workers"):
+        board.claim(3)
+    claimed[1].state = WorkerState.FREE
+    assert board.claim(4).base == claimed[1].base
+
+
+def test_worker_pids_leaves_out_who_has_not_said_its_pid(board: Board) -> None:
+    board.claim(1)
+    slot = board.claim(2)
+    slot.pid, slot.start = 4711, 99
+    assert board.worker_pids() == [(4711, 99)]
+
+
+# -- across processes
+
+
+def test_child_writes_its_slot_and_the_parent_reads_it(board: Board) -> None:
+    slot = board.claim(1)
+
+    def work() -> None:
+        slot.pid, slot.in_flight, slot.error = os.getpid(), 3, "said by the child"
+        slot.state = WorkerState.LEAVING
+
+    pid = spawn(work)
+    assert status_of(pid) == 0
+    (worker,) = board.snapshot().workers
+    assert (worker.pid, worker.in_flight, worker.error) == (pid, 3, "said by the child")
+    assert worker.state is WorkerState.LEAVING
+
+
+def test_reader_never_gets_half_of_one_text_and_half_of_another(board: Board) -> None:
+    texts = {"a" * 1000, "b" * 700}
+    board.header.upgrade_reason = "a" * 1000
+    board.header.phase = Phase.SERVING
+
+    def write() -> None:
+        while board.header.phase != Phase.STOPPED:
+            for text in texts:
+                board.header.upgrade_reason = text
+
+    pid = spawn(write)
+    try:
+        seen = {board.header.upgrade_reason for _ in range(5_000)}
+    finally:
+        board.header.phase = Phase.STOPPED
+        assert status_of(pid) == 0
+    assert seen - {""} <= texts
+
+
+def test_descriptor_opens_the_same_board_in_another_process(board: Board) -> None:
+    def read() -> object:
+        other = Board.open(board.fd, writable=True)
+        found = [other.header.generation, other.snapshot().name]
+        other.header.generation = 6
+        return found
+
+    board.header.generation = 5
+    assert in_child(read) == [5, "unit"]
+    assert board.header.generation == 6
+
+
+def test_board_opened_to_read_cannot_be_written(board: Board) -> None:
+    board.claim(1)
+    reader = Board.open(board.fd)
+    slot = reader.slot(0)
+    for attempt in (
+        lambda: setattr(reader.header, "phase", Phase.SERVING),
+        lambda: setattr(reader.header, "name", "mine"),
+        lambda: setattr(slot, "retire", 1),
+        lambda: reader.claim(2),
+    ):
+        with pytest.raises(TypeError, match="read-only"):
+            attempt()
+    assert board.snapshot() == reader.snapshot()
+    del slot
+    reader.close()
+
+
+# -- texts
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("", ""),
+        ("x" * 128, "x" * 128),
+        ("x" * 129, "x" * 128),
+        ("x" * 127 + "é", "x" * 127 + "\N{REPLACEMENT CHARACTER}"),
+        ("\udcff", "?"),
+    ],
+)
+def test_text_is_cut_to_its_field(board: Board, text: str, read: str) -> None:
+    board.header.name = text
+    assert board.header.name == read
+
+
+@given(texts=st.lists(st.text(st.characters(), max_size=60), min_size=1))
+def test_text_of_any_characters_is_read_as_it_was_written_or_cut(texts: list[str]) -> None:
+    board = Board.private()
+    for text in texts:
+        board.header.name = text
+        data = text.encode("utf-8", "replace")
+        assert board.header.name == data[:128].decode("utf-8", "replace")
+        assert board.header.master_pid == os.getpid()
+    board.close()
+
+
+def test_writer_that_died_within_a_text_costs_the_text_and_not_the_numbers(board: Board) -> None:
+    board.header.upgrade_reason, board.header.upgrades_failed = "half a tex", 3
+    slot = board.claim(1)
+    slot.error, slot.in_flight = "half an err", 2
+    for words, at in (
+        (board.header.words, Header.upgrade_reason.index),
+        (slot.words, slot.base + Slot.error.index),
+    ):
+        words[at] |= 1
+    snapshot = board.snapshot()
+    assert (snapshot.upgrade_reason, snapshot.upgrades_failed) == ("", 3)
+    assert (snapshot.workers[0].error, snapshot.workers[0].in_flight) == ("", 2)
+    board.header.upgrade_reason = "whole"
+    assert board.snapshot().upgrade_reason == "whole"
+    slot.state = WorkerState.FREE
+    board.claim(2).error = "whole too"
+    assert board.snapshot().workers[0].error == "whole too"
+
+
+def test_length_that_cannot_be_true_is_not_believed(board: Board) -> None:
+    board.header.upgrade_reason = "next"
+    board.header.name = "n" * 128
+    board.header.words[Header.name.index + 1] = 1 << 40
+    assert board.header.name == "n" * 128
+
+
+# -- what is no board of ours
+
+
+def test_what_is_no_board_is_refused(tmp_path: Path) -> None:
+    size = Header.WORDS * WORD
+    for content, said in (
+        (b"", "holds 0 bytes, too few for a board"),
+        (bytes(size - 1), f"holds {size - 1} bytes, too few"),
+        (bytes(size), "is no board of zdd_web"),
+        (bytes(size + 1), "is no board of zdd_web"),
+    ):
+        file = tmp_path / "foreign"
+        file.write_bytes(content)
+        with file.open("rb") as opened, pytest.raises(BoardError) as caught:
+            Board.open(opened.fileno())
+        assert said in str(caught.value)
+
+
+def test_board_with_more_slots_than_memory_is_refused(memfd: int) -> None:
+    os.ftruncate(memfd, (Header.WORDS + 2 * Slot.WORDS) * WORD)
+    os.pwrite(memfd, struct.pack("=5Q", MAGIC, LAYOUT, Header.WORDS, Slot.WORDS, 3), 0)
+    with pytest.raises(BoardError, match="is no board of zdd_web"):
+        Board.open(memfd)
+    os.pwrite(memfd, struct.pack("=5Q", MAGIC, LAYOUT, Header.WORDS, Slot.WORDS, 2), 0)
+    Board.open(memfd).close()
+
+
+def test_pipe_is_no_board() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(BoardError, match="too few for a board"):
+        Board.open(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_board_of_another_layout_gives_its_pids_and_nothing_else(memfd: int) -> None:
+    header_words, slot_words, slots = 700, 40, 4
+    os.ftruncate(memfd, (header_words + slots * slot_words) * WORD)
+    for at, numbers in (
+        (0, (MAGIC, LAYOUT + 1, header_words, slot_words, slots, 4700)),
+        (header_words, (4711, 5)),
+        (header_words + 2 * slot_words, (4712, 6)),
+    ):
+        os.pwrite(memfd, struct.pack(f"={len(numbers)}Q", *numbers), at * WORD)
+    reader = Board.open(memfd)
+    assert reader.header.master_pid == 4700
+    assert reader.worker_pids() == [(4711, 5), (4712, 6)]
+    with pytest.raises(BoardError, match=f"the board has layout {LAYOUT + 1}, this zdd_web reads {LAYOUT}"):
+        reader.snapshot()
+    reader.close()
+
+
+# -- the end
+
+
+def test_closed_board_is_gone_and_can_be_closed_again(board: Board) -> None:
+    fd = board.fd
+    board.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    with pytest.raises(ValueError, match="released memoryview"):
+        _ = board.header.phase
+    board.close()
+
+
+def test_slot_that_is_still_held_survives_the_close(board: Board) -> None:
+    slot = board.claim(1)
+    board.close()
+    slot.in_flight = 3
+    assert slot.in_flight == 3
+
+
+def test_closing_a_reader_leaves_the_descriptor_to_its_owner(board: Board) -> None:
+    reader = Board.open(board.fd)
+    reader.close()
+    assert os.fstat(board.fd).st_size > 0
+    assert board.snapshot().name == "unit"
