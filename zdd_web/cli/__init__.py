@@ -20,7 +20,7 @@ from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import ServiceNotFound
 
 #: The end of a failed generation's log that `upgrade` prints.
-LOG_LINES = 20
+LOG_LINES = 60
 
 
 @click.group()

@@ -74,6 +74,7 @@ class Master:
         self._boot_log = -1
         self._prepared = ""
         self._abandoned = 0
+        self._halting = False
         self._upgrade_when_in_office = False
         self._stopping_since = clock.NEVER
         process.attach(self.board, None, settings)
@@ -137,6 +138,8 @@ class Master:
             self._follow_proof(self.proof)
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self._move(Event.LAME_DUCK_OVER)
+        if self._settled():
+            self.roster.booted()
 
     def _move(self, event: Event, **fields: Any) -> None:
         since = self.header.phase_since
@@ -148,8 +151,7 @@ class Master:
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
             self._abandoned += gone.abandoned
-            if gone.state not in (WorkerState.BOOTING, WorkerState.READY):
-                self.roster.booted()
+            if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
             reason = f"worker {gone.pid} ended before it served" + (f": {gone.error}" if gone.error else "")
             if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
@@ -160,8 +162,8 @@ class Master:
                 self.emit(
                     "worker.boot_failed",
                     logging.ERROR,
-                    pid=pid,
-                    error=error or "no reason given",
+                    pid=gone.pid,
+                    error=gone.error or "no reason given",
                     retry_in=wait,
                 )
 
@@ -474,7 +476,16 @@ class Master:
                 if found is not None:
                     killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
                     child.reaped(found.si_status if killed else found.si_status << 8)
-        self._gunicorn_reap()
+        while True:
+            try:
+                self._gunicorn_reap()
+                return
+            except HaltServer:
+                # A second worker that could not boot would interrupt the halt that the first one began, and leave
+                # the pid file behind (arbiter.py:681, called from stop()).
+                if not self._halting:
+                    self._halting = True
+                    raise
 
     # -- in the children
 

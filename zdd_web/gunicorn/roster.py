@@ -74,6 +74,7 @@ class Gone:
     state: WorkerState
     error: str
     abandoned: int
+    told: bool
 
 
 @dataclass
@@ -122,7 +123,11 @@ class Roster:
         for place in [p for p in self._places if self._server.WORKERS.get(p.worker.pid) is not p.worker]:
             self._places.remove(place)
             slot = place.slot
-            gone.append(Gone(slot.pid or place.worker.pid, WorkerState(slot.state), slot.error, slot.abandoned))
+            gone.append(
+                Gone(
+                    slot.pid or place.worker.pid, WorkerState(slot.state), slot.error, slot.abandoned, bool(slot.retire)
+                )
+            )
             slot.pid = 0
             slot.state = WorkerState.FREE
         return gone

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gunicorn.errors import AppImportError
+
 from zdd_web import clock, log, proc, process, waitgroup
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat
@@ -87,8 +89,8 @@ class WorkerSide:
 
     def _boot_failed(self, error: BaseException) -> None:
         self.slot.error = f"{type(error).__name__}: {error}"
-        if self.boot_log is not None:
-            # gunicorn logs some of these at debug only (arbiter.py:756).
+        if self.boot_log is not None and isinstance(error, (SystemExit, AppImportError)):
+            # gunicorn logs these at debug only, or not at all (arbiter.py:754-757); the others it logs itself.
             self.boot_log.handle(
                 logging.LogRecord(
                     "zdd_web",

@@ -1,0 +1,167 @@
+"""`zdd-web upgrade`, `status` and `rehearse` against real services."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes.harness import CONF, Service, until
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_upgrade_succeeds_and_the_old_code_answers_no_more(service: Service):
+    service.start()
+    for number, by in ((2, ["--name", service.name]), (3, ["--pid-file", str(service.pid_file)]), (4, [])):
+        service.deploy(str(number))
+        done = service.run("upgrade", *(by or ["--pid", str(service.pid)]))
+        assert done.returncode == 0, done
+        assert f"generation {number} serves" in done.stdout
+        assert {service.get().version for _ in range(10)} == {str(number)}
+    service.stop()
+
+
+def test_upgrade_to_broken_code_fails_with_the_reason_and_the_log(service: Service):
+    service.start()
+    service.deploy("2", at_import="raise ImportError('boom at import')")
+    done = service.run("upgrade", "--name", service.name)
+    assert done.returncode == 1
+    assert "ImportError: boom at import" in done.stderr
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "generation 1 serves on" in done.stderr
+    service.stop()
+
+
+def test_upgrade_to_a_broken_configuration_shows_what_it_printed(service: Service):
+    service.start()
+    (service.directory / "gunicorn.conf.py").write_text("workers = (\n")
+    done = service.run("upgrade", "--name", service.name)
+    assert done.returncode == 1
+    assert "SyntaxError" in done.stderr
+    assert "Failed to read config file" in done.stderr
+    service.stop()
+
+
+def test_upgrade_is_refused_with_the_reason_when_the_service_is_stopping(service: Service):
+    service.settings.update(drain_delay=20, grace_period=30)
+    service.write_conf(CONF)
+    service.start()
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.lame_duck")
+    done = service.run("upgrade", "--name", service.name)
+    assert done.returncode == 1
+    assert "the generation is lame_duck" in done.stderr
+    service.signal(signal.SIGTERM)
+
+
+def test_status_shows_generations_and_workers(service: Service):
+    service.start()
+    service.upgrade()
+    until("the first generation's end", lambda: len(service.generations()) == 1, service)
+    shown = json.loads(service.run("status", "--name", service.name, "--json").stdout)
+    (generation,) = shown["generations"]
+    assert generation["generation"] == 2
+    assert generation["phase"] == "serving"
+    assert [worker["state"] for worker in generation["workers"]] == ["serving"] * 2
+    table = service.run("status", "--name", service.name).stdout
+    assert service.name in table
+    assert "2 of 2" in table
+    for worker in generation["workers"]:
+        assert str(worker["pid"]) in table
+    service.stop()
+
+
+def test_a_stale_pid_file_is_said_to_be_no_service(tmp_path: Path, service: Service):
+    service.start()
+    (tmp_path / "stale").write_text(f"{os.getpid()}\n")
+    done = service.run("upgrade", "--pid-file", str(tmp_path / "stale"))
+    assert done.returncode == 2
+    assert "is no gunicorn master with zdd_web" in done.stderr
+    service.stop()
+
+
+def rehearse(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", *arguments],
+        capture_output=True, text=True, timeout=200, cwd=ROOT, env={**os.environ, **environ}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("example", ["example_flask", "example_django"])
+def test_rehearsal_of_an_example_loses_nothing(tmp_path: Path, example: str, worker_class: str):
+    report = tmp_path / "report.json"
+    database = {"DATABASE_PATH": str(tmp_path / "db.sqlite3"), "WORKER_CLASS": worker_class}
+    paths = ["--path", "/", "--path", "/items"]
+    done = rehearse(example, "--upgrades", "2", "--clients", "16", "--json", str(report), *paths, **database)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = json.loads(report.read_text())
+    assert shown["lost"] == 0
+    assert shown["early_answers"] == 0
+    assert set(shown["generations"]) == {"1", "2", "3"}
+    assert shown["stop"]["exit_status"] == 0
+    assert "0 of " in done.stdout
+
+
+def test_rehearsal_touches_nothing_of_a_service_in_production(tmp_path: Path, make_service):
+    production = make_service("gthread")
+    conf = production.directory / "gunicorn.conf.py"
+    own = "bind = '127.0.0.1:{port}'\npidfile = {pid!r}\naccesslog = {log!r}\nerrorlog = {log!r}\nchdir = {here!r}\n"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    log = str(production.directory / "own.log")
+    text = own.format(port=port, pid=str(production.pid_file), log=log, here=str(production.directory))
+    conf.write_text(text + conf.read_text())
+    production.arguments = ["--bind", f"127.0.0.1:{port}", "--error-logfile", "-"]
+    production.bind = None
+    production.start()
+    pid, size = production.pid_file.read_text(), os.path.getsize(log) if os.path.exists(log) else 0
+    done = rehearse(str(conf), "--upgrades", "1", "--clients", "4", "--", "app:app")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert production.pid_file.read_text() == pid
+    assert (os.path.getsize(log) if os.path.exists(log) else 0) == size
+    assert production.snapshot().generation == 1
+    assert "pid = " in done.stdout
+    production.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("daemon = True", [], "sets daemon = True"),
+        ("reload = True", [], "sets reload = True"),
+        ("", ["--daemon"], "daemon is the rehearsal's own to set"),
+        ("", ["--bind", "0.0.0.0:80"], "bind is the rehearsal's own to set"),
+        ("", ["--no-such-option"], "--no-such-option"),
+        (None, [], "does not call zdd_web.gunicorn.install"),
+    ],
+)
+def test_what_a_rehearsal_cannot_hold_is_refused(make_service, text: str | None, arguments: list[str], said: str):
+    service = make_service("gthread")
+    conf = service.directory / "gunicorn.conf.py"
+    conf.write_text("" if text is None else f"{text}\n{conf.read_text()}")
+    done = rehearse(str(service.directory), "--", "app:app", *arguments)
+    assert done.returncode == 2, done.stdout
+    assert said in done.stderr
+
+
+def test_rehearsal_reports_losses_with_status_1(make_service):
+    # A service that drops what it has in hand: each worker kills itself at some request.
+    service = make_service("gthread")
+    conf = service.directory / "gunicorn.conf.py"
+    conf.write_text(f"chdir = {str(service.directory)!r}\n{conf.read_text()}")
+    app = (service.directory / "app.py").read_text()
+    crash = "count = 0\ndef crash_now():\n    global count\n    count += 1\n    return count > 200\n"
+    app = app.replace("def app(environ", crash + "\ndef app(environ").replace(
+        'if path == "/slow":', 'if crash_now():\n        os.kill(os.getpid(), signal.SIGKILL)\n    if path == "/slow":'
+    )
+    (service.directory / "app.py").write_text(app)
+    done = rehearse(str(service.directory), "--upgrades", "1", "--clients", "8", "--", "app:app")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "LOST" in done.stdout
