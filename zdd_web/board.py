@@ -175,6 +175,8 @@ class Slot(Record):
     tasks = Word(6)
     #: Background tasks that were given up at the deadline.
     abandoned = Word(7)
+    #: The worker has answered `max_requests` and asks for a replacement.
+    weary = Word(12)
     # command, written by the master only
     age = Word(8)
     retire = Word(9)

@@ -35,7 +35,7 @@ EVENTS = {
     "reload.started": "SIGHUP: a child process tries config and app",
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
-    "worker.recycled": "a worker leaves at max_requests; its replacement boots",
+    "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
     "background.waiting": "a leaving worker waits for its background work",
     "background.failed": "a background task raised",

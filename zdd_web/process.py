@@ -20,6 +20,8 @@ class Process:
 
     def __init__(self, board: Board, slot: Slot | None, settings: Settings) -> None:
         self.board, self.slot, self.settings = board, slot, settings
+        #: This worker alone is on its way out.
+        self.going = False
         self._lock = threading.Lock()
         # Bound once: these run on every request.
         self._words = board.header.words
@@ -38,7 +40,7 @@ class Process:
 
     def is_leaving(self) -> bool:
         """Whether replies should close their connection: the generation or this worker is on its way out."""
-        if self._words[_PHASE] in LEAVING:
+        if self.going or self._words[_PHASE] in LEAVING:
             return True
         return self._at >= 0 and bool(self._words[self._at + _RETIRE])
 
@@ -56,12 +58,13 @@ class Process:
         with self._lock:
             self._words[at + _IN_FLIGHT] += 1
 
-    def request_finished(self) -> None:
-        """Count a request out."""
+    def request_finished(self) -> int:
+        """Count a request out; return how many that makes."""
         at, words = self._at, self._words
         with self._lock:
             words[at + _IN_FLIGHT] -= 1
             words[at + _REQUESTS] += 1
+            return words[at + _REQUESTS]
 
     def say(self, state: WorkerState) -> None:
         """Write this worker's state on the board."""

@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 import re
 import select
+import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import gunicorn
 from gunicorn import sock
 from gunicorn.config import make_settings
+from gunicorn.workers import gthread
+from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.errors import SettingsError
 
@@ -35,9 +40,6 @@ def check_version(version: str = gunicorn.__version__) -> None:
 
 def check_worker_class(cfg: Any) -> None:
     """Raise `SettingsError` for a worker class whose drain and gate this package does not know."""
-    from gunicorn.workers.gthread import ThreadWorker
-    from gunicorn.workers.sync import SyncWorker
-
     if not issubclass(cfg.worker_class, (SyncWorker, ThreadWorker)):
         raise SettingsError(
             f"worker_class = {cfg.worker_class_str!r} is not supported: use one of {', '.join(WORKER_CLASSES)}"
@@ -115,6 +117,54 @@ def wake(worker: Any) -> None:
             os.write(worker.PIPE[1], b".")
         except BlockingIOError:
             pass
+
+
+class WindDown:
+    """How a gthread worker before 27.0.1 stops without dropping connections; asked once a turn of its loop.
+
+    Those close what they hold the moment they are told to stop: kept connections whose next request is on its way,
+    up to 23 even accepted ones that were not read yet. So the worker is not told at first: it stops accepting, its
+    replies close their connections, and only when none is left, or those that are left have been idle for as long as
+    27.0.1 lingers, the loop is ended.
+    """
+
+    LINGER = 2.0
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._since: float | None = None
+
+    @classmethod
+    def needed_by(cls, worker: Any) -> bool:
+        """Tell whether a worker keeps connections and does not linger by itself."""
+        return hasattr(worker, "nr_conns") and not hasattr(gthread, "STOP_KEEPALIVE_LINGER")
+
+    def over(self) -> bool:
+        """Stop accepting at the first call; tell whether the loop may be ended."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._stop_accepting()
+        return self._worker.nr_conns == 0 or time.monotonic() - self._since >= self.LINGER
+
+    def _stop_accepting(self) -> None:
+        worker = self._worker
+        if hasattr(worker, "set_accept_enabled"):
+            worker.set_accept_enabled(False)
+            # The loop would enable it again at its next turn (gthread.py:422).
+            worker.set_accept_enabled = lambda enabled: None
+            return
+        for listener in worker.sockets:
+            worker.poller.unregister(listener)
+
+
+def take_max_requests(worker: Any) -> int:
+    """Return after how many requests a worker wants to be replaced, and keep gunicorn from doing it on its own.
+
+    gunicorn ends such a worker's loop from inside a request, before there is another to take its place.
+    """
+    limit: int = worker.max_requests
+    worker.max_requests = sys.maxsize
+    return limit
 
 
 class _Decision:

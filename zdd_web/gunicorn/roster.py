@@ -45,7 +45,8 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     """Decide who comes and who goes.
 
     Capacity never falls by our own doing: a serving worker is retired only when `wanted` others serve. Workers from
-    before a reload are `outdated`: they are replaced, oldest first, as their successors pass the gate.
+    before a reload, and those that have answered `max_requests`, are `outdated`: they are replaced, oldest first, as
+    others pass the gate.
 
     >>> serving = WorkerState.SERVING
     >>> plan([Member(1, 1, serving, outdated=True), Member(2, 2, serving)], wanted=1, phase=Phase.SERVING)
@@ -112,7 +113,7 @@ class Roster:
                 age=place.worker.age,
                 state=WorkerState(place.slot.state),
                 told=bool(place.slot.retire),
-                outdated=place.worker.age <= self._current_age,
+                outdated=place.worker.age <= self._current_age or bool(place.slot.weary),
             )
             for place in self._places
         ]

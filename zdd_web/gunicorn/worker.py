@@ -61,6 +61,8 @@ class WorkerSide:
         self._left = False
         self._emptying = False
         self._signalled_at = 0.0
+        self._wind_down: compat.WindDown | None = None
+        self._limit = compat.take_max_requests(worker)
         self._obey: Callable[[int, Any], None] = worker.handle_exit
         self._beat: Callable[[], None] = worker.notify
         self._load: Callable[[], None] = worker.load_wsgi
@@ -162,6 +164,9 @@ class WorkerSide:
         if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
             self._emptying = False
             self.leave()
+        if self._wind_down is not None and self._wind_down.over():
+            self._wind_down = None
+            self._end_loop()
 
     def _queue_is_empty(self) -> bool:
         poller = select.poll()
@@ -170,17 +175,24 @@ class WorkerSide:
         return not poller.poll(0)
 
     def leave(self) -> None:
-        """Have the worker end its loop, with what is left of the deadline and not `graceful_timeout`."""
+        """Have the worker finish what it has and end its loop."""
+        self.note_leaving()
+        if compat.WindDown.needed_by(self.worker):
+            self._wind_down = compat.WindDown(self.worker)
+        else:
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
         self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, round(left)))
-        self.note_leaving()
         self._obey(signal.SIGTERM, None)
         compat.wake(self.worker)
 
     def note_leaving(self) -> None:
         """Say on the board that this worker accepts nothing more, so that the master may replace it now."""
         if not self._left:
-            self._left = True
+            self._left = self.process.going = True
             self.process.say(WorkerState.LEAVING)
 
     def run(self) -> None:
@@ -235,10 +247,9 @@ class WorkerSide:
         compat.close_if(request, self.process.is_leaving)
 
     def request_finished(self) -> None:
-        """Count a request out, and notice `max_requests`, of which gunicorn tells nobody."""
-        self.process.request_finished()
-        if not self.worker.alive and not self._left:
-            self.note_leaving()
+        """Count a request out, and ask to be replaced at `max_requests`."""
+        if self.process.request_finished() >= self._limit and not self.slot.weary:
+            self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
 
 

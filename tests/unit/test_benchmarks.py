@@ -1,0 +1,113 @@
+"""The benchmarks' arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from benchmarks.client import reply_length
+from benchmarks.handover import row
+from benchmarks.interval import Interval, median_interval, verdict
+from benchmarks.overhead import Pair, Run, parse_wrk
+from zdd_web.cli.rehearse.report import Handover, Sample, build
+from zdd_web.cli.rehearse.report import Outcome as Result
+
+WRK = """Running 5s test @ http://127.0.0.1:40001/
+  1 threads and 16 connections
+  25012 requests in 5.00s, 3.46MB read
+{}Requests/sec:   5002.31
+Transfer/sec:    708.24KB
+"""
+
+
+def test_the_interval_of_eleven_values_leaves_out_the_outermost_ones() -> None:
+    interval = median_interval([float(n) for n in range(1, 12)])
+    assert interval == Interval(6.0, 2.0, 10.0, pytest.approx(1 - 2 * 12 / 2048))
+
+
+def test_the_order_of_the_values_does_not_matter() -> None:
+    values = [3.0, 1.0, 2.0, 6.0, 5.0, 4.0, 7.0]
+    assert {median_interval(order) for order in itertools.islice(itertools.permutations(values), 50)} == {
+        median_interval(sorted(values))
+    }
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_fewer_than_six_values_have_no_95_percent_interval(count: int) -> None:
+    assert median_interval([1.0] * count) is None
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    random.seed(20)
+    tries = 4_000
+    intervals = [median_interval([random.expovariate(1) for _ in range(11)]) for _ in range(tries)]
+    # Far from normal on purpose; the median of Exp(1) is ln 2.
+    covered = sum(i is not None and i.low <= math.log(2) <= i.high for i in intervals) / tries
+    assert covered == pytest.approx(0.988, abs=0.008)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "begin"),
+    [(0.97, 1.0, "reaches"), (0.9, 0.969, "does not reach"), (0.9, 0.97, "not decided"), (0.96, 1.1, "not decided")],
+)
+def test_the_verdict_names_the_side_of_the_bar(low: float, high: float, begin: str) -> None:
+    assert verdict(Interval((low + high) / 2, low, high, 0.988), 0.97).startswith(begin)
+
+
+def test_too_few_pairs_give_no_verdict() -> None:
+    assert "too few" in verdict(None, 0.97)
+
+
+def test_both_ratios_are_below_one_when_zdd_web_costs_something() -> None:
+    pair = Pair(without=Run(1000.0, 100.0), with_zdd_web=Run(980.0, 102.0), first="with")
+    assert (pair.ratio, pair.cpu_ratio) == (pytest.approx(0.98), pytest.approx(100 / 102))
+
+
+def test_the_rate_is_read_from_wrk() -> None:
+    assert parse_wrk(WRK.format("")) == 5002.31
+
+
+@pytest.mark.parametrize(
+    "trouble", ["  Socket errors: connect 0, read 3, write 0, timeout 0\n", "  Non-2xx or 3xx responses: 12\n"]
+)
+def test_a_run_with_errors_has_no_rate(trouble: str) -> None:
+    with pytest.raises(ValueError, match=trouble.strip().split(":")[0]):
+        parse_wrk(WRK.format(trouble))
+
+
+def test_what_is_no_output_of_wrk_has_no_rate() -> None:
+    with pytest.raises(ValueError, match="unable to connect"):
+        parse_wrk("unable to connect to 127.0.0.1:1 Connection refused")
+
+
+def test_a_reply_is_as_long_as_its_head_and_its_content_length() -> None:
+    reply = b"HTTP/1.1 200 OK\r\nServer: gunicorn\r\nContent-Length: 3\r\n\r\nok\n"
+    assert reply_length(reply) == len(reply)
+    assert reply_length(reply[:20]) == 0
+
+
+def test_a_reply_that_is_no_200_ends_the_client() -> None:
+    with pytest.raises(ValueError, match="not a reply"):
+        reply_length(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+
+
+def sample(started: float, seconds: float) -> Sample:
+    return Sample(0, "new", "/", started, started, started + seconds, Result.OK, 200, 1)
+
+
+def test_the_handover_row_divides_the_two_p99() -> None:
+    samples = [sample(10.0, 0.010), sample(20.0, 0.015)]
+    handover = Handover(1, 1, 2, requested_at=19.0, ready_at=20.0, done_at=21.0, ok=True)
+    found = row("example_flask", "sync", build(samples, [handover], stop=None).to_json())
+    assert found[:4] == ("example_flask", "sync", 2, 0)
+    assert found[4:7] == ("10.0 ms", "15.0 ms", "1.50")
+    assert found[8:] == ("1.00 s", "1.00 s")
+
+
+def test_the_handover_row_of_a_rehearsal_without_requests_has_dashes() -> None:
+    found = row("example_flask", "sync", build([], [], stop=None).to_json())
+    assert found[4:7] == ("-", "-", "-")
+    assert found[8:] == ("-", "-")
