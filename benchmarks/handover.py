@@ -65,7 +65,7 @@ def rehearse(example: str, worker_class: str, upgrades: int, clients: int) -> di
 @click.option("--json", "json_file", type=click.File("w"), help="Write the reports to FILE ('-' for stdout) too.")
 def main(upgrades: int, clients: int, json_file: TextIO | None) -> None:
     """Rehearse both examples under sync and gthread; print what was lost and what clients noticed."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     reports: list[dict[str, Any]] = []
     for example in EXAMPLES:
         for worker_class in WORKER_CLASSES:

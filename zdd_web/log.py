@@ -32,6 +32,7 @@ EVENTS = {
     "upgrade.cancelled": "a stop ended an upgrade under way",
     "successor.lost": "the successor ended while this generation retired, which serves again",
     "predecessor.lost": "the old master ended before it answered; the new generation serves",
+    "keeper.started": "the retired master became a keeper: its pid stays, and signals go to the master in office",
     "reload.started": "SIGHUP: a child process tries config and app",
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
@@ -70,6 +71,7 @@ def _value(value: Any) -> str:
     return text if _BARE.match(text) else json.dumps(text, ensure_ascii=False)
 
 
+_generation = 0
 _sink: logging.Logger = logging.getLogger("zdd_web")
 
 
@@ -79,8 +81,16 @@ def use_gunicorn(error_log: logging.Logger) -> None:
     _sink = error_log
 
 
+def use_generation(number: int) -> None:
+    """Have every line of this process, and of its children, say which generation it is of."""
+    global _generation
+    _generation = number
+
+
 def emit(event: str, level: int = logging.INFO, *, exc_info: bool | BaseException = False, **fields: Any) -> None:
     """Write the line of an event, with the same keys as `extra` under `zdd_`."""
+    if _generation:
+        fields = {"generation": _generation, **fields}
     message = format_event(event, fields)
     extra = {f"zdd_{key}": value for key, value in {"event": event, **fields}.items()}
     if _sink.name == "zdd_web":
@@ -89,9 +99,8 @@ def emit(event: str, level: int = logging.INFO, *, exc_info: bool | BaseExceptio
     if level < _sink.level:
         return
     record = _sink.makeRecord(_sink.name, level, __file__, 0, message, (), _exc_info(exc_info), "emit", extra)
-    for handler in _sink.handlers:
-        if level >= handler.level:
-            handler.handle(record)
+    # Not `handle()`, which a disabled logger ignores; the handlers above it count for one that propagates.
+    _sink.callHandlers(record)
 
 
 def _exc_info(exc_info: bool | BaseException) -> Any:

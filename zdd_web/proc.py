@@ -19,10 +19,41 @@ def start_time(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
+def started_at(pid: int) -> float:
+    """Return when a process started, in seconds of `time.time()`, give or take one."""
+    with open("/proc/stat") as file:
+        boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
+    return boot + start_time(pid) / os.sysconf("SC_CLK_TCK")
+
+
+def state(pid: int) -> str:
+    """Return a process's state as one letter ("Z" for a zombie); "" when there is none."""
+    fields = _stat(pid)
+    return fields[0].decode() if fields else ""
+
+
 def parent(pid: int) -> int:
     """Return the pid of a process's parent; 0 when there is no such process or no /proc."""
     fields = _stat(pid)
     return int(fields[1]) if fields else 0
+
+
+def name(pid: int) -> str:
+    """Return what the kernel calls a process (at most 15 characters); "" when there is none."""
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def words(pid: int) -> tuple[str, ...]:
+    """Return the base names of the first two words of a process's command line: a script is the second."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return tuple(os.path.basename(os.fsdecode(word)) for word in file.read().split(b"\0")[:2])
+    except OSError:
+        return ()
 
 
 def alive(pid: int, start: int) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from zdd_web.errors import SettingsError
 
 ENV_PREFIX = "ZDD_WEB_"
+HANDOVER = "ZDD_WEB_HANDOVER"
 
 LISTENERS = ("fd", "reuseport", "systemd")
 LISTENERS_AVAILABLE = ("fd",)
@@ -43,6 +44,10 @@ class Settings:
     drain_delay: float = 0.0
     recycle_timeout: float = 10.0
     warmup: tuple[str, ...] = ()
+    max_generations: int = 4
+    keep_pid: bool = False
+    release_dir: str = ""
+    env_file: str = ""
     liveness_path: str = "/livez"
     readiness_path: str = "/readyz"
     health_path: str = "/healthz"
@@ -107,7 +112,8 @@ def resolve(installed: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
         _known(key, f"install({key}=...)")
         values[key], origin[key] = value, f"install({key}={value!r})"
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
+        # What a master hands to its successor is no setting; it is still there where no install() has taken it out.
+        if not variable.startswith(ENV_PREFIX) or variable == HANDOVER:
             continue
         key = variable[len(ENV_PREFIX) :].lower()
         _known(key, f"environment variable {variable}")
@@ -172,6 +178,27 @@ def _paths(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _generations(value: object) -> int:
+    if isinstance(value, bool) or not str(value).isdigit() or not 2 <= int(str(value)) <= 100:
+        raise ValueError("must be a whole number between 2 (the old and the new) and 100")
+    return int(str(value))
+
+
+def _switch(value: object) -> bool:
+    word = str(value).lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError("must be True or False")
+
+
+def _absolute(value: object) -> str:
+    if not isinstance(value, str) or (value and not value.startswith("/")):
+        raise ValueError("must be an absolute path, or empty for none")
+    return value
+
+
 def _header(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]*", value):
         raise ValueError("must be a header name of letters, digits and '-', or empty for none")
@@ -192,6 +219,10 @@ _NORMALISE: dict[str, Callable[[object], Any]] = {
     "drain_delay": _seconds(least=0),
     "recycle_timeout": _seconds(least=0),
     "warmup": _paths,
+    "max_generations": _generations,
+    "keep_pid": _switch,
+    "release_dir": _absolute,
+    "env_file": _absolute,
     "liveness_path": _path,
     "readiness_path": _path,
     "health_path": _path,

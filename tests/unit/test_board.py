@@ -241,17 +241,15 @@ def test_descriptor_opens_the_same_board_in_another_process(board: Board) -> Non
 def test_board_opened_to_read_cannot_be_written(board: Board) -> None:
     board.claim(1)
     reader = Board.open(board.fd)
-    slot = reader.slot(0)
     for attempt in (
         lambda: setattr(reader.header, "phase", Phase.SERVING),
         lambda: setattr(reader.header, "name", "mine"),
-        lambda: setattr(slot, "retire", 1),
+        lambda: setattr(reader.slot(0), "retire", 1),
         lambda: reader.claim(2),
     ):
         with pytest.raises(TypeError, match="read-only"):
             attempt()
     assert board.snapshot() == reader.snapshot()
-    del slot
     reader.close()
 
 

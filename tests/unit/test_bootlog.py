@@ -83,7 +83,9 @@ def test_text_that_cannot_be_encoded_is_kept_as_far_as_it_can(fd: int, logger: l
     assert tail(fd) == f"[{os.getpid()}] [ERROR] path caf?\n"
 
 
-@pytest.mark.xfail(raises=TypeError, reason="reported: a record that cannot be formatted raises into the app (Handler.emit)")
+@pytest.mark.xfail(
+    raises=TypeError, reason="reported: a record that cannot be formatted raises into the app (Handler.emit)"
+)
 def test_record_that_cannot_be_formatted_does_not_raise_into_the_app(
     logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,9 +102,12 @@ def test_closed_descriptor_does_not_raise_into_the_app(logger: logging.Logger) -
     logger.removeHandler(handler)
 
 
+@pytest.mark.xfail(
+    strict=False, reason="reported: a memfd's offset is shared but not locked: O_APPEND (bootlog.create)"
+)
 def test_processes_write_one_after_the_other_and_not_over_each_other(fd: int, logger: logging.Logger) -> None:
     def child() -> None:
-        for number in range(100):
+        for number in range(1_000):
             logger.error("line %s", number)
 
     logger.error("first")
@@ -111,7 +116,7 @@ def test_processes_write_one_after_the_other_and_not_over_each_other(fd: int, lo
     logger.error("last")
     lines = tail(fd, LIMIT_BYTES).splitlines()
     expected = [f"[{os.getpid()}] [ERROR] first"]
-    expected += [f"[{pid}] [ERROR] line {number}" for pid in children for number in range(100)]
+    expected += [f"[{pid}] [ERROR] line {number}" for pid in children for number in range(1_000)]
     expected += [f"[{os.getpid()}] [ERROR] last"]
     assert (lines[0], lines[-1]) == (expected[0], expected[-1])
     assert sorted(lines) == sorted(expected)

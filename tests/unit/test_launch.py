@@ -208,12 +208,12 @@ def test_nothing_is_in_the_way_of_a_program_that_is_there(tmp_path: Path) -> Non
 
 def test_directory_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "r1"
-    assert launch(gone, sys.executable).obstacle() == f"the directory it was started in is gone: {gone}"
+    assert launch(gone, sys.executable).obstacle() == f"the directory it is started in is gone: {gone}"
 
 
 def test_dangling_symlink_is_a_directory_that_is_gone(current: Path) -> None:
     (current.parent / "r1").rmdir()
-    assert launch(current, sys.executable).obstacle() == f"the directory it was started in is gone: {current}"
+    assert launch(current, sys.executable).obstacle() == f"the directory it is started in is gone: {current}"
 
 
 def test_program_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -199,9 +199,7 @@ def test_logging_config_of_the_app_swallows_no_line(
     assert stream.getvalue().endswith("[INFO] generation=1 event=phase.draining\n")
 
 
-def test_logging_config_of_the_app_for_gunicorn_is_followed(
-    error_log: logging.Logger, stream: io.StringIO
-) -> None:
+def test_logging_config_of_the_app_for_gunicorn_is_followed(error_log: logging.Logger, stream: io.StringIO) -> None:
     # "gunicorn" is the parent of "gunicorn.error": the config takes its handlers away and lets it propagate.
     logging.config.dictConfig(
         {

@@ -1,4 +1,4 @@
-"""Who comes and who goes: the plan as tables and as what must hold for any workers at all; the books on a real board."""
+"""Who comes and who goes: the plan as tables and for any workers at all, the books on a real board."""
 
 from __future__ import annotations
 

@@ -139,8 +139,8 @@ def test_drain_delay_that_eats_the_grace_period_is_refused_with_the_sum(
     with pytest.raises(SettingsError) as caught:
         resolve(installed, environ)
     assert str(caught.value) == (
-        "DRAIN_DELAY = 28 and 2 to exit leave no time for requests in GRACE_PERIOD = 30 (28 + 2 >= 30): raise GRACE_PERIOD "
-        f"(and Kubernetes' terminationGracePeriodSeconds) or lower DRAIN_DELAY (set by: {sources})"
+        "DRAIN_DELAY = 28 and 2 to exit leave no time for requests in GRACE_PERIOD = 30 (28 + 2 >= 30): "
+        f"raise GRACE_PERIOD (and Kubernetes' terminationGracePeriodSeconds) or lower DRAIN_DELAY (set by: {sources})"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import gc
 import logging
-import os
 import signal
 import sys
 import threading

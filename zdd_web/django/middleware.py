@@ -44,6 +44,8 @@ def _probe(request: HttpRequest) -> HttpResponse | None:
     if reply is None:
         return None
     response = HttpResponse(reply.body, status=reply.status, reason=reply.reason)
+    # A 503 is this probe's proper answer; Django would log it as an error and mail it to ADMINS.
+    response._has_been_logged = True  # type: ignore[attr-defined]
     for name, value in reply.headers:
         response[name] = value
     return response

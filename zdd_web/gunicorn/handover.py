@@ -5,6 +5,7 @@ the end of the file at the other. Every message is a JSON object with a "kind":
 
     successor   -> hello   pid, pid_file; its board as SCM_RIGHTS, before its first fork, so that the predecessor
                            knows every worker pid there will ever be
+                   speaks  it has its own stderr again; what it said before is in the boot log
                    ready   workers: all stand at the gate
                    failed  reason
                    release it ends because it was told to, or because its own successor serves: do not come back
@@ -13,8 +14,8 @@ the end of the file at the other. Every message is a JSON object with a "kind":
                    office  the commit window is over: the pid file and the control socket are yours
 
 The listeners, the other end of the pair and the boot log are inherited by exec; the environment variable says under
-which descriptors. It is ours alone: gunicorn's `GUNICORN_PID` stays unset, so that a new release without zdd_web
-fails to bind instead of serving ungated.
+which descriptors. gunicorn's own `GUNICORN_PID` and `GUNICORN_FD` are set so that a new release without zdd_web ends
+before it binds, instead of serving ungated.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zdd_web.errors import UpgradeError
+from zdd_web.settings import HANDOVER
 
-ENV = "ZDD_WEB_HANDOVER"
+ENV = HANDOVER
 
 #: A message is a few hundred bytes; a reason may quote a traceback's last line.
 MESSAGE_BYTES = 16_384
@@ -111,6 +113,8 @@ class Inheritance:
     stderr: int
     listeners: tuple[int, ...]
     binds: tuple[str, ...]
+    #: (pid, start time) of the masters before this one, oldest first: those that still run count as generations.
+    ancestors: tuple[tuple[int, int], ...] = ()
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -130,9 +134,11 @@ class Inheritance:
         text = environ.pop(ENV, None)
         if text is None:
             return None
+        environ.pop("GUNICORN_PID", None)
         try:
             fields = json.loads(text)
             fields["listeners"], fields["binds"] = tuple(fields["listeners"]), tuple(fields["binds"])
+            fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
             found = cls(**fields)
             for fd in found.descriptors:
                 os.fstat(fd)

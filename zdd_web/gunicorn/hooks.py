@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.master import Master
+from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.worker import BOOT_FAILED, WorkerSide
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings, resolve
@@ -50,10 +51,8 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
             "install() was called twice in one configuration: keep the last call, at the end of the file"
         )
     if state is None:
-        # Before anything else: what is inherited is in the environment, and descriptor 2 is the boot log.
+        # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
-        if heir is not None:
-            bootlog.give_back_stderr(heir.stderr, heir.boot_log)
         state = State(launch=Launch.record(), heir=heir)
     compat.check_version()
     state.settings = resolve(settings, os.environ)
@@ -91,6 +90,8 @@ def check(server: Any) -> None:
                 f"{name} was set after install() in the configuration file, so zdd_web's own is lost: "
                 f"define it before install(), which runs both"
             )
+    if state is not None and state.settings.keep_pid and cfg.daemon:
+        raise SettingsError("KEEP_PID = True and daemon = True contradict each other: a daemon has no parent to keep")
     if cfg.reuse_port:
         raise SettingsError(
             "reuse_port = True (or --reuse-port) loses the requests that wait in a closing worker's queue, and breaks "
@@ -122,9 +123,14 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         try:
             name = service_name(state.settings, server.cfg)
             state.master = Master(server, state.settings, state.launch, name, state.heir)
+            if server.cfg.pidfile and state.heir is None:
+                PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
             server.pidfile = None
-            fail(ZddError(f"the board cannot be made: {error}"), server)
+            fail(ZddError(f"the board or the pid file cannot be made: {error}"), server)
+        except SettingsError as error:
+            server.pidfile = None
+            fail(error, server)
         if state.master.succession is not None:
             state.master.succession.hide_pid_file()
     hook = _then_users("nworkers_changed")
@@ -138,17 +144,22 @@ def on_starting(server: Any) -> None:
     if state.master is None:
         server_error = SettingsError("nworkers_changed was set after install(): define it before, install() runs both")
         fail(server_error, server)
+    succession = state.master.succession
     try:
+        if succession is not None:
+            succession.speak()
         check(server)
         hook = _then_users("on_starting")
         if hook is not None:
             hook(server)
         state.master.take_over()
     except (SettingsError, UpgradeError) as error:
-        if state.master.succession is not None:
-            state.master.succession.fail(str(error))
+        if succession is not None:
+            succession.fail(str(error))
         fail(error, server)
-    except BaseException:
+    except BaseException as error:
+        if succession is not None:
+            succession.fail(f"on_starting: {type(error).__name__}: {error}")
         # gunicorn creates the pid file before this hook and leaves it behind (arbiter.py:180-186).
         if server.pidfile is not None:
             server.pidfile.unlink()

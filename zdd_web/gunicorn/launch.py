@@ -7,10 +7,13 @@ variables get into the environment.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from zdd_web.errors import SettingsError
 
 #: Said to one process by its parent and meant for it alone.
 ONCE = ("GUNICORN_PID", "GUNICORN_FD", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SERVER_SOFTWARE")
@@ -30,15 +33,62 @@ class Launch:
         environ = {key: value for key, value in os.environ.items() if key not in ONCE}
         return cls(directory=_directory(), command=command(sys.orig_argv, sys.executable), environ=environ)
 
+    def following(self, release_dir: str) -> Launch:
+        """Return this launch moved to `release_dir`, for launchers that resolve the symlink they were started by.
+
+        Words of the command line that lie below the old directory are moved with it.
+        """
+        if not release_dir:
+            return self
+        old = self.directory.rstrip("/") + "/"
+
+        def moved(word: str) -> str:
+            return os.path.join(release_dir, word[len(old) :]) if word.startswith(old) else word
+
+        environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
+        return Launch(release_dir, tuple(moved(word) for word in self.command), environ)
+
+    def refreshed(self, before: dict[str, str], now: dict[str, str]) -> Launch:
+        """Return this launch with the variables of an environment file as they are now; those taken out are gone."""
+        environ = {key: value for key, value in self.environ.items() if key not in before}
+        return Launch(self.directory, self.command, {**environ, **now})
+
     def obstacle(self) -> str | None:
         """Say what keeps this command from being run again; None when nothing does."""
         if not os.path.isdir(self.directory):
-            return f"the directory it was started in is gone: {self.directory}"
+            return f"the directory it is started in is gone: {self.directory}"
         program = self.command[0]
         found = shutil.which(os.path.join(self.directory, program) if os.sep in program else program)
         if found is None:
             return f"the program is gone or not executable: {program}"
         return None
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """Read `KEY=VALUE` lines as a shell or systemd would: quotes, `#` comments, an optional `export`.
+
+    Raises `SettingsError` with the line that is none.
+    """
+    try:
+        with open(path) as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise SettingsError(f"ENV_FILE = {path!r}: {error.strerror}") from None
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise SettingsError(f"{path}, line {number}: {error}: {line!r}") from None
+        if words[:1] == ["export"]:
+            del words[0]
+        if not words:
+            continue
+        key, equals, value = words[0].partition("=")
+        if len(words) > 1 or not equals or not key.isidentifier():
+            raise SettingsError(f"{path}, line {number}: must be KEY=VALUE, with quotes around spaces: {line!r}")
+        found[key] = value
+    return found
 
 
 def _directory() -> str:

@@ -11,8 +11,11 @@ A handful of the arbiter's methods are replaced on the *instance* when `on_start
                            listeners first, blocks, kills without a word and exits 0
     reap_workers           look at exit statuses before gunicorn throws them away
 
-Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own means:
-`StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
+Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
+means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
+
+The master's roles each have a room of their own, and move the phase through `Master.move()`: `Succession` (it has a
+predecessor), `Deploy` (it has a successor), `Reload`, `Roster` (its workers).
 
 While something is under way the loop is made to turn fifty times a second instead of once.
 """
@@ -22,32 +25,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, lifecycle, log, proc, process
+from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, UpgradeState, WorkerState
-from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog, compat, reload
+from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded
+from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.gunicorn.reload import Reload
 from zdd_web.gunicorn.roster import Roster, plan
 from zdd_web.gunicorn.succession import Succession
-from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.settings import Settings
 
 #: How often the loop turns while something is under way, seconds.
 BUSY_TICK = 0.02
 IDLE_TICK = 1.0
-
-#: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
-LAST_ACCEPTS_WITHIN = 2.0
 
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
@@ -57,7 +58,7 @@ class Master:
     """What zdd_web adds to gunicorn's arbiter, in the master's process."""
 
     def __init__(self, server: Any, settings: Settings, launch: Launch, name: str, heir: Inheritance | None) -> None:
-        self.server, self.settings, self.launch = server, settings, launch
+        self.server, self.settings = server, settings
         self.board = Board.create(name)
         self.header = self.board.header
         self.header.generation = heir.generation if heir else 1
@@ -67,17 +68,16 @@ class Master:
         self.header.master_pid = os.getpid()
         self.gate = Gate()
         self.roster = Roster(server, self.board)
-        self.upgrade: Upgrade | None = None
         self.succession = Succession(heir, server, self.board) if heir else None
-        self.proof: reload.Proof | None = None
+        self.deploy = Deploy(self, launch, heir)
+        self.reload = Reload(self)
         self._lame_duck_ends = clock.NEVER
-        self._boot_log = -1
-        self._prepared = ""
         self._abandoned = 0
+        self._cut = 0
         self._halting = False
-        self._upgrade_when_in_office = False
         self._stopping_since = clock.NEVER
         process.attach(self.board, None, settings)
+        log.use_generation(self.header.generation)
 
     @property
     def phase(self) -> Phase:
@@ -86,7 +86,7 @@ class Master:
 
     def emit(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
         """Write an event line of this generation."""
-        log.emit(event, level, generation=self.header.generation, **fields)
+        log.emit(event, level, **fields)
 
     # -- start
 
@@ -97,14 +97,17 @@ class Master:
         self._gunicorn_int: Callable[[], None] = server.handle_int
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         server.maybe_promote_master = guarded("tick", self.tick)
-        server.manage_workers = guarded("manage_workers", self.manage_workers)
+        server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
         server.handle_term = guarded("handle_term", self.handle_term)
         server.handle_int = self.handle_int
         server.handle_quit = self.handle_quit
-        server.handle_hup = guarded("handle_hup", self.handle_hup)
-        server.handle_usr2 = guarded("handle_usr2", self.handle_usr2)
+        server.handle_hup = guarded("handle_hup", self.reload.request)
+        server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
         compat.set_wait(server, self._interval)
+        if self.settings.keep_pid:
+            # Grandchildren whose master retired become ours, and the keeper's after us.
+            proc.become_subreaper()
         if self.succession is not None:
             self.succession.adopt()
         elif server.pidfile is not None:
@@ -117,7 +120,7 @@ class Master:
         return IDLE_TICK if self.phase is Phase.SERVING and self._settled() else BUSY_TICK
 
     def _settled(self) -> bool:
-        if self.upgrade is not None or self._awaits_office or self.proof is not None:
+        if self.deploy.under_way or self.awaits_office or self.reload.under_way:
             return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
@@ -128,20 +131,19 @@ class Master:
         self.header.tick_at = clock.now_ns()
         self.header.workers_wanted = self.server.num_workers
         self._bury_workers()
-        if self.succession is not None:
-            self._follow_predecessor(self.succession)
+        if self.succession is not None and self.succession.follow():
+            self.succession = None
         if self.phase is Phase.BOOTING:
             self._follow_boot()
-        if self.upgrade is not None:
-            self._follow_upgrade(self.upgrade)
-        if self.proof is not None:
-            self._follow_proof(self.proof)
+        self.deploy.follow()
+        self.reload.follow()
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
-            self._move(Event.LAME_DUCK_OVER)
+            self.move(Event.LAME_DUCK_OVER)
         if self._settled():
             self.roster.booted()
 
-    def _move(self, event: Event, **fields: Any) -> None:
+    def move(self, event: Event, **fields: Any) -> None:
+        """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
         since = self.header.phase_since
         phase = lifecycle.after(self.phase, event)
         self.header.phase_since = clock.now_ns()
@@ -151,6 +153,8 @@ class Master:
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
             self._abandoned += gone.abandoned
+            if self.phase in lifecycle.WORKERS_LEAVE:
+                self._cut += gone.in_flight
             if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
             reason = f"worker {gone.pid} ended before it served" + (f": {gone.error}" if gone.error else "")
@@ -176,211 +180,35 @@ class Master:
 
     def _serve(self) -> None:
         self.header.ready_at = clock.now_ns()
-        self._move(Event.READY, pid=os.getpid())
+        self.move(Event.READY, pid=os.getpid())
         self.gate.open()
 
     # -- as a successor
 
     @property
-    def _awaits_office(self) -> bool:
+    def awaits_office(self) -> bool:
+        """Whether the predecessor has not handed over yet."""
         return self.succession is not None and not self.succession.in_office
 
-    def _release_predecessor(self) -> None:
+    def release_predecessor(self) -> None:
+        """Tell a predecessor that still retires not to come back."""
         if self.succession is not None:
             self.succession.release()
 
-    def _follow_predecessor(self, succession: Succession) -> None:
-        if succession.follow():
-            self.succession = None
-        if self._upgrade_when_in_office and not self._awaits_office:
-            self._upgrade_when_in_office = False
-            self.handle_usr2()
-
-    # -- as a predecessor
-
-    def handle_usr2(self) -> None:
-        """SIGUSR2: begin an upgrade, or say why not."""
-        if self._awaits_office and self.phase is Phase.SERVING:
-            # A deploy right after a deploy: a second at most, and worth waiting for.
-            self._upgrade_when_in_office = True
-            return
-        try:
-            self._refuse_upgrade_unless_possible()
-            if self._boot_log >= 0:
-                os.close(self._boot_log)
-            self._boot_log = self.header.boot_log_fd = bootlog.create()
-            self.upgrade = Upgrade.begin(
-                self.launch,
-                self.header.generation + 1,
-                [listener.fileno() for listener in self.server.LISTENERS],
-                self.server.cfg.bind,
-                self._boot_log,
-                self.settings.upgrade_timeout,
-            )
-        except (UpgradeError, OSError) as error:
-            self._outcome(UpgradeState.REFUSED, str(error))
-            self.header.upgrade_number += 1
-            self.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
-            return
-        # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
-        self.server.reexec_pid = self.upgrade.pid
-        self._outcome(UpgradeState.BOOTING, "")
-        self.header.upgrade_number += 1
-        self.emit("upgrade.started", successor=self.upgrade.pid, timeout=self.settings.upgrade_timeout,
-                  command=" ".join(self.launch.command), directory=self.launch.directory)  # fmt: skip
-
-    def _refuse_upgrade_unless_possible(self) -> None:
-        if self.upgrade is not None:
-            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
-        if self.phase is not Phase.SERVING:
-            raise UpgradeError(f"the generation is {self.phase.label}: only a serving one can be upgraded")
-        if self.proof is not None:
-            raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        if os.getpid() == 1:
-            raise UpgradeError(
-                "this master is PID 1 and its exit would end the container: deploy by replacing the pod or container, "
-                "which zdd_web drains on SIGTERM"
-            )
-        obstacle = self.launch.obstacle()
-        if obstacle:
-            raise UpgradeError(f"{obstacle}: restore it, or restart the service from where it is now")
-
-    def _outcome(self, state: UpgradeState, reason: str) -> None:
-        self.header.upgrade_reason = reason
-        self.header.upgrade_since = clock.now_ns()
-        self.header.upgrade_state = state
-
-    def _follow_upgrade(self, upgrade: Upgrade) -> None:
-        if upgrade.board is not None:
-            self.header.successor_phase = upgrade.board.header.phase
-        verdict = upgrade.poll()
-        if verdict is not None and verdict.ready:
-            self._let_go(upgrade, verdict.workers)
-        elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
-            self._return_to_office(upgrade, verdict.reason)
-        elif verdict is not None:
-            self._fail(upgrade, verdict.reason)
-        elif upgrade.committed:
-            self._commit(upgrade)
-        elif upgrade.stage is Stage.IN_OFFICE and self.header.upgrade_state == UpgradeState.COMMITTING:
-            self._follow_last_accepts()
-
-    def _follow_last_accepts(self) -> None:
-        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
-        leaving = all(member.state is WorkerState.LEAVING for member in self.roster.members())
-        if leaving or clock.since(self.header.phase_since) >= LAST_ACCEPTS_WITHIN:
-            self.header.upgrades_done += 1
-            self._outcome(UpgradeState.DONE, "")
-
-    def _let_go(self, upgrade: Upgrade, workers: int) -> None:
-        try:
-            # A full disk shall be found out now, while nothing has been promised.
-            self._prepared = self._prepare_pid_file(upgrade)
-        except OSError as error:
-            self._fail(upgrade, f"the pid file {self.server.pidfile.fname} cannot be replaced: {error.strerror}")
-            return
-        self.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
-        self._outcome(UpgradeState.COMMITTING, "")
-        upgrade.go()
-
-    def _prepare_pid_file(self, upgrade: Upgrade) -> str:
-        pid_file = self.server.pidfile
-        if pid_file is None or os.path.abspath(pid_file.fname) != upgrade.pid_file:
-            return ""
-        prepared: str = pid_file.prepare(upgrade.pid)
-        return prepared
-
-    def _fail(self, upgrade: Upgrade, reason: str) -> None:
-        upgrade.end(now=upgrade.stage is Stage.BOOTING)
-        self._discard_prepared()
-        self._forget_successor()
-        said = bootlog.tail(self._boot_log)
-        if said and upgrade.board is None and not upgrade.pid_file:
-            # It ended with the boot log as its stderr: nobody has read that yet.
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
-        self.header.upgrades_failed += 1
-        self._outcome(UpgradeState.FAILED, reason)
-        self.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
-
-    def _discard_prepared(self) -> None:
-        if self._prepared:
-            with contextlib.suppress(OSError):
-                os.unlink(self._prepared)
-            self._prepared = ""
-
-    def _forget_successor(self) -> None:
-        self.upgrade = None
-        self.server.reexec_pid = 0
-        self.header.successor_pid = self.header.successor_phase = 0
-
-    def _commit(self, upgrade: Upgrade) -> None:
-        if self._prepared:
-            self.server.pidfile.commit(self._prepared)
-            self._prepared = ""
-        compat.suspend_control_server(self.server)
-        self.header.successor_pid = upgrade.pid
-        upgrade.hand_over_office()
-        self._release_predecessor()
-        self.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
-        self._move(Event.SUCCEEDED, successor=upgrade.pid)
-
-    def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
-        upgrade.end(now=False)
-        self._forget_successor()
-        if self.header.deadline:
-            return  # a stop was asked for meanwhile: nobody shall serve
-        self.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
-        if self.server.pidfile is not None:
-            self.server.pidfile.create(os.getpid())
-        compat.resume_control_server(self.server)
-        self._move(Event.SUCCESSOR_LOST)
-
-    # -- reload
-
-    def handle_hup(self) -> None:
-        """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
-        obstacle = ""
-        if self.phase is not Phase.SERVING:
-            obstacle = f"the generation is {self.phase.label}"
-        elif self.upgrade is not None or self._awaits_office:
-            obstacle = "an upgrade is under way"
-        elif self.proof is not None:
-            obstacle = "a reload is under way"
-        if obstacle:
-            self.emit("refused", logging.WARNING, signal="HUP", reason=obstacle, remedy="send it again later")
-            return
-        self.proof = reload.Proof.begin(self.server, self.settings.upgrade_timeout)
-        self.emit("reload.started", child=self.proof.pid)
-
-    def _follow_proof(self, proof: reload.Proof) -> None:
-        reason = proof.poll()
-        if reason is None:
-            return
-        self.proof = None
-        said = proof.close()
-        if not reason and self.phase is Phase.SERVING:
-            try:
-                reload.apply(self.server)
-            except ZddError as error:
-                reason = str(error)
-        if reason:
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
-            self.emit("refused", logging.ERROR, signal="HUP", reason=reason, remedy="mend it and send SIGHUP again; "
-                      "the old workers serve on")  # fmt: skip
-            return
+    def reloaded(self) -> None:
+        """Have everybody replaced, now that a new configuration is in force."""
         self.roster.outdate()
         self.header.reload_number += 1
-        self.emit("reload.done", workers=self.server.num_workers)
 
     # -- stop
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
+        if self.deploy.forwards(signal.SIGTERM):
+            return
         phase = self.phase
-        self._cancel_upgrade()
-        self._release_predecessor()
+        self._cancel()
+        self.release_predecessor()
         if phase is Phase.BOOTING:
             self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
         elif not self.header.deadline:
@@ -391,9 +219,9 @@ class Master:
         elif phase is Phase.LAME_DUCK:
             self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
         self._stopping_since = self._stopping_since or clock.now_ns()
-        self._move(Event.STOP)
+        self.move(Event.STOP)
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
-            self._move(Event.LAME_DUCK_OVER)
+            self.move(Event.LAME_DUCK_OVER)
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
@@ -406,26 +234,12 @@ class Master:
         self._gunicorn_quit()
 
     def _prepare_to_end(self) -> None:
-        guarded("cancel_upgrade", self._cancel_upgrade)()
-        guarded("release_predecessor", self._release_predecessor)()
+        guarded("cancel", self._cancel)()
+        guarded("release_predecessor", self.release_predecessor)()
 
-    def _cancel_upgrade(self) -> None:
-        if self.proof is not None:
-            self.proof.end()
-        upgrade = self.upgrade
-        if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
-            return
-        reason = "the service was stopped"
-        if upgrade.stage is Stage.COMMITTING:
-            # It has requests in hand: it stops as this generation does, and its board says that it may go.
-            upgrade.ask_to_stop()
-            upgrade.forget()
-        else:
-            upgrade.end(now=True)
-        self._discard_prepared()
-        self._forget_successor()
-        self._outcome(UpgradeState.FAILED, reason)
-        self.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
+    def _cancel(self) -> None:
+        self.reload.cancel()
+        self.deploy.cancel()
 
     # -- workers
 
@@ -443,14 +257,24 @@ class Master:
         self.roster.retire(decision.retire, deadline)
         self.roster.repeat()
 
+    def _manage_workers_guarded(self) -> None:
+        # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.
+        if self.gate.opened:
+            guarded("manage_workers", self.manage_workers)()
+        else:
+            self.manage_workers()
+
     def _end_if_finished(self) -> None:
         if not self.server.WORKERS:
             self._bury_workers()
             if self.header.upgrade_state == UpgradeState.COMMITTING:
-                self._follow_last_accepts()
-            self._move(Event.FINISHED, seconds=self._leaving_for())
-            if self._abandoned and self.header.deadline:
-                raise HaltServer(f"{self._abandoned} background tasks were abandoned at the deadline", 1)
+                self.deploy.follow_last_accepts()
+            self.move(Event.FINISHED, seconds=self._leaving_for())
+            if (self._abandoned or self._cut) and clock.passed(self.header.deadline):
+                self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
+                raise HaltServer("work was abandoned at the deadline", 1)
+            if self.settings.keep_pid and self.header.successor_pid:
+                self._become_keeper()
             raise StopIteration
         # Workers name what they abandon at the deadline; they get half of the margin to say so and to exit.
         deadline = self.header.deadline
@@ -458,16 +282,27 @@ class Master:
             return
         snapshot = self.board.snapshot()
         killed = self.roster.kill()
-        self.emit("drain.abandoned", logging.ERROR, workers=killed, requests=snapshot.in_flight, tasks=snapshot.tasks,
-                  seconds=self._leaving_for())  # fmt: skip
+        self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
         raise HaltServer("work was abandoned at the deadline", 1)
+
+    def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:
+        fields = {"workers": workers, "requests": requests, "tasks": tasks, "seconds": self._leaving_for()}
+        self.emit("drain.abandoned", logging.ERROR, **fields)
+
+    def _become_keeper(self) -> None:
+        # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
+        compat.suspend_control_server(self.server)
+        self.server.stop()
+        self.server.cfg.on_exit(self.server)
+        self.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
+        keeper.become(self.header.name)
 
     def _leaving_for(self) -> float:
         return clock.since(self._stopping_since or self.header.phase_since)
 
     def reap_workers(self) -> None:
         """Note the exit status of our own children, then have gunicorn reap the rest."""
-        for child in (self.upgrade, self.proof):
+        for child in (self.deploy.upgrade, self.reload.proof):
             if child is None or child.status is not None:
                 continue
             # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
@@ -492,12 +327,9 @@ class Master:
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone: its death must be seen by those who listen for it."""
         self.gate.keep_reader()
-        if self.upgrade is not None:
-            self.upgrade.forget()
+        self.deploy.after_fork()
         if self.succession is not None:
             self.succession.forget()
-        if self._boot_log >= 0:
-            os.close(self._boot_log)
         if self.board.fd >= 0:
             os.close(self.board.fd)
             self.board.fd = -1

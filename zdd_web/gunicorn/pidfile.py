@@ -9,6 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 
+from zdd_web import proc
+
+#: A process's start is known in ticks since a boot that is known in whole seconds.
+CLOCK_SLACK = 2.0
+
 
 class PidFile:
     """A pid file that names one process at every instant."""
@@ -44,6 +49,20 @@ class PidFile:
                 return int(file.read(32))
         except (OSError, ValueError):
             return 0
+
+    def remove_if_stale(self) -> bool:
+        """Remove a file that names nobody who can have written it: a zombie, or a pid that was used again since.
+
+        gunicorn asks only whether the pid exists (pidfile.py:63), and refuses to start (#3383).
+        """
+        pid = self.read()
+        state = proc.state(pid) if pid else ""
+        if not state:
+            return False  # nobody at all: gunicorn replaces that itself
+        if state not in "ZX" and proc.started_at(pid) <= os.stat(self.fname).st_mtime + CLOCK_SLACK:
+            return False
+        os.unlink(self.fname)
+        return True
 
     def unlink(self) -> None:
         """Remove the file if it still names this process."""

@@ -6,11 +6,13 @@ workers to go before the new ones have booted, and then blocks its loop until th
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
 
@@ -18,6 +20,10 @@ from zdd_web import clock, proc
 from zdd_web.errors import ZddError
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.lifecycle import Phase
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.master import Master
 
 
 class Proof:
@@ -63,6 +69,66 @@ class Proof:
         said = bootlog.tail(self._output)
         os.close(self._output)
         return said
+
+
+class Reload:
+    """The master's side of SIGHUP."""
+
+    def __init__(self, master: Master) -> None:
+        self._master, self._server = master, master.server
+        self.proof: Proof | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a child still tries."""
+        return self.proof is not None
+
+    def request(self) -> None:
+        """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
+        if self._master.deploy.forwards(signal.SIGHUP):
+            return
+        obstacle = self._obstacle()
+        if obstacle:
+            self._refuse(logging.WARNING, obstacle, "send it again later")
+            return
+        self.proof = Proof.begin(self._server, self._master.settings.upgrade_timeout)
+        self._master.emit("reload.started", child=self.proof.pid)
+
+    def _obstacle(self) -> str:
+        if self._master.phase is not Phase.SERVING:
+            return f"the generation is {self._master.phase.label}"
+        if self._master.deploy.under_way or self._master.awaits_office:
+            return "an upgrade is under way"
+        return "a reload is under way" if self.under_way else ""
+
+    def follow(self) -> None:
+        """Put the new configuration in force when the child has proved it; the tick's call."""
+        proof = self.proof
+        reason = proof.poll() if proof is not None else None
+        if proof is None or reason is None:
+            return
+        self.proof = None
+        said = proof.close()
+        if not reason and self._master.phase is Phase.SERVING:
+            try:
+                apply(self._server)
+            except ZddError as error:
+                reason = str(error)
+        if reason:
+            with contextlib.suppress(OSError):
+                os.write(2, said.encode())
+            self._refuse(logging.ERROR, reason, "mend it and send SIGHUP again; the old workers serve on")
+            return
+        self._master.reloaded()
+        self._master.emit("reload.done", workers=self._server.num_workers)
+
+    def cancel(self) -> None:
+        """End a proof under way, because the service is being stopped."""
+        if self.proof is not None:
+            self.proof.end()
+
+    def _refuse(self, level: int, reason: str, remedy: str) -> None:
+        self._master.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
 def _try(server: Any, output: int) -> None:

@@ -75,6 +75,7 @@ class Gone:
     state: WorkerState
     error: str
     abandoned: int
+    in_flight: int
     told: bool
 
 
@@ -126,7 +127,12 @@ class Roster:
             slot = place.slot
             gone.append(
                 Gone(
-                    slot.pid or place.worker.pid, WorkerState(slot.state), slot.error, slot.abandoned, bool(slot.retire)
+                    slot.pid or place.worker.pid,
+                    WorkerState(slot.state),
+                    slot.error,
+                    slot.abandoned,
+                    slot.in_flight,
+                    bool(slot.retire),
                 )
             )
             slot.pid = 0

@@ -32,6 +32,12 @@ class Succession:
         self._pid_file = self._server.cfg.pidfile or ""
         self._server.cfg.set("pidfile", None)
 
+    def speak(self) -> None:
+        """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
+        logging.getLogger("gunicorn.error").addHandler(self.handler)
+        bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
+        self._channel.send("speaks")
+
     def adopt(self) -> None:
         """Make the inherited listeners this master's, and introduce it to its predecessor.
 
@@ -47,7 +53,6 @@ class Succession:
         self._server.cfg.set("pidfile", self._pid_file or None)
         self._server.LISTENERS = compat.adopt_listeners(self._server, self.heir.listeners)
         compat.hold_control_server(self._server)
-        logging.getLogger("gunicorn.error").addHandler(self.handler)
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path)
 
@@ -56,7 +61,7 @@ class Succession:
         if not self._asked:
             self._asked = True
             # Before anybody can have an answer of this generation.
-            log.emit("upgrade.ready", generation=self.heir.generation, pid=os.getpid(), workers=ready,
+            log.emit("upgrade.ready", pid=os.getpid(), workers=ready,
                      seconds=clock.since(self._board.header.started_at))  # fmt: skip
             self._channel.send("ready", workers=ready)
         return self._told or self.alone
@@ -75,7 +80,6 @@ class Succession:
             log.emit(
                 "predecessor.lost",
                 logging.WARNING,
-                generation=self.heir.generation,
                 predecessor=self.heir.predecessor,
             )
         # Alone and not yet serving: boot on, there is nobody else to serve.

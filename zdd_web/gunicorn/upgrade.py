@@ -69,11 +69,20 @@ class Upgrade:
         self.board: Board | None = None
         self.status: int | None = None
         self.released = False
+        self.speaks = False
         self._channel = channel
 
     @classmethod
-    def begin(cls, launch: Launch, generation: int, listeners: Sequence[int], binds: Sequence[str], boot_log: int,
-              timeout: float) -> Upgrade:  # fmt: skip
+    def begin(
+        cls,
+        launch: Launch,
+        generation: int,
+        listeners: Sequence[int],
+        binds: Sequence[str],
+        boot_log: int,
+        timeout: float,
+        ancestors: Sequence[tuple[int, int]] = (),
+    ) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         inheritance = Inheritance(
@@ -84,6 +93,7 @@ class Upgrade:
             stderr=-1,
             listeners=tuple(listeners),
             binds=tuple(binds),
+            ancestors=tuple(ancestors),
         )
         try:
             pid = os.fork()
@@ -111,6 +121,8 @@ class Upgrade:
             if message.kind == "hello":
                 self.pid_file = str(message.fields.get("pid_file", ""))
                 self._read_board(message.fd)
+            elif message.kind == "speaks":
+                self.speaks = True
             elif message.kind == "ready" and self.stage is Stage.BOOTING:
                 return Verdict(ready=True, workers=int(message.fields.get("workers", 0)))
             elif message.kind == "failed":
@@ -243,8 +255,11 @@ def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
             os.set_inheritable(fd, True)
         environ = dict(launch.environ)
         environ[ENV] = heir.to_environ()
-        # Only so that gunicorn does not detach again (util.py:526); our own adoption removes it.
-        environ["GUNICORN_FD"] = ",".join(map(str, heir.listeners))
+        # For a release without install(): gunicorn reads the second as numbers before it binds (arbiter.py:201), and
+        # ends there. It would unlink a live Unix socket otherwise, and serve ungated. With install(), the second also
+        # keeps --daemon from detaching again (util.py:526). Both are taken out before gunicorn looks.
+        environ["GUNICORN_PID"] = str(inheritance.predecessor)
+        environ["GUNICORN_FD"] = "inherited-by-zdd_web"
         os.chdir(launch.directory)
         os.execvpe(launch.command[0], launch.command, environ)
     except BaseException as error:

@@ -12,6 +12,7 @@ the master's word, then leaves alone if the service is still serving.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -185,7 +186,7 @@ class WorkerSide:
     def _end_loop(self) -> None:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
-        self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, round(left)))
+        self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, math.ceil(left)))
         self._obey(signal.SIGTERM, None)
         compat.wake(self.worker)
 

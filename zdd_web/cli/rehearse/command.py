@@ -139,6 +139,7 @@ def _upgrade(server: Server, generation: service.Generation, number: int) -> tup
 def _stop(server: Server, generation: service.Generation, load: LoadThread) -> StopResult:
     # Clients begin nothing new from now on, as after a load balancer took this backend out; what they have in hand
     # at the signal must still be answered.
+    _until_alone(server, generation)
     leaving = threading.Thread(target=load.stop)
     in_flight = load.in_flight
     requested_at = time.monotonic()
@@ -157,6 +158,13 @@ def _stop(server: Server, generation: service.Generation, load: LoadThread) -> S
     else:
         reason = ""
     return StopResult(requested_at, ended_at, status, in_flight, not reason, reason)
+
+
+def _until_alone(server: Server, generation: service.Generation) -> None:
+    # Its predecessor would take the exit status of the last one, and is bounded by the requests it still has.
+    deadline = time.monotonic() + 30
+    while len(server.generations()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _grace(generation: service.Generation) -> float:

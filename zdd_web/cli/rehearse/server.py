@@ -176,7 +176,10 @@ class Server:
                 if self._first.poll() is not None:
                     return self._first.returncode
             else:
-                pid, status = os.waitpid(generation.pid, os.WNOHANG)
+                try:
+                    pid, status = os.waitpid(generation.pid, os.WNOHANG)
+                except ChildProcessError:
+                    pid = 0  # not an orphan yet: its predecessor still retires
                 if pid:
                     return os.waitstatus_to_exitcode(status)
             time.sleep(0.01)

@@ -1,0 +1,333 @@
+"""DESIGN.md's "who may import whom", held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import zdd_web
+
+PACKAGE = Path(zdd_web.__file__).parent
+FRAMEWORKS = {"django", "flask", "asgiref", "werkzeug", "starlette", "jinja2"}
+
+#: Each part of the package and the parts that it may use. A new part needs a line here, which is a decision.
+MAY_USE = {
+    "errors": set(),
+    "clock": set(),
+    "proc": set(),
+    "log": set(),
+    "lifecycle": {"errors"},
+    "settings": {"errors"},
+    "health": {"lifecycle", "settings"},
+    "board": {"errors", "lifecycle"},
+    "waitgroup": {"errors", "log"},
+    "listeners": {"errors", "clock", "proc"},
+    "process": {"clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
+    "wsgi": {"process", "health", "lifecycle", "settings"},
+    "asgi": {"process", "health", "lifecycle", "settings", "wsgi"},
+    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "proc", "settings"},
+    "flask": {"wsgi", "asgi", "process", "health", "settings", "errors"},
+    "django": {"wsgi", "asgi", "process", "health", "settings", "errors"},
+    "apps": {"django"},
+    "gunicorn": {
+        "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
+        "probe_server",
+    },
+    "cli": {"errors", "clock", "proc", "lifecycle", "settings", "board", "gunicorn", "__init__"},
+    "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "cli"},
+    "__init__": set(),
+}  # fmt: skip
+
+#: What a decision needs of the standard library; nothing of it touches the world.
+PURE = {"errors", "settings", "lifecycle", "health"}
+PURE_STDLIB = {"__future__", "collections", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re"}
+PURE_STDLIB |= {"typing"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: `name` is the module, as far as one is named; `where` is "module", "function" or "typing"."""
+
+    importer: str
+    name: str
+    where: str
+    line: int
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """The part of this package that is imported: `board` for zdd_web.board."""
+        assert self.top == "zdd_web"
+        names = self.name.split(".")
+        return names[1] if len(names) > 1 else "__init__"
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.name} ({self.where})"
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def sources() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = ["zdd_web", *path.relative_to(PACKAGE).with_suffix("").parts]
+        if names[-1] == "__init__":
+            names.pop()
+        found[".".join(names)] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+TREES = sources()
+
+
+class Reader(ast.NodeVisitor):
+    def __init__(self, module: str) -> None:
+        self.module, self.where = module, "module"
+        self.found: list[Import] = []
+
+    def note(self, name: str, line: int) -> None:
+        self.found.append(Import(self.module, name, self.where, line))
+
+    def within(self, where: str, nodes: list[ast.stmt]) -> None:
+        outer, self.where = self.where, where if self.where == "module" else self.where
+        for node in nodes:
+            self.visit(node)
+        self.where = outer
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self.note(alias.name, node.lineno)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, f"{self.module}:{node.lineno}: imports here are absolute"
+        for alias in node.names:
+            whole = f"{node.module}.{alias.name}"
+            # `from gunicorn import sock` names a module, `from zdd_web.board import Board` does not.
+            self.note(whole if whole in TREES or "." not in str(node.module) else str(node.module), node.lineno)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.within("function", node.body)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self.within("function", node.body)
+
+    def visit_If(self, node: ast.If) -> None:
+        typing = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        self.within("typing" if typing else self.where, node.body)
+        self.within(self.where, node.orelse)
+
+
+def imports_of(module: str) -> list[Import]:
+    reader = Reader(module)
+    reader.visit(TREES[module])
+    return reader.found
+
+
+IMPORTS = [each for module in TREES for each in imports_of(module)]
+REAL = [each for each in IMPORTS if each.where != "typing"]
+
+
+def test_this_test_reads_what_it_is_meant_to_read() -> None:
+    found = {str(each).partition(":")[0] + str(each).partition(" imports")[2] for each in IMPORTS}
+    assert {
+        "zdd_web.wsgi zdd_web.process (module)",
+        "zdd_web.wsgi _typeshed.wsgi (typing)",
+        "zdd_web.gunicorn zdd_web.gunicorn.hooks (function)",
+        "zdd_web.gunicorn.compat gunicorn (module)",
+        "zdd_web.gunicorn.compat gunicorn.sock (module)",
+        "zdd_web.gunicorn.master gunicorn.errors (module)",
+        "zdd_web zdd_web.board (typing)",
+    } - found == {"zdd_web zdd_web.board (typing)"}
+
+
+# -- who may use whom
+
+
+def test_every_part_has_its_place_in_the_order() -> None:
+    assert {part_of(module) for module in TREES} <= set(MAY_USE)
+
+
+def test_parts_use_only_those_that_they_may() -> None:
+    wrong = [
+        str(each)
+        for each in REAL
+        if each.top == "zdd_web"
+        and each.part != part_of(each.importer)
+        and each.part not in MAY_USE[part_of(each.importer)]
+    ]
+    assert wrong == []
+
+
+def test_order_has_no_circles() -> None:
+    done: list[str] = []
+    while len(done) < len(MAY_USE):
+        ready = [part for part, used in MAY_USE.items() if part not in done and used <= set(done)]
+        assert ready, f"a circle among {sorted(set(MAY_USE) - set(done))}"
+        done += ready
+
+
+def test_decisions_touch_nothing_of_the_world() -> None:
+    wrong = [
+        str(each)
+        for each in REAL
+        if part_of(each.importer) in PURE and each.top != "zdd_web" and each.top not in PURE_STDLIB
+    ]
+    assert wrong == []
+    # ... nor by way of another part.
+    assert [part for part in PURE if not MAY_USE[part] <= PURE] == []
+
+
+def test_decisions_open_no_file_and_print_nothing() -> None:
+    for module, tree in TREES.items():
+        if part_of(module) in PURE:
+            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert names & {"open", "print", "input", "exec", "eval", "__import__"} == set(), module
+
+
+@pytest.mark.parametrize(("framework", "home"), [("django", {"django", "apps"}), ("flask", {"flask"})])
+def test_framework_is_imported_by_its_adaptor_alone(framework: str, home: set[str]) -> None:
+    assert {part_of(each.importer) for each in IMPORTS if each.top == framework} == home
+
+
+def test_no_other_framework_is_imported_by_anybody_else() -> None:
+    wrong = [
+        str(each)
+        for each in IMPORTS
+        if each.top in FRAMEWORKS and part_of(each.importer) not in ("django", "flask", "apps")
+    ]
+    assert wrong == []
+
+
+def test_gunicorn_is_imported_by_its_part_alone_and_by_commands_when_they_run() -> None:
+    wrong = [
+        str(each)
+        for each in IMPORTS
+        if each.top == "gunicorn"
+        and part_of(each.importer) != "gunicorn"
+        and not (part_of(each.importer) == "cli" and each.where == "function")
+    ]
+    assert wrong == []
+
+
+def test_click_and_tabulate_are_the_commands_alone() -> None:
+    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "tabulate", "h11")}
+    assert users == {"cli"}
+
+
+# -- who knows versions
+
+
+def test_compat_alone_knows_which_gunicorn_this_is() -> None:
+    bare = {each.importer for each in REAL if each.name == "gunicorn" and part_of(each.importer) == "gunicorn"}
+    assert bare == {"zdd_web.gunicorn.compat"}
+    known = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("__version__", "version_info", "hexversion", "VERSION")
+                and not (isinstance(node.value, ast.Name) and node.value.id == "zdd_web")
+            ):
+                known.append(module)
+    metadata = [each.importer for each in IMPORTS if each.name in ("importlib.metadata", "packaging", "pkg_resources")]
+    assert {*known, *metadata} == {"zdd_web.gunicorn.compat"}
+
+
+# -- the package itself
+
+
+def test_package_imports_nothing_until_it_is_asked_for_a_name() -> None:
+    assert {each.name for each in imports_of("zdd_web") if each.where == "module"} == {
+        "__future__.annotations",
+        "importlib",
+        "typing.TYPE_CHECKING",
+        "typing.Any",
+    }
+
+
+def test_public_names_resolve_and_are_the_same_everywhere() -> None:
+    assert sorted(zdd_web.__all__) == zdd_web.__all__
+    assert set(zdd_web._HOME) == set(zdd_web.__all__)
+    assert set(zdd_web.__all__) <= set(dir(zdd_web))
+    for name in zdd_web.__all__:
+        assert getattr(zdd_web, name) is getattr(importlib.import_module(zdd_web._HOME[name]), name)
+
+
+def test_type_checkers_are_told_the_same_names() -> None:
+    told = {}
+    for node in TREES["zdd_web"].body:
+        if isinstance(node, ast.If):
+            for each in node.body:
+                assert isinstance(each, ast.ImportFrom)
+                told |= {alias.name: each.module for alias in each.names}
+    assert told == zdd_web._HOME
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'zdd_web' has no attribute 'backround'"):
+        _ = zdd_web.backround
+
+
+def test_no_public_name_is_the_name_of_a_module() -> None:
+    # Its first import would put the module in the place of the object.
+    modules = {module.name for module in pkgutil.iter_modules(zdd_web.__path__)} | set(MAY_USE)
+    assert modules & set(zdd_web.__all__) == set()
+
+
+@pytest.mark.parametrize("module", [module for module in TREES if not module.endswith("__main__")])
+def test_all_that_a_module_announces_is_there(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert [name for name in getattr(loaded, "__all__", []) if not hasattr(loaded, name)] == []
+
+
+LAZY = """
+import sys
+import zdd_web
+forbidden = {"django", "flask", "gunicorn", "click", "tabulate", "h11", "asgiref"}
+loaded = sorted(forbidden & set(sys.modules))
+assert not loaded, loaded
+ours = sorted(name for name in sys.modules if name.startswith("zdd_web."))
+assert not ours, ours
+"""
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "",
+        "[getattr(zdd_web, name) for name in zdd_web.__all__]",
+        "with zdd_web.background.track(): zdd_web.phase()",
+        "import zdd_web.wsgi",
+        "import zdd_web.gunicorn",
+        "import zdd_web.gunicorn.handover, zdd_web.gunicorn.bootlog, zdd_web.gunicorn.upgrade",
+    ],
+)
+def test_package_drags_no_framework_in(then: str) -> None:
+    check = "loaded = sorted(forbidden & set(sys.modules)); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-Ic", f"{LAZY}\n{then}\n{check}"], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [("zdd_web.django.middleware", "flask"), ("zdd_web.flask", "django"), ("zdd_web.cli", "gunicorn")],
+)
+def test_adaptor_needs_its_own_framework_only(module: str, missing: str) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    subprocess.run([sys.executable, "-Ic", script], check=True, timeout=60)
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()

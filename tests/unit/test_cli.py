@@ -1,0 +1,379 @@
+"""The commands find the service that was named, or say what there is instead; masters here are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import zdd_web
+from tests.unit.forks import PATIENCE, in_child, spawn, status_of
+from zdd_web import proc
+from zdd_web.board import Board, UpgradeState, WorkerState
+from zdd_web.cli import LOG_LINES, main, service
+from zdd_web.errors import ServiceNotFound
+from zdd_web.gunicorn import bootlog
+from zdd_web.lifecycle import Phase
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+#: No Linux hands out a pid above 2**22.
+NOBODY = 1 << 23
+
+
+def zdd(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other service on this machine has, whatever else is tested on it."""
+    return f"unit-{uuid.uuid4().hex[:12]}"
+
+
+class Masters:
+    """Processes that hold a board as a master does, and do what they are told on SIGUSR2."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    def start(
+        self,
+        name: str,
+        generation: int = 1,
+        phase: Phase = Phase.SERVING,
+        on_usr2: Callable[[Board], None] = lambda board: None,
+    ) -> int:
+        reader, writer = os.pipe()
+
+        def master() -> None:
+            board = Board.create(name, slots=2)
+            header = board.header
+            header.generation, header.phase, header.phase_since = generation, phase, 1
+            header.master_start, header.workers_wanted = proc.start_time(os.getpid()), 2
+            slot = board.claim(1)
+            slot.pid, slot.state, slot.in_flight, slot.requests = 4711, WorkerState.SERVING, 3, 12
+            slot = board.claim(2)
+            slot.pid, slot.state, slot.tasks, slot.retire = 4712, WorkerState.LEAVING, 1, 1
+            slot.error = "it broke"
+
+            def usr2(*args: object) -> None:
+                on_usr2(board)
+                header.upgrade_number += 1
+
+            signal.signal(signal.SIGUSR2, usr2)
+            header.master_pid = os.getpid()
+            os.write(writer, b".")
+            signal.alarm(PATIENCE)
+            while True:
+                signal.pause()
+
+        pid = spawn(master)
+        self.pids.append(pid)
+        os.close(writer)
+        assert os.read(reader, 1) == b"."
+        os.close(reader)
+        return pid
+
+    def stop(self) -> None:
+        for pid in self.pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                status_of(pid)
+            except (ProcessLookupError, ChildProcessError):
+                pass
+
+
+@pytest.fixture
+def masters() -> Iterator[Masters]:
+    masters = Masters()
+    yield masters
+    masters.stop()
+
+
+# -- which service
+
+
+@pytest.mark.parametrize("command", ["status", "upgrade"])
+def test_name_of_no_service_is_refused_with_what_there_is(command: str, name: str) -> None:
+    result = zdd(command, "--name", name)
+    assert result.exit_code == 2
+    assert f"Error: no service named '{name}': " in result.output
+    assert "running here: " in result.output or "this user sees no service of zdd_web here" in result.output
+
+
+def test_name_of_no_service_is_refused_with_the_names_of_others(masters: Masters, name: str) -> None:
+    masters.start(name)
+    result = zdd("upgrade", "--name", "no-such-service")
+    assert result.exit_code == 2
+    assert name in result.output.partition("running here: ")[2]
+
+
+@pytest.mark.parametrize("command", ["status", "upgrade"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--name", "shop", "--pid", "1"),
+        ("--name", "shop", "--pid-file", "x"),
+        ("--pid", "1", "--pid-file", "x"),
+        ("--name", "shop", "--pid", "1", "--pid-file", "x"),
+    ],
+    ids=" ".join,
+)
+def test_two_ways_to_name_a_service_are_bad_usage(command: str, options: tuple[str, ...]) -> None:
+    result = zdd(command, *options)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Usage: main {command} ")
+    assert "give one of --name, --pid and --pid-file" in result.output
+
+
+@pytest.mark.parametrize("command", ["status", "upgrade"])
+def test_pid_of_a_process_that_is_no_master_is_refused(command: str) -> None:
+    def hang() -> None:
+        while True:
+            signal.pause()
+
+    pid = spawn(hang)
+    try:
+        result = zdd(command, "--pid", pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert status_of(pid) == -signal.SIGKILL
+    assert result.exit_code == 2
+    assert f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?" in result.output
+
+
+@pytest.mark.parametrize("pid", [NOBODY, -1])
+def test_pid_of_nobody_is_refused(pid: int) -> None:
+    result = zdd("status", "--pid", pid)
+    assert result.exit_code == 2
+    assert f"no process {pid}: is the service running?" in result.output
+
+
+def test_worker_is_no_master_though_it_has_the_board_too(masters: Masters, name: str) -> None:
+    worker_pid: list[int] = []
+    board = Board.create(name, slots=1)
+    board.header.master_pid = os.getpid()
+
+    def worker() -> None:
+        while True:
+            signal.pause()
+
+    worker_pid.append(spawn(worker))
+    try:
+        assert service.generation_of(worker_pid[0]) is None
+        mine = service.generation_of(os.getpid())
+        assert mine is not None
+        assert mine.board.header.name == name
+    finally:
+        os.kill(worker_pid[0], signal.SIGKILL)
+        status_of(worker_pid[0])
+        board.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_master_of_another_user_is_refused_with_whom_to_be(masters: Masters, name: str) -> None:
+    pid = masters.start(name)
+
+    def look() -> object:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        found = []
+        for question in ({"pid": pid}, {"name": name}):
+            try:
+                service.find(**question)  # type: ignore[arg-type]
+            except ServiceNotFound as error:
+                found.append(str(error))
+        return found
+
+    by_pid, by_name = in_child(look)
+    assert by_pid == f"process {pid} belongs to another user: run this as that user or as root"
+    assert by_name.startswith(f"no service named '{name}': ")
+
+
+@pytest.mark.parametrize("content", [None, "", "no pid", "12 34"])
+def test_pid_file_that_names_nobody_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "shop.pid"
+    if content is not None:
+        path.write_text(content)
+    result = zdd("status", "--pid-file", path)
+    assert result.exit_code == 2
+    assert f"--pid-file {path}: " in result.output
+    assert result.output.endswith("is the service running?\n")
+
+
+def test_several_services_are_refused_with_their_names(masters: Masters, name: str) -> None:
+    masters.start(name)
+    masters.start(f"{name}-2")
+    result = zdd("upgrade")
+    assert result.exit_code == 2
+    assert "several services run here: " in result.output
+    assert f"{name}, {name}-2" in result.output
+    assert result.output.endswith(": name one with --name\n")
+
+
+@pytest.mark.parametrize(
+    ("phases", "in_office"),
+    [
+        ([Phase.SERVING], 1),
+        ([Phase.SERVING, Phase.BOOTING], 1),
+        ([Phase.SERVING, Phase.SERVING], 1),
+        ([Phase.RETIRING, Phase.SERVING], 2),
+        ([Phase.RETIRING, Phase.RETIRING, Phase.SERVING], 3),
+        ([Phase.STOPPED, Phase.LAME_DUCK], 2),
+        ([Phase.RETIRING], 1),
+    ],
+)
+def test_generation_in_office_is_the_one_that_is_asked(
+    masters: Masters, name: str, phases: list[Phase], in_office: int
+) -> None:
+    # The youngest first: the order is that of the generations and not of the pids.
+    for generation, phase in reversed(list(enumerate(phases, 1))):
+        masters.start(name, generation, phase)
+    found = service.find(name=name)
+    assert found.board.header.generation == in_office
+    assert [each.board.header.generation for each in service.same_service(found)] == list(range(1, len(phases) + 1))
+
+
+def test_generation_outlived_by_its_board_is_not_alive(masters: Masters, name: str) -> None:
+    pid = masters.start(name)
+    generation = service.find(pid=pid)
+    assert generation.alive
+    os.kill(pid, signal.SIGKILL)
+    status_of(pid)
+    assert not generation.alive
+    assert generation.snapshot().name == name
+
+
+# -- status
+
+
+def test_status_shows_generations_and_workers(masters: Masters, name: str) -> None:
+    old = masters.start(name, 1, Phase.RETIRING)
+    new = masters.start(name, 2)
+    result = zdd("status", "--name", name)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    generations = [row for row in rows if row[:1] == [name]]
+    assert [(row[1], row[2]) for row in generations] == [("1", "retiring"), ("2", "serving")]
+    assert str(old) in generations[0]
+    assert str(new) in generations[1]
+    workers = [row for row in rows if "4711" in row or "4712" in row]
+    assert [row[:3] for row in workers] == [
+        ["1", "4711", "serving"],
+        ["1", "4712", "leaving,"],
+        ["2", "4711", "serving"],
+        ["2", "4712", "leaving,"],
+    ]
+    assert "leaving, told to go" in result.output
+    assert "it broke" in result.output
+
+
+@pytest.mark.parametrize("by", ["name", "pid", "pid-file"])
+def test_status_for_programs_is_json_whoever_is_named_how(masters: Masters, name: str, by: str, tmp_path: Path) -> None:
+    pid = masters.start(name, 3)
+    path = tmp_path / "shop.pid"
+    path.write_text(f"{pid}\n")
+    result = zdd("status", f"--{by}", {"name": name, "pid": pid, "pid-file": path}[by], "--json")
+    assert result.exit_code == 0
+    said = json.loads(result.output)
+    assert said["format"] == 1
+    (generation,) = said["generations"]
+    assert {key: generation[key] for key in ("name", "generation", "phase", "master_pid", "in_flight", "tasks")} == {
+        "name": name,
+        "generation": 3,
+        "phase": "serving",
+        "master_pid": pid,
+        "in_flight": 3,
+        "tasks": 1,
+    }
+    assert [worker["state"] for worker in generation["workers"]] == ["serving", "leaving"]
+    assert (generation["successor_phase"], generation["upgrade_state"]) == (None, "none")
+
+
+def test_status_of_everything_shows_every_service(masters: Masters, name: str) -> None:
+    masters.start(name)
+    masters.start(f"{name}-2")
+    result = zdd("status")
+    assert result.exit_code == 0
+    assert {name, f"{name}-2"} <= {line.split()[0] for line in result.output.splitlines() if line.strip()}
+
+
+# -- upgrade
+
+
+def test_upgrade_that_is_refused_says_why_and_is_status_1(masters: Masters, name: str) -> None:
+    def refuse(board: Board) -> None:
+        board.header.upgrade_reason = "an upgrade is under way: wait for its end"
+        board.header.upgrade_state = UpgradeState.REFUSED
+
+    masters.start(name, 4, on_usr2=refuse)
+    result = zdd("upgrade", "--name", name)
+    assert result.exit_code == 1
+    assert "upgrade refused: an upgrade is under way: wait for its end\n" in result.output
+    assert result.output.endswith("generation 4 serves on\n")
+
+
+def test_upgrade_that_fails_shows_the_end_of_what_the_new_generation_said(masters: Masters, name: str) -> None:
+    def fail(board: Board) -> None:
+        board.header.boot_log_fd = fd = bootlog.create()
+        os.write(fd, b"".join(b"line %d\n" % number for number in range(LOG_LINES + 10)) + b"ImportError: shop\n")
+        board.header.upgrade_reason = "worker 7 ended before it served"
+        board.header.upgrade_state = UpgradeState.FAILED
+
+    masters.start(name, on_usr2=fail)
+    result = zdd("upgrade", "--name", name)
+    assert result.exit_code == 1
+    assert "upgrade failed: worker 7 ended before it served\n" in result.output
+    assert f"the new generation's last {LOG_LINES} log lines:\n  | line 11\n" in result.output
+    assert "  | ImportError: shop\ngeneration 1 serves on\n" in result.output
+
+
+def test_upgrade_that_is_done_is_status_0(masters: Masters, name: str) -> None:
+    def succeed(board: Board) -> None:
+        board.header.upgrade_state = UpgradeState.DONE
+
+    masters.start(name, 7, on_usr2=succeed)
+    result = zdd("upgrade", "--name", name)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[0].startswith(f"{name}: generation 7 (pid ")
+    assert result.output.splitlines()[-1].startswith("generation 8 serves, after ")
+
+
+def test_upgrade_whose_master_ends_is_status_1(masters: Masters, name: str) -> None:
+    pid = masters.start(name, on_usr2=lambda board: os._exit(1))
+    result = zdd("upgrade", "--pid", pid)
+    assert result.exit_code == 1
+    assert f"upgrade the master {pid} ended during the upgrade\n" in result.output
+
+
+def test_master_that_ends_once_its_successor_serves_has_upgraded(masters: Masters, name: str) -> None:
+    def succeed_and_leave(board: Board) -> None:
+        board.header.upgrade_state = UpgradeState.DONE
+        board.header.upgrade_number += 1
+        os._exit(0)
+
+    pid = masters.start(name, on_usr2=succeed_and_leave)
+    assert zdd("upgrade", "--pid", pid).exit_code == 0
+
+
+# -- the rest
+
+
+def test_version_is_the_packages() -> None:
+    assert zdd("--version").output == f"zdd-web, version {zdd_web.__version__}\n"
+
+
+def test_help_names_every_command() -> None:
+    result = zdd("--help")
+    assert result.exit_code == 0
+    for command in ("status", "upgrade", "rehearse"):
+        assert command in main.commands
+        assert f"  {command} " in result.output

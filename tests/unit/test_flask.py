@@ -1,0 +1,132 @@
+"""The Flask extension answers probes before anything of the app's has a say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import flask
+import pytest
+
+from zdd_web.board import Board
+from zdd_web.flask import ZddWeb
+from zdd_web.lifecycle import Phase
+
+Service = Callable[..., Board]
+
+
+@pytest.fixture
+def app(service: Service) -> flask.Flask:
+    service()
+    app = flask.Flask(__name__)
+
+    @app.get("/")
+    def index() -> str:
+        return "the app"
+
+    @app.get("/healthz")
+    def shadowed() -> str:
+        return "the app's own"
+
+    return app
+
+
+def test_probes_are_answered_and_the_app_still_is(app: flask.Flask) -> None:
+    ZddWeb(app)
+    client = app.test_client()
+    for path in ("/livez", "/readyz", "/healthz", "/livez/", "/readyz/", "/healthz/"):
+        response = client.get(path)
+        assert (response.status_code, response.text, response.headers["Cache-Control"]) == (200, "ok\n", "no-store")
+        assert response.mimetype == "text/plain"
+    assert client.get("/").text == "the app"
+    assert client.get("/no-such-page").status_code == 404
+
+
+def test_nothing_is_answered_before_the_extension_is_there(app: flask.Flask) -> None:
+    zdd = ZddWeb()
+    assert app.test_client().get("/livez").status_code == 404
+    zdd.init_app(app)
+    assert app.test_client().get("/livez").status_code == 200
+
+
+def test_authentication_of_the_app_does_not_block_probes(app: flask.Flask) -> None:
+    ZddWeb(app)
+
+    @app.before_request
+    def log_in() -> NoReturn:
+        flask.abort(401)
+
+    client = app.test_client()
+    assert [client.get(path).status_code for path in ("/", "/livez", "/readyz", "/healthz")] == [401, 200, 200, 200]
+
+
+def test_probe_opens_no_request_of_the_apps(app: flask.Flask) -> None:
+    ZddWeb(app)
+    seen: list[str] = []
+    app.before_request(lambda: seen.append("before"))
+    app.after_request(lambda response: seen.append("after") or response)  # type: ignore[func-returns-value]
+    app.teardown_request(lambda error: seen.append("teardown"))
+    client = app.test_client()
+    client.get("/healthz")
+    assert seen == []
+    client.get("/")
+    assert seen == ["before", "after", "teardown"]
+
+
+def test_head_is_get_without_the_body(app: flask.Flask) -> None:
+    ZddWeb(app)
+    response = app.test_client().head("/healthz")
+    assert (response.status_code, response.data, response.headers["Content-Length"]) == (200, b"", "3")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_other_methods_are_not_allowed(app: flask.Flask, method: str) -> None:
+    ZddWeb(app)
+    response = app.test_client().open("/healthz", method=method)
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+def test_drain_shows_in_readiness_and_not_in_liveness(app: flask.Flask, service: Service) -> None:
+    ZddWeb(app)
+    board = service(Phase.SERVING)
+    client = app.test_client()
+    board.header.phase = Phase.LAME_DUCK
+    response = client.get("/healthz")
+    assert (response.status_code, response.text, response.headers["Retry-After"]) == (503, "lame_duck\n", "5")
+    assert client.get("/livez").status_code == 200
+    assert client.get("/").text == "the app"
+
+
+def test_second_call_for_an_app_changes_nothing(app: flask.Flask) -> None:
+    zdd = ZddWeb(app)
+    wrapped = app.wsgi_app
+    zdd.init_app(app)
+    ZddWeb(app)
+    assert app.wsgi_app is wrapped
+    assert app.test_client().get("/healthz").text == "ok\n"
+
+
+def test_one_extension_serves_several_apps(app: flask.Flask) -> None:
+    other = flask.Flask("other")
+    other.add_url_rule("/", view_func=lambda: "the other app")
+    zdd = ZddWeb()
+    zdd.init_app(app)
+    zdd.init_app(other)
+    answers = [each.test_client().get(path).text for each in (app, other) for path in ("/", "/livez")]
+    assert answers == ["the app", "ok\n", "the other app", "ok\n"]
+    assert vars(zdd) == {}
+
+
+def test_paths_are_those_of_the_settings(app: flask.Flask, service: Service) -> None:
+    ZddWeb(app)
+    service(health_path="/up", readiness_path="/-/ready")
+    client = app.test_client()
+    assert [client.get(path).text for path in ("/up", "/-/ready", "/healthz")] == ["ok\n", "ok\n", "the app's own"]
+
+
+def test_app_made_by_a_factory_is_reached_under_its_own_wsgi_app(app: flask.Flask) -> None:
+    # `app.wsgi_app` is wrapped and not the app: what a factory returns is still a Flask app.
+    ZddWeb(app)
+    assert isinstance(app, flask.Flask)
+    with app.test_request_context("/"):
+        assert flask.url_for("index") == "/"

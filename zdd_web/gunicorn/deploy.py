@@ -1,0 +1,274 @@
+"""The predecessor's side of a deploy: from SIGUSR2 to the end of this master.
+
+`Upgrade` (upgrade.py) knows one successor, and judges it; here stands what the judgement means for this master: its phase,
+its pid file, systemd, the control socket, and what the operator is told.
+
+An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the pid file, systemd,
+the successor's office, then the phase, whose change has the roster retire the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from zdd_web import clock, proc
+from zdd_web.board import UpgradeState, WorkerState
+from zdd_web.errors import UpgradeError, ZddError
+from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.launch import Launch, read_env_file
+from zdd_web.gunicorn.parentage import Parentage
+from zdd_web.gunicorn.upgrade import Stage, Upgrade
+from zdd_web.lifecycle import Event, Phase
+from zdd_web.listeners.notify import notify
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.master import Master
+
+#: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
+LAST_ACCEPTS_WITHIN = 2.0
+
+
+class Deploy:
+    """What this master knows of its successor, if there is one."""
+
+    def __init__(self, master: Master, launch: Launch, heir: Inheritance | None) -> None:
+        self._master, self._launch = master, launch
+        self._server, self._header, self._settings = master.server, master.header, master.settings
+        self._ancestors = heir.ancestors if heir else ()
+        env_file = self._settings.env_file
+        self._env_at_start = read_env_file(env_file) if env_file else {}
+        self.upgrade: Upgrade | None = None
+        self._boot_log = -1
+        self._prepared = ""
+        self._when_in_office = False
+
+    def request(self) -> None:
+        """SIGUSR2: begin an upgrade, or say why not."""
+        if self.forwards(signal.SIGUSR2):
+            return
+        master = self._master
+        if master.awaits_office and master.phase is Phase.SERVING:
+            # A deploy right after a deploy: a second at most, and worth waiting for.
+            self._when_in_office = True
+            return
+        try:
+            self._refuse_unless_possible()
+            launch = self._next_launch()
+            if self._boot_log >= 0:
+                os.close(self._boot_log)
+            self._boot_log = self._header.boot_log_fd = bootlog.create()
+            self.upgrade = Upgrade.begin(
+                launch,
+                self._header.generation + 1,
+                [listener.fileno() for listener in self._server.LISTENERS],
+                self._server.cfg.bind,
+                self._boot_log,
+                self._settings.upgrade_timeout,
+                [*self._alive_ancestors(), (os.getpid(), self._header.master_start)],
+            )
+        except (ZddError, OSError) as error:
+            self._outcome(UpgradeState.REFUSED, str(error))
+            self._header.upgrade_number += 1
+            self._master.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
+            return
+        # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
+        self._server.reexec_pid = self.upgrade.pid
+        self._outcome(UpgradeState.BOOTING, "")
+        self._header.upgrade_number += 1
+        self._master.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
+                  command=" ".join(launch.command), directory=launch.directory,)  # fmt: skip
+
+    def _refuse_unless_possible(self) -> None:
+        if self.upgrade is not None:
+            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
+        if self._master.phase is not Phase.SERVING:
+            raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
+        if self._master.reload.under_way:
+            raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
+        alive = len(self._alive_ancestors()) + 1
+        if alive >= self._settings.max_generations:
+            raise UpgradeError(
+                f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
+                f"older one has finished its requests (`zdd-web status` shows them), or raise the limit"
+            )
+        if self._server.cfg.settings.get("dirty_apps") and self._server.cfg.dirty_apps:
+            raise UpgradeError(
+                "dirty_apps are set: their processes cannot be handed over, and a second master would end those of the "
+                "first; restart the service, or move them into a service of their own"
+            )
+        if not self._settings.keep_pid:
+            obstacle = Parentage.of_this_process().obstacle()
+            if obstacle:
+                raise UpgradeError(obstacle)
+
+    def _alive_ancestors(self) -> list[tuple[int, int]]:
+        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start)]
+
+    def _next_launch(self) -> Launch:
+        launch = self._launch.following(self._settings.release_dir)
+        if self._settings.env_file:
+            launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
+        obstacle = launch.obstacle()
+        if obstacle:
+            raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
+        return launch
+
+    def _outcome(self, state: UpgradeState, reason: str) -> None:
+        self._header.upgrade_reason = reason
+        self._header.upgrade_since = clock.now_ns()
+        self._header.upgrade_state = state
+
+    def follow(self) -> None:
+        """Hear the successor and do what its verdict means; the tick's call."""
+        if self._when_in_office and not self._master.awaits_office:
+            self._when_in_office = False
+            self.request()
+        upgrade = self.upgrade
+        if upgrade is None:
+            return
+        if upgrade.board is not None:
+            self._header.successor_phase = upgrade.board.header.phase
+        verdict = upgrade.poll()
+        if verdict is not None and verdict.ready:
+            self._let_go(upgrade, verdict.workers)
+        elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
+            self._return_to_office(upgrade, verdict.reason)
+        elif verdict is not None:
+            self._fail(upgrade, verdict.reason)
+        elif upgrade.committed:
+            self._commit(upgrade)
+        elif upgrade.stage is Stage.IN_OFFICE and self._header.upgrade_state == UpgradeState.COMMITTING:
+            self.follow_last_accepts()
+
+    def follow_last_accepts(self) -> None:
+        """Call the upgrade done once no worker of this generation accepts any more."""
+        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
+        leaving = all(member.state is WorkerState.LEAVING for member in self._master.roster.members())
+        if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
+            self._header.upgrades_done += 1
+            self._outcome(UpgradeState.DONE, "")
+
+    def _let_go(self, upgrade: Upgrade, workers: int) -> None:
+        try:
+            # A full disk shall be found out now, while nothing has been promised.
+            self._prepared = self._prepare_pid_file(upgrade)
+        except OSError as error:
+            self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
+            return
+        self._master.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
+        self._outcome(UpgradeState.COMMITTING, "")
+        upgrade.go()
+
+    def _prepare_pid_file(self, upgrade: Upgrade) -> str:
+        pid_file = self._server.pidfile
+        if pid_file is None or os.path.abspath(pid_file.fname) != upgrade.pid_file:
+            return ""
+        prepared: str = pid_file.prepare(upgrade.pid)
+        return prepared
+
+    def _fail(self, upgrade: Upgrade, reason: str) -> None:
+        upgrade.end(now=upgrade.stage is Stage.BOOTING)
+        self._discard_prepared()
+        self._forget_successor()
+        said = bootlog.tail(self._boot_log)
+        if said and not upgrade.speaks:
+            # It ended with the boot log as its stderr: nobody has read that yet.
+            with contextlib.suppress(OSError):
+                os.write(2, said.encode())
+        self._header.upgrades_failed += 1
+        self._outcome(UpgradeState.FAILED, reason)
+        self._master.emit(
+            "upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason
+        )
+
+    def _discard_prepared(self) -> None:
+        if self._prepared:
+            with contextlib.suppress(OSError):
+                os.unlink(self._prepared)
+            self._prepared = ""
+
+    def _forget_successor(self) -> None:
+        self.upgrade = None
+        self._server.reexec_pid = 0
+        self._header.successor_pid = self._header.successor_phase = 0
+
+    def _commit(self, upgrade: Upgrade) -> None:
+        if self._prepared:
+            self._server.pidfile.commit(self._prepared)
+            self._prepared = ""
+        compat.suspend_control_server(self._server)
+        self._header.successor_pid = upgrade.pid
+        self._tell_systemd(upgrade.pid)
+        upgrade.hand_over_office()
+        self._master.release_predecessor()
+        self._master.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
+        self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
+
+    def _tell_systemd(self, main_pid: int) -> None:
+        # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
+        if not self._settings.keep_pid:
+            try:
+                notify(f"MAINPID={main_pid}")
+            except OSError as error:
+                self._master.emit(
+                    "refused", logging.ERROR, signal="USR2", reason=f"systemd was not told MAINPID: {error}"
+                )
+
+    def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
+        upgrade.end(now=False)
+        self._forget_successor()
+        if self._header.upgrade_state == UpgradeState.COMMITTING:
+            self._outcome(UpgradeState.FAILED, reason)
+        if self._header.deadline:
+            return  # a stop was asked for meanwhile: nobody shall serve
+        self._master.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
+        if self._server.pidfile is not None:
+            try:
+                self._server.pidfile.create(os.getpid())
+            except OSError as error:
+                # To serve without a pid file is better than not to serve.
+                self._master.emit("internal.error", logging.ERROR, where="pid file", error=str(error))
+        self._tell_systemd(os.getpid())
+        compat.resume_control_server(self._server)
+        self._master.move(Event.SUCCESSOR_LOST)
+
+    def forwards(self, sig: signal.Signals) -> bool:
+        """Send a signal on to the successor: where the pid must stay, it still means the service."""
+        if not (self._settings.keep_pid and self._master.phase is Phase.RETIRING and self.upgrade is not None):
+            return False
+        proc.kill(self.upgrade.pid, self.upgrade.start, sig)
+        return True
+
+    def cancel(self) -> None:
+        """End an upgrade under way, because the service is being stopped."""
+        upgrade = self.upgrade
+        if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
+            return
+        reason = "the service was stopped"
+        if upgrade.stage is Stage.COMMITTING:
+            # It has requests in hand: it stops as this generation does, and its board says that it may go.
+            upgrade.ask_to_stop()
+            upgrade.forget()
+        else:
+            upgrade.end(now=True)
+        self._discard_prepared()
+        self._forget_successor()
+        self._outcome(UpgradeState.FAILED, reason)
+        self._master.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a successor, in office or not."""
+        return self.upgrade is not None
+
+    def after_fork(self) -> None:
+        """Close, in a worker, what is the master's alone."""
+        if self.upgrade is not None:
+            self.upgrade.forget()
+        if self._boot_log >= 0:
+            os.close(self._boot_log)

@@ -1,0 +1,1 @@
+"""Listening sockets, and what is said about them to whoever holds them."""
