@@ -2,18 +2,18 @@
 
 Theory of operation
 -------------------
-One memfd per generation, mapped by the master before its first fork, so that every worker has it too. A fixed layout of
-64-bit words: a header, which only the master writes, and slots, one for each worker, which only that worker writes (the
-words under "command" in a slot are the master's). One writer per word and stores of whole aligned words mean that nobody
-needs a lock and that a process killed in the middle of anything leaves nothing locked. `memoryview.cast("Q")` stores a
-word with one move; `struct.pack_into` would write zeroes first, and a reader would see them.
+One memfd per generation, mapped by the master before its first fork, so that every worker has it too. A fixed layout
+of 64-bit words: a header, which only the master writes, and slots, one for each worker, which only that worker writes
+(the words under "command" in a slot are the master's). One writer per word and stores of whole aligned words mean that
+nobody needs a lock and that a process killed in the middle of anything leaves nothing locked. `memoryview.cast("Q")`
+stores a word with one move; `struct.pack_into` would write zeroes first, and a reader would see them.
 
 Texts are longer than a word: they stand under a sequence counter that is odd while the text is being written. A reader
 that does not get an even, unchanged counter in a few tries gives up on the text, never on the numbers.
 
-Other processes (`zdd-web status`, the predecessor) find the board by its name, `zdd_web:<NAME>`, under /proc/<pid>/fd: the
-kernel decides who may look, and nothing is left behind by a crash. The first words describe the layout, so that
-a predecessor of another version can still find the pids on a board whose other fields it does not know.
+Other processes (`zdd-web status`, the predecessor) find the board by its name, `zdd_web:<NAME>`, under
+/proc/<pid>/fd: the kernel decides who may look, and nothing is left behind by a crash. The first words describe the
+layout, so that a predecessor of another version can still find the pids on a board whose other fields it does not know.
 
 Where there is no memfd the memory is anonymous: workers still have it, the commands do not.
 """

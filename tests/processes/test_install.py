@@ -21,7 +21,10 @@ REFUSED = {
     ),
     "reuseport": (INSTALL + "install(globals(), listener='reuseport')", ["listener='reuseport'", "not available yet"]),
     "systemd": (INSTALL + "install(globals(), listener='systemd')", ["listener='systemd'", "not available yet"]),
-    "two installs": (INSTALL + "install(globals())\ninstall(globals())", ["install() was called twice", "keep the last"]),
+    "two installs": (
+        INSTALL + "install(globals())\ninstall(globals())",
+        ["install() was called twice", "keep the last"],
+    ),
     "a hook after install": (
         INSTALL + "install(globals())\ndef post_fork(server, worker):\n    pass",
         ["post_fork was set after install()", "before install()"],

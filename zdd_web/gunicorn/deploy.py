@@ -1,10 +1,10 @@
 """The predecessor's side of a deploy: from SIGUSR2 to the end of this master.
 
-`Upgrade` (upgrade.py) knows one successor, and judges it; here stands what the judgement means for this master: its phase,
-its pid file, systemd, the control socket, and what the operator is told.
+`Upgrade` (upgrade.py) knows one successor, and judges it; here stands what the judgement means for this master: its
+phase, its pid file, systemd, the control socket, and what the operator is told.
 
-An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the pid file, systemd,
-the successor's office, then the phase, whose change has the roster retire the workers.
+An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the pid file,
+systemd, the successor's office, then the phase, whose change has the roster retire the workers.
 """
 
 from __future__ import annotations

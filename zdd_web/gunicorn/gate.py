@@ -1,8 +1,8 @@
 """The gate: a worker accepts nothing until its generation may serve.
 
-A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by writing a byte that
-nobody ever reads, so that it stands open for every later worker, at once and without a word. The master's
-death makes the pipe readable too: the phase on the board tells which of the two it was.
+A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by writing a byte
+that nobody ever reads, so that it stands open for every later worker, at once and without a word. The master's death
+makes the pipe readable too: the phase on the board tells which of the two it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """gunicorn's hooks, ours and the user's side by side.
 
-State lives in this module and not in the functions that `install()` puts into the configuration: a reload runs that file
-again, in a fresh namespace, and must find the master that is there.
+State lives in this module and not in the functions that `install()` puts into the configuration: a reload runs that
+file again, in a fresh namespace, and must find the master that is there.
 """
 
 from __future__ import annotations

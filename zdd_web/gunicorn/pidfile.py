@@ -1,7 +1,7 @@
 """The pid file, replaced in one step.
 
-gunicorn's own unlinks before it creates (pidfile.py:49): a reader in between finds no service. This one writes beside it
-and renames, and can be prepared while a full disk is still no harm. It has the names that gunicorn's loop calls.
+gunicorn's own unlinks before it creates (pidfile.py:49): a reader in between finds no service. This one writes beside
+it and renames, and can be prepared while a full disk is still no harm. It has the names that gunicorn's loop calls.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Succession:
         binds = tuple(self._server.cfg.bind)
         if binds != self.heir.binds:
             raise UpgradeError(
-                f"bind is {', '.join(binds)} in the new configuration and {', '.join(self.heir.binds)} in the running one: "
-                f"an upgrade keeps the listeners; restore bind, or restart the service"
+                f"bind is {', '.join(binds)} in the new configuration and {', '.join(self.heir.binds)} in the running "
+                f"one: an upgrade keeps the listeners; restore bind, or restart the service"
             )
         os.environ.pop("GUNICORN_FD", None)
         self._server.cfg.set("pidfile", self._pid_file or None)

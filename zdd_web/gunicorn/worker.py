@@ -160,7 +160,7 @@ class WorkerSide:
             timer.start()
 
     def notify(self) -> None:
-        """Beat gunicorn's heartbeat; between two rounds of the loop is also where emptying the queue comes to its end."""
+        """Beat gunicorn's heartbeat; between two turns of the loop, emptying and winding down come to their end."""
         self._beat()
         if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
             self._emptying = False

@@ -22,7 +22,7 @@ from zdd_web.lifecycle import Phase
 if TYPE_CHECKING:
     from zdd_web.cli.rehearse.load import LoadThread
 
-#: Load that runs before the first upgrade and between two, seconds: more than the second before and after that is judged.
+#: Load that runs before the first upgrade and between two, seconds: more than the second on each side that is judged.
 SETTLE = 1.5
 
 

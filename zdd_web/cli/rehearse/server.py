@@ -49,7 +49,7 @@ __file__ = {path!r}
 exec(compile(open(__file__).read(), __file__, "exec"), globals())
 for _name in ("daemon", "reload"):
     if globals().get(_name):
-        raise SystemExit("zdd_web: rehearse: " + __file__ + " sets " + _name + " = True: a rehearsal cannot run under it")
+        raise SystemExit("zdd_web: rehearse: " + __file__ + " sets " + _name + " = True: no rehearsal under that")
 if "__zdd_web__" not in globals():
     raise SystemExit("zdd_web: rehearse: " + __file__ + " does not call zdd_web.gunicorn.install(globals()) at its end")
 globals().update({overrides!r})
