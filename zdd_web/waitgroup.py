@@ -42,8 +42,6 @@ _groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
 
 #: Called with the number of entries in all groups whenever it changes; `process` points it at the board.
 observer: Callable[[int], None] | None = None
-# Reentrant: the garbage collector may end a piece of work (a generator that stands in `track()`) at any allocation.
-_observing = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -214,20 +212,19 @@ def _all_groups() -> list[WaitGroup]:
 
 
 def _tell() -> None:
-    # The lock orders the stores of several threads: without it an older count could overwrite a newer one. So does
-    # looking again, for work that ended in this thread in the middle of the call.
-    with _observing:
-        told = -1
-        while observer is not None and told != (count := sum(len(group) for group in _all_groups())):
-            observer(count)
-            told = count
+    # Whoever has told looks again, so the last count told is the right one in whatever order threads come here. A lock
+    # would order them too, until the garbage collector ends work (a generator that stands in `track()`) while it is held.
+    told = -1
+    while observer is not None and told != (count := sum(len(group) for group in _all_groups())):
+        observer(count)
+        told = count
 
 
 def _after_fork() -> None:
     # What the parent's threads were doing they are not doing here, and a lock that one of them held stays held. The
     # observer writes into the slot of the parent; a worker gets its own when it is attached.
-    global _observing, observer
-    _observing, observer = threading.RLock(), None
+    global observer
+    observer = None
     for group in _all_groups():
         group._reset()
 

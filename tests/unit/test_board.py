@@ -271,6 +271,19 @@ def test_text_is_cut_to_its_field(board: Board, text: str, read: str) -> None:
     assert board.header.name == read
 
 
+def test_text_that_is_too_long_leaves_its_neighbours_alone(board: Board) -> None:
+    slots = [board.claim(age) for age in range(3)]
+    for slot in slots:
+        slot.pid, slot.error = 4711, "mine"
+    board.header.upgrade_reason, board.header.master_pid = "mine", 4700
+    board.header.name = "x" * 10_000
+    slots[1].error = "x" * 10_000
+    slots[2].error = "x" * 10_000
+    snapshot = board.snapshot()
+    assert (snapshot.upgrade_reason, snapshot.master_pid) == ("mine", 4700)
+    assert [(worker.pid, len(worker.error)) for worker in snapshot.workers] == [(4711, 4), (4711, 512), (4711, 512)]
+
+
 @given(texts=st.lists(st.text(st.characters(), max_size=60), min_size=1))
 def test_text_of_any_characters_is_read_as_it_was_written_or_cut(texts: list[str]) -> None:
     board = Board.private()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -111,17 +112,22 @@ def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Proces
 
     def serve() -> None:
         together.wait(60)
-        for _ in range(200):
+        for _ in range(500):
             worker.request_started()
             worker.request_finished()
 
     threads = [threading.Thread(target=serve) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     worker.request_started()
-    assert (worker.slot.in_flight, worker.slot.requests) == (1, 1_600)
+    assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
     worker.request_finished()
 
 

@@ -157,6 +157,24 @@ class WindDown:
             worker.poller.unregister(listener)
 
 
+def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
+    """Have `tell()` called when a gthread worker that was told to stop accepts no more (gthread.py:435).
+
+    False for a worker that has no such moment. Its loop may still be about to accept what it was woken for before.
+    """
+    if not hasattr(worker, "set_accept_enabled"):
+        return False
+    set_accept_enabled = worker.set_accept_enabled
+
+    def then_tell(enabled: bool) -> None:
+        set_accept_enabled(enabled)
+        if not enabled and not worker.alive:
+            tell()
+
+    worker.set_accept_enabled = then_tell
+    return True
+
+
 def take_max_requests(worker: Any) -> int:
     """Return after how many requests a worker wants to be replaced, and keep gunicorn from doing it on its own.
 

@@ -165,9 +165,12 @@ class WorkerSide:
         if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
             self._emptying = False
             self.leave()
-        if self._wind_down is not None and self._wind_down.over():
-            self._wind_down = None
-            self._end_loop()
+        if self._wind_down is not None:
+            over = self._wind_down.over()
+            self.note_leaving()
+            if over:
+                self._wind_down = None
+                self._end_loop()
 
     def _queue_is_empty(self) -> bool:
         poller = select.poll()
@@ -177,7 +180,7 @@ class WorkerSide:
 
     def leave(self) -> None:
         """Have the worker finish what it has and end its loop."""
-        self.note_leaving()
+        self._left = self.process.going = True
         if compat.WindDown.needed_by(self.worker):
             self._wind_down = compat.WindDown(self.worker)
         else:
@@ -188,12 +191,14 @@ class WorkerSide:
         left = clock.remaining(self.process.deadline_ns)
         self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, math.ceil(left)))
         self._obey(signal.SIGTERM, None)
+        if not compat.tell_when_not_accepting(self.worker, self.note_leaving) and self.slot.in_flight:
+            # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
+            self.note_leaving()
         compat.wake(self.worker)
 
     def note_leaving(self) -> None:
-        """Say on the board that this worker accepts nothing more, so that the master may replace it now."""
-        if not self._left:
-            self._left = self.process.going = True
+        """Say on the board that this worker accepts nothing more: the master may replace it, an upgrade may be done."""
+        if self.slot.state != WorkerState.LEAVING:
             self.process.say(WorkerState.LEAVING)
 
     def run(self) -> None:
@@ -202,6 +207,7 @@ class WorkerSide:
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
         self._run()
+        self._left = self.process.going = True
         self.note_leaving()
         # The HUP and TTOU of other days may still be re-sending it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
