@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from zdd_web import clock, waitgroup
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.lifecycle import LEAVING, Phase
-from zdd_web.settings import Settings, resolve
+from zdd_web.settings import FrameworkSettings, Settings, merge
+
+App = TypeVar("App")
 
 
 class Process:
     """What this process knows of itself and of its generation."""
 
-    def __init__(self, board: Board, slot: Slot | None, settings: Settings) -> None:
+    def __init__(self, board: Board, slot: Slot | None, settings: Settings, fixed: Collection[str] = ()) -> None:
         self.board, self.slot, self.settings = board, slot, settings
+        #: The settings that no app may set for itself, by name.
+        self.fixed = fixed
         #: This worker alone is on its way out.
         self.going = False
         self._lock = threading.Lock()
@@ -81,18 +88,35 @@ _REQUESTS = Slot.requests.index
 _current: Process | None = None
 
 
-def attach(board: Board, slot: Slot | None, settings: Settings) -> Process:
+def attach(board: Board, slot: Slot | None, settings: Settings, fixed: Collection[str] = ()) -> Process:
     """Make a board this process's own; the gunicorn hooks call it, in the master and after each fork."""
     global _current
-    _current = Process(board, slot, settings)
+    _current = Process(board, slot, settings, fixed)
     return _current
 
 
 def current() -> Process:
     """Return this process's handle, with a private board where there is no gunicorn."""
     if _current is None:
-        return attach(Board.private(), None, resolve({}, os.environ))
+        alone = merge({}, os.environ)
+        return attach(Board.private(), None, alone.settings, alone.fixed)
     return _current
+
+
+_apps: weakref.WeakKeyDictionary[Any, Callable[[Any], FrameworkSettings]] = weakref.WeakKeyDictionary()
+
+
+def bring(app: App, read: Callable[[App], FrameworkSettings]) -> None:
+    """Note an app with settings of its own; `read(app)` is called when it has been loaded.
+
+    The app is not kept alive: a test run makes thousands.
+    """
+    _apps[app] = read
+
+
+def brought() -> list[FrameworkSettings]:
+    """Return what the apps of this process bring. Raises `SettingsError` for what cannot work."""
+    return [read(app) for app, read in list(_apps.items())]
 
 
 def phase() -> Phase:

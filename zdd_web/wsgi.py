@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from zdd_web import process
 from zdd_web.health import Probe, Reply, decide, table
 from zdd_web.lifecycle import Phase
-from zdd_web.settings import Settings
+from zdd_web.settings import FrameworkSettings, Settings, of_app
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 
-def answer(path: str, method: str) -> Reply | None:
-    """Return the reply to a probe; None when the path is none. For adaptors."""
-    here = process.current()
-    probe = _table(here).get(path)
-    if probe is None:
-        return None
-    header = here.board.header
-    successor = header.successor_phase
-    return decide(probe, method, here.phase, Phase(successor) if successor else None)
+class Probes:
+    """Which paths are probes, for one app, and the answers to them. For adaptors.
 
+    `brought` is called for the app's own settings when they are first needed, and again after `forget()` and whenever
+    the settings of the process have changed.
+    """
 
-_cached: tuple[Settings, dict[str, Probe]] | None = None
+    def __init__(self, brought: Callable[[], FrameworkSettings] | None = None) -> None:
+        self._brought = brought
+        # Kept, since each request of the app is looked up in it; in one attribute, so that threads see both or neither.
+        self._made: tuple[Settings | None, dict[str, Probe]] = (None, {})
 
+    def forget(self) -> None:
+        """Have the app's settings read again: they have changed."""
+        self._made = (None, {})
 
-def _table(here: process.Process) -> dict[str, Probe]:
-    # One table a Settings object: it is looked up on every request of the app.
-    global _cached
-    if _cached is None or _cached[0] is not here.settings:
-        _cached = here.settings, table(here.settings)
-    return _cached[1]
+    def answer(self, path: str, method: str) -> Reply | None:
+        """Return the reply to a probe; None when the path is none."""
+        here = process.current()
+        made_of, paths = self._made
+        if made_of is not here.settings:
+            paths = self._make(here)
+        probe = paths.get(path)
+        if probe is None:
+            return None
+        header = here.board.header
+        successor = header.successor_phase
+        return decide(probe, method, here.phase, Phase(successor) if successor else None)
+
+    def _make(self, here: process.Process) -> dict[str, Probe]:
+        settings = here.settings
+        paths = table(of_app(settings, here.fixed, self._brought()) if self._brought else settings)
+        self._made = settings, paths
+        return paths
 
 
 class ProbeMiddleware:
@@ -44,11 +58,12 @@ class ProbeMiddleware:
     [b'ok\\n']
     """
 
-    def __init__(self, app: WSGIApplication) -> None:
+    def __init__(self, app: WSGIApplication, probes: Probes | None = None) -> None:
         self.app = app
+        self._probes = probes or Probes()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        reply = answer(environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"])
+        reply = self._probes.answer(environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"])
         if reply is None:
             return self.app(environ, start_response)
         start_response(reply.status_line, list(reply.headers))

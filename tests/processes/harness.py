@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from zdd_web import proc
 from zdd_web.board import Snapshot
 from zdd_web.cli import service as finder
 from zdd_web.cli.rehearse.load import Load, LoadThread
@@ -290,3 +291,52 @@ def _knows_control_socket() -> bool:
     from gunicorn.config import make_settings
 
     return "control_socket" in make_settings()
+
+
+def serving(service: Service, generation: int = 1) -> int:
+    """Wait until a generation serves; return its master's pid as its own pid namespace has it."""
+    line = service.wait_for(rf"generation={generation} event=phase\.serving")
+    found = re.search(r" pid=(\d+)", line)
+    assert found, line
+    return int(found[1])
+
+
+def seen_from_here(service: Service, inner: int) -> int:
+    """Return the pid that a process of the service has here, which in a pid namespace of its own is `inner`."""
+
+    def look() -> int | None:
+        for pid in service.processes():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if re.search(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)[1] == str(inner):  # type: ignore[index]
+                    return pid
+        return None
+
+    return until(f"the process {inner}", look, service)
+
+
+def command_line(pid: int) -> list[str]:
+    """Return a process's command line; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def children(pid: int) -> list[int]:
+    """Return the pids of a process's children, zombies among them."""
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and proc.parent(int(entry)) == pid]
+
+
+def ask_unix(path: Path | str, target: str = "/", timeout: float = PATIENCE) -> Reply:
+    """GET over a Unix socket."""
+    connection = http.client.HTTPConnection("localhost", timeout=timeout)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.settimeout(timeout)
+    try:
+        connection.sock.connect(str(path))
+        connection.request("GET", target)
+        response = connection.getresponse()
+        return Reply(response.status, dict(response.getheaders()), response.read().decode())
+    finally:
+        connection.close()

@@ -62,7 +62,6 @@ def test_tail_of_bytes_that_are_no_text_is_a_text(fd: int) -> None:
     assert tail(fd) == "caf\N{REPLACEMENT CHARACTER} \N{REPLACEMENT CHARACTER}\n"
 
 
-@pytest.mark.xfail(reason="reported: a last line longer than the tail leaves nothing of it (bootlog.tail)")
 def test_tail_of_one_very_long_line_is_its_end(fd: int) -> None:
     os.write(fd, b"x" * TAIL_BYTES + b" and the reason\n")
     assert tail(fd).endswith("and the reason\n")
@@ -83,9 +82,6 @@ def test_text_that_cannot_be_encoded_is_kept_as_far_as_it_can(fd: int, logger: l
     assert tail(fd) == f"[{os.getpid()}] [ERROR] path caf?\n"
 
 
-@pytest.mark.xfail(
-    raises=TypeError, reason="reported: a record that cannot be formatted raises into the app (Handler.emit)"
-)
 def test_record_that_cannot_be_formatted_does_not_raise_into_the_app(
     logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,9 +98,6 @@ def test_closed_descriptor_does_not_raise_into_the_app(logger: logging.Logger) -
     logger.removeHandler(handler)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="reported: a memfd's offset is shared but not locked: O_APPEND (bootlog.create)"
-)
 def test_processes_write_one_after_the_other_and_not_over_each_other(fd: int, logger: logging.Logger) -> None:
     def child() -> None:
         for number in range(1_000):

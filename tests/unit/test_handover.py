@@ -113,7 +113,6 @@ def test_what_a_peer_said_before_its_end_is_still_heard(pair: Pair) -> None:
     assert (ours.receive(), ours.ended) == (None, True)
 
 
-@pytest.mark.xfail(reason="reported: ECONNRESET comes before the messages and is taken for the end (handover.receive)")
 def test_what_a_peer_said_before_its_end_is_heard_though_it_did_not_listen(pair: Pair) -> None:
     ours, theirs = pair
     ours.send("go")

@@ -124,7 +124,6 @@ def test_interpreter_found_by_its_name_is_kept_by_its_path(tmp_path: Path) -> No
     assert command(["python", "server.py"], "/venv/bin/python") == ("/venv/bin/python", "server.py")
 
 
-@pytest.mark.xfail(reason="reported: any word in the first line will do (launch._is_script_of)")
 @pytest.mark.parametrize("first_line", ["#!/venv/of/another/release/bin/python3", "#!/usr/bin/env python3.99"])
 def test_script_given_to_an_interpreter_by_hand_stays_with_that_interpreter(tmp_path: Path, first_line: str) -> None:
     server = script(tmp_path / "server", f"{first_line}\n")

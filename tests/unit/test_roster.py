@@ -347,7 +347,6 @@ def test_spawning_goes_on_after_the_wait(roster: Roster, monkeypatch: pytest.Mon
     assert roster.may_spawn() is True
 
 
-@pytest.mark.xfail(raises=OverflowError, reason="reported: roster.boot_failed() overflows at the 1,752nd failure")
 def test_back_off_lasts_as_long_as_the_failures_do(roster: Roster) -> None:
     # At one every 30 s this is a weekend of broken code on disk.
     assert {roster.boot_failed() for _ in range(8_000)} <= {0.5 * 1.5**n for n in range(11)} | {30.0}

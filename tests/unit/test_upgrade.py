@@ -186,10 +186,10 @@ def test_successor_that_has_not_turned_since_go_is_not_in_office(bench: Bench, m
 def test_successor_starts_in_the_recorded_directory_with_the_recorded_environment(bench: Bench) -> None:
     upgrade = bench.begin("""
         channel.send("failed", reason=f"{os.getcwd()} {heir.generation} {heir.predecessor} {heir.binds} "
-                     f"{'ZDD_WEB_HANDOVER' in os.environ} {os.environ['GUNICORN_FD'] == str(pipe)}")
+                     f"{'ZDD_WEB_HANDOVER' in os.environ} {os.environ['GUNICORN_FD'].isdigit()}")
     """)
     cwd = bench.directory.resolve()
-    assert verdict(upgrade) == Verdict(False, f"{cwd} 2 {os.getpid()} ('127.0.0.1:0',) False True")
+    assert verdict(upgrade) == Verdict(False, f"{cwd} 2 {os.getpid()} ('127.0.0.1:0',) False False")
 
 
 def test_successor_has_the_listener_itself(bench: Bench) -> None:
@@ -270,9 +270,6 @@ def test_signal_that_killed_it_is_in_the_reason(bench: Bench, sig: signal.Signal
     assert verdict(upgrade) == Verdict(False, f"the new master ended before it was ready: killed by {sig.name}")
 
 
-@pytest.mark.xfail(
-    raises=ValueError, reason="reported: signal.Signals() does not know 35 to 63 (upgrade._how_it_ended)"
-)
 def test_signal_without_a_name_is_in_the_reason(bench: Bench) -> None:
     upgrade = bench.begin("hello(); os.kill(os.getpid(), 40)")
     assert "killed by" in verdict(upgrade).reason
@@ -315,16 +312,11 @@ def test_end_after_the_handover_that_it_was_asked_for_is_no_failure(bench: Bench
     assert upgrade.poll() is None
 
 
-@pytest.mark.xfail(reason="reported: a release before the handover is taken for one after it (upgrade.poll)")
 def test_successor_that_was_stopped_while_it_booted_has_failed(bench: Bench) -> None:
     upgrade = bench.begin('hello(); channel.send("release"); sys.exit(0)')
-    until(upgrade, lambda: upgrade._channel.ended)
-    found = upgrade.poll()
-    assert found is not None
-    assert not found.ready
+    assert verdict(upgrade) == Verdict(False, "the new generation was told to stop before it was ready")
 
 
-@pytest.mark.xfail(reason="reported: a release before the handover is taken for one after it (upgrade.poll)")
 def test_successor_that_was_stopped_in_the_commit_window_has_failed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,10 +330,7 @@ def test_successor_that_was_stopped_in_the_commit_window_has_failed(
     """)
     assert verdict(upgrade).ready
     upgrade.go()
-    until(upgrade, lambda: upgrade._channel.ended)
-    found = upgrade.poll()
-    assert found is not None
-    assert not found.ready
+    assert verdict(upgrade) == Verdict(False, "the new generation was told to stop in the commit window")
 
 
 def test_successor_that_is_not_ready_in_time_has_failed_and_says_how_far_it_came(bench: Bench) -> None:

@@ -8,7 +8,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -351,12 +350,13 @@ def test_count_that_was_overtaken_is_told_again(group: WaitGroup, monkeypatch: p
     assert overtaken.wait(PATIENCE)
     quick = threading.Thread(target=lambda: group.add("quick"))
     quick.start()
-    while len(group) < 2:
-        time.sleep(0)
-    go_on.set()
-    for thread in (slow, quick):
-        thread.join()
+    quick.join()
     assert slot == [2]
+    go_on.set()
+    slow.join()
+    assert slot == [2]
+    for entry in group.entries():
+        entry.done()
 
 
 # -- forks

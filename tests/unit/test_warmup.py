@@ -39,9 +39,6 @@ def test_every_path_is_asked_for_in_order_between_heartbeats() -> None:
     assert heard == ["beat", "/", "beat", "/search", "beat", "/"]
 
 
-@pytest.mark.xfail(
-    raises=KeyError, reason="reported: there is no SCRIPT_NAME, which gunicorn always sends (warmup._get)"
-)
 def test_request_is_one_that_any_wsgi_app_may_get() -> None:
     seen: list[dict[str, Any]] = []
     warm_up(validator(answering("200 OK", seen)), ["/search?q=warm&page=2"], quiet)

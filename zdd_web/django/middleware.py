@@ -10,19 +10,41 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.conf import settings
+from django.core.signals import setting_changed
+from django.dispatch import receiver
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
-from zdd_web.wsgi import answer
+from zdd_web.settings import FrameworkSettings
+from zdd_web.wsgi import Probes
+
+
+def _settings() -> FrameworkSettings:
+    return FrameworkSettings.of_django(settings)
+
+
+_probes = Probes(_settings)
+
+
+@receiver(setting_changed, dispatch_uid="zdd_web")
+def _setting_changed(*, setting: str, **kwargs: Any) -> None:
+    # `override_settings` says so; nobody else may change Django's settings.
+    if setting == "ZDD_WEB":
+        _probes.forget()
 
 
 class ProbeMiddleware:
-    """Answer probes; pass everything else on untouched, sync or async."""
+    """Answer probes; pass everything else on untouched, sync or async.
+
+    The paths are those of `settings.ZDD_WEB`. Raises `SettingsError` when it cannot work.
+    """
 
     sync_capable = True
     async_capable = True
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
+        _settings()  # an error belongs to the start, not to the first request
         self.get_response = get_response
         self._async = iscoroutinefunction(get_response)
         if self._async:
@@ -40,7 +62,7 @@ class ProbeMiddleware:
 
 
 def _probe(request: HttpRequest) -> HttpResponse | None:
-    reply = answer(request.path_info, request.method or "")
+    reply = _probes.answer(request.path_info, request.method or "")
     if reply is None:
         return None
     response = HttpResponse(reply.body, status=reply.status, reason=reply.reason)

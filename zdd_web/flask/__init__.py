@@ -1,10 +1,15 @@
-"""The Flask extension: `ZddWeb(app)`, or `zdd = ZddWeb()` and `zdd.init_app(app)`."""
+"""The Flask extension: `ZddWeb(app)`, or `zdd = ZddWeb()` and `zdd.init_app(app)`.
+
+Settings are in `app.config["ZDD_WEB"]`, in upper case: `{"READINESS_PATH": "/ready"}`.
+"""
 
 from __future__ import annotations
 
 import flask
 
-from zdd_web.wsgi import ProbeMiddleware
+from zdd_web import process
+from zdd_web.settings import FrameworkSettings
+from zdd_web.wsgi import ProbeMiddleware, Probes
 
 __all__ = ["ZddWeb"]
 
@@ -22,8 +27,21 @@ class ZddWeb:
             self.init_app(app)
 
     def init_app(self, app: flask.Flask) -> None:
-        """Wrap `app.wsgi_app`. A second call for the same app does nothing."""
+        """Wrap `app.wsgi_app`. A second call for the same app does nothing.
+
+        `app.config["ZDD_WEB"]` may be set later, before the first request. Raises `SettingsError` when what is there
+        already cannot work.
+        """
         if EXTENSION in app.extensions:
             return
+        _settings_of(app)
         app.extensions[EXTENSION] = True
-        app.wsgi_app = ProbeMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+        # In a gunicorn worker all apps are heard when they have been loaded.
+        process.bring(app, _settings_of)
+        app.wsgi_app = ProbeMiddleware(  # type: ignore[method-assign]
+            app.wsgi_app, Probes(lambda: _settings_of(app))
+        )
+
+
+def _settings_of(app: flask.Flask) -> FrameworkSettings:
+    return FrameworkSettings.read(f"app.config['ZDD_WEB'] of Flask app {app.name!r}", app.config.get("ZDD_WEB", {}))

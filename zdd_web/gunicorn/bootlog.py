@@ -7,6 +7,7 @@ printed there); from then on a handler on gunicorn's error log writes to it as w
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 
@@ -19,7 +20,10 @@ LIMIT_BYTES = 1 << 20
 def create() -> int:
     """Return the descriptor of an empty boot log."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("zdd_web-boot-log", os.MFD_CLOEXEC)
+        fd = os.memfd_create("zdd_web-boot-log", os.MFD_CLOEXEC)
+        # The offset is shared by all who inherit it, but only appending moves it and writes in one step.
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+        return fd
     import tempfile
 
     with tempfile.TemporaryFile() as file:
@@ -30,7 +34,7 @@ def tail(fd: int, size: int = TAIL_BYTES) -> str:
     """Return the end of a boot log, whole lines."""
     length = os.fstat(fd).st_size
     data = os.pread(fd, size, max(0, length - size))
-    if length > size:
+    if length > size and b"\n" in data[:-1]:
         data = data.partition(b"\n")[2]
     return data.decode("utf-8", "replace")
 
@@ -44,10 +48,10 @@ class Handler(logging.Handler):
         self.setFormatter(logging.Formatter("[%(process)d] [%(levelname)s] %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append the record. The offset is shared by all who inherited the descriptor, so lines do not overwrite."""
+        """Append the record; one that cannot be formatted is left to gunicorn's own handlers to complain about."""
         try:
             self.write(self.format(record))
-        except OSError:
+        except Exception:
             pass
 
     def write(self, text: str) -> None:

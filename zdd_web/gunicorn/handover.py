@@ -80,7 +80,7 @@ class Channel:
         if self.ended:
             return None
         try:
-            data, fds, _, _ = socket.recv_fds(self._end, MESSAGE_BYTES, 1)
+            data, fds, _, _ = self._receive()
         except BlockingIOError:
             return None
         except OSError:
@@ -95,6 +95,13 @@ class Channel:
             for fd in fds:
                 os.close(fd)
             return Message("garbage", {})
+
+    def _receive(self) -> tuple[bytes, list[int], int, Any]:
+        try:
+            return socket.recv_fds(self._end, MESSAGE_BYTES, 1)
+        except ConnectionResetError:
+            # A peer that ended with something of ours unread: said once, and before what it had told us.
+            return socket.recv_fds(self._end, MESSAGE_BYTES, 1)
 
     def close(self) -> None:
         """Close this end."""

@@ -121,4 +121,11 @@ def _is_script_of(path: str, interpreter: str) -> bool:
         first, second = file.readline(4096), file.readline(4096)
     # pip writes `#!/bin/sh` and `'''exec' <interpreter>` when the path is too long for the kernel or holds spaces.
     line = second if first.startswith(b"#!/bin/sh") and second.startswith(b"'''exec'") else first
-    return first.startswith(b"#!") and os.fsencode(interpreter) in line
+    if not first.startswith(b"#!"):
+        return False
+    try:
+        words = shlex.split(os.fsdecode(line.removeprefix(b"#!")))
+    except ValueError:
+        return False
+    # The second word where the first is `env` or `exec`.
+    return interpreter in words[:2]

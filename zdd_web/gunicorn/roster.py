@@ -145,7 +145,7 @@ class Roster:
 
     def boot_failed(self) -> float:
         """Note that a worker could not boot; return the seconds until the next may be tried."""
-        wait = min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR**self._failures)
+        wait = min(BACKOFF_MOST, BACKOFF_FIRST * BACKOFF_FACTOR ** min(self._failures, 20))
         self._failures += 1
         self._spawn_not_before = clock.after_ns(wait)
         return wait

@@ -129,8 +129,10 @@ class Upgrade:
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
             elif message.kind == "release":
                 self.released = True
-        if self.released:
+        if self.released and self.stage is Stage.IN_OFFICE:
             return None
+        if self.released:
+            return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
         if self._channel.ended or self.status is not None:
             return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
         if self.stage is Stage.BOOTING and clock.passed(self.deadline):
@@ -219,7 +221,7 @@ class Upgrade:
         if self.status is None:
             ended = "without a status"
         elif os.WIFSIGNALED(self.status):
-            ended = f"killed by {signal.Signals(os.WTERMSIG(self.status)).name}"
+            ended = f"killed by {_signal_name(os.WTERMSIG(self.status))}"
         else:
             ended = f"exit status {os.WEXITSTATUS(self.status)}"
         return "; ".join([ended, *self._errors()])
@@ -243,6 +245,13 @@ class Upgrade:
             return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:1]
         except BoardError:
             return []
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has none
+        return f"signal {number}"
 
 
 def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:

@@ -40,6 +40,7 @@ def _get(app: Callable[..., Any], path: str) -> str:
     environ: dict[str, Any] = {
         "PATH_INFO": path_info,
         "QUERY_STRING": query,
+        "SCRIPT_NAME": "",
         "REMOTE_ADDR": "127.0.0.1",
         "HTTP_HOST": "localhost",
         "HTTP_USER_AGENT": "zdd_web-warmup",

@@ -1,0 +1,239 @@
+"""Upgrades one after the other, at once, and interrupted: in the end one generation serves, or none is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.processes.harness import Service, answered_from, lost, until
+from tests.processes.test_faults import (
+    HANG_SECOND,
+    WIDE_COMMIT_WINDOW,
+    at_gate,
+    configure,
+    descriptors,
+    ends_without_a_trace,
+    slow_in_flight,
+    takes_over,
+)
+from zdd_web import proc
+from zdd_web.lifecycle import Phase
+
+
+def in_hand(service: Service, generation: int, pool: ThreadPoolExecutor, seconds: float):
+    """Send a slow request to a generation, and wait until it has it."""
+    reply = pool.submit(service.get, f"/slow?seconds={seconds:g}")
+    until(f"the request in generation {generation}", lambda: slow_in_flight(service, generation), service)
+    return reply
+
+
+def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service: Service):
+    configure(service).start()
+    with service.under_load(clients=4) as load, ThreadPoolExecutor(3) as pool:
+        held = []
+        for generation in (1, 2, 3):
+            held.append(in_hand(service, generation, pool, 22 - 4 * generation))
+            service.upgrade()
+        alive = [each.board.header.generation for each in service.generations()]
+        assert alive == [1, 2, 3, 4]
+        done = service.run("upgrade", "--name", service.name)
+        assert done.returncode == 1
+        assert "4 generations are alive, and MAX_GENERATIONS = 4" in done.stderr
+        assert "MAX_GENERATIONS" in service.wait_for("event=refused")
+        assert service.snapshot().generation == 4
+        assert [reply.result().generation for reply in held] == [1, 2, 3]
+        until("their end", lambda: len(service.generations()) == 1, service)
+        takes_over(service, 5, version="1")
+    assert lost(load) == []
+    assert not service.matches("event=successor.lost")
+    ends_without_a_trace(service, status=None)
+
+
+def test_ten_upgrades_by_command_as_fast_as_they_go(service: Service):
+    configure(service).start()
+    seen = []
+    with service.under_load(clients=8) as load:
+        for number in range(2, 12):
+            service.deploy(str(number))
+            done = service.run("upgrade", "--name", service.name)
+            assert done.returncode == 0, (number, done.stderr, service.log())
+            # Done means done: nobody answers with the old code any more.
+            assert service.get().version == str(number)
+            until("one generation", lambda: len(service.generations()) == 1, service)
+            seen.append(len(descriptors(service.pid)))
+    assert lost(load) == []
+    assert {sample.generation for sample in load.samples} - {None} == set(range(1, 12))
+    assert len(set(seen)) == 1, seen
+    until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    ends_without_a_trace(service, status=None)
+
+
+def test_usr2_the_moment_that_the_last_upgrade_is_committed(service: Service):
+    configure(service).start()
+    with service.under_load(clients=8) as load:
+        successor = service.pid
+        for times in range(1, 7):
+            os.kill(successor, signal.SIGUSR2)
+            line = service.wait_for(r"event=upgrade\.committed", times)
+            match = re.search(r"successor=(\d+)", line)
+            assert match
+            successor = int(match[1])
+        answered_from(load, 50)
+    assert lost(load) == []
+    assert not service.matches("event=(refused|upgrade.failed|internal.error)")
+    until("one generation", lambda: len(service.generations()) == 1, service)
+    assert service.pid == successor
+    assert service.snapshot().generation == 7
+    assert service.pid_file.read_text() == f"{successor}\n"
+    ends_without_a_trace(service, status=None)
+
+
+def test_a_storm_of_usr2_ends_serving(service: Service):
+    configure(service).start()
+    masters = {service.pid}
+    with service.under_load() as load:
+        for _ in range(3):
+            for _ in range(20):
+                for each in service.generations():
+                    # The new one too, as soon as it can hear: it is not in office yet, and must not die of it.
+                    if each.board.header.phase == Phase.SERVING:
+                        proc.kill(each.pid, each.board.header.master_start, signal.SIGUSR2)
+            masters.add(service.pid)
+            until("calm", lambda: len(service.generations()) == 1 and not under_way(service), service)
+        answered_from(load, 50)
+        takes_over(service, service.snapshot().generation + 1, version="1")
+    assert lost(load) == []
+    assert service.matches(r"event=upgrade\.committed")
+    assert not service.matches(r"event=(upgrade\.failed|successor\.lost|internal\.error)")
+    until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    ends_without_a_trace(service, status=None)
+
+
+def under_way(service: Service) -> bool:
+    # A master that has heard the last signal of a storm says so on its board within a turn of its loop.
+    return len(service.processes()) != 1 + service.workers
+
+
+def test_an_upgrade_waits_for_background_work_of_the_old_generation(service: Service):
+    configure(service).start()
+    first = service.pid
+    with service.under_load() as load:
+        assert service.get("/job?seconds=4").generation == 1
+        service.deploy("2")
+        done = service.run("upgrade", "--name", service.name)
+        assert done.returncode == 0
+        assert not service.matches("job finished")
+        assert service.get().version == "2"
+        service.wait_for("job finished")
+        until("the old generation's end", lambda: first not in [each.pid for each in service.generations()], service)
+    assert lost(load) == []
+    assert not service.matches("event=background.abandoned")
+    ends_without_a_trace(service)
+
+
+STAGES = {
+    "the new master was forked": r"generation=1 event=upgrade\.started",
+    "the new master boots": r"generation=2 event=boot\.started",
+    "the new workers boot": r"generation=2 event=boot\.started[\s\S]*Booting worker",
+    "the new one is ready": r"generation=2 event=upgrade\.ready",
+    "in the commit window": r"generation=2 event=phase\.serving",
+    "committed": r"event=upgrade\.committed",
+    "retiring": r"generation=1 event=phase\.retiring",
+}
+
+
+@pytest.mark.parametrize("whom", ["the service", "all masters", "all processes"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: str, whom: str):
+    service = make_service("gthread" if whom == "all processes" else "sync")
+    configure(service, WIDE_COMMIT_WINDOW if stage == "in the commit window" else "", grace_period=10).start()
+    service.signal(signal.SIGUSR2)
+    until(stage, lambda: re.search(STAGES[stage], service.log()), service)
+    if whom == "the service":
+        service.signal(signal.SIGTERM)
+    elif whom == "all masters":
+        for each in service.generations():
+            proc.kill(each.pid, each.board.header.master_start, signal.SIGTERM)
+    else:
+        # systemd's KillMode=control-group
+        for pid in service.processes():
+            proc.kill(pid, proc.start_time(pid), signal.SIGTERM)
+    until("the end of all processes", lambda: not service.processes(), service)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+    assert sorted(service.directory.glob(".zdd_web-*")) == []
+    assert not service.matches("event=(internal.error|drain.abandoned)")
+
+
+@pytest.mark.parametrize("stage", ["the new master boots", "in the commit window"])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
+def test_a_quick_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: str, sig: signal.Signals):
+    service = make_service("sync")
+    configure(service, WIDE_COMMIT_WINDOW).start()
+    service.signal(signal.SIGUSR2)
+    until(stage, lambda: re.search(STAGES[stage], service.log()), service)
+    service.signal(sig)
+    until("the end of all processes", lambda: not service.processes(), service)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+
+
+def test_a_stop_in_the_commit_window_answers_what_both_generations_have_in_hand(service: Service):
+    configure(service, WIDE_COMMIT_WINDOW).start()
+    with ThreadPoolExecutor(8) as pool:
+        first = in_hand(service, 1, pool, 8)
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=2 event=phase\.serving")
+        others = [pool.submit(service.get, "/slow?seconds=3") for _ in range(3)]
+        until("theirs", lambda: slow_in_flight(service, 2), service)
+        service.signal(signal.SIGTERM)
+        replies = [reply.result() for reply in (first, *others)]
+    assert [reply.status for reply in replies] == [200] * 4
+    assert {reply.generation for reply in replies} == {1, 2}
+    until("the end of all processes", lambda: not service.processes(), service)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+
+
+def test_a_stop_while_the_new_master_stands_still_leaves_nothing(make_service):
+    service = make_service("sync")
+    configure(service, WIDE_COMMIT_WINDOW, grace_period=4).start()
+    service.signal(signal.SIGUSR2)
+    service.wait_for(r"generation=2 event=phase\.serving")
+    successor = service.generations()[-1].pid
+    os.kill(successor, signal.SIGSTOP)
+    service.signal(signal.SIGTERM)
+    until("the end of all processes", lambda: not service.processes(), service, patience=15)
+    assert not service.is_open()
+
+
+def test_a_stop_while_a_worker_of_two_hangs_at_the_gate_leaves_nothing(service: Service):
+    configure(service).start()
+    service.deploy("2", at_import=HANG_SECOND)
+    service.signal(signal.SIGUSR2)
+    line = service.wait_for(r"generation=1 event=upgrade\.started")
+    match = re.search(r"successor=(\d+)", line)
+    assert match
+    until("a worker at the gate", lambda: at_gate(service, int(match[1])), service)
+    ends_without_a_trace(service)
+    assert service.matches(r"event=upgrade\.cancelled")
+
+
+def test_stopping_the_service_while_three_generations_are_alive_finishes_all_their_requests(service: Service):
+    configure(service).start()
+    with ThreadPoolExecutor(3) as pool:
+        held = []
+        for generation in (1, 2):
+            held.append(in_hand(service, generation, pool, 16 - 4 * generation))
+            service.upgrade()
+        held.append(in_hand(service, 3, pool, 2))
+        service.signal(signal.SIGTERM)
+        assert [reply.result().generation for reply in held] == [1, 2, 3]
+    until("the end of all processes", lambda: not service.processes(), service)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+    assert not service.matches(r"event=successor\.lost")

@@ -1,0 +1,934 @@
+"""What goes wrong in an upgrade, and what it must not cost: nothing.
+
+Every test injects one fault into a real gunicorn under load, and then holds the service to the same promises
+(`Trial`): the old generation serves, no answer of the new one was seen before it was ready, one log line and the
+command say why, no process is left, the pid file is true, and the next upgrade with good code works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.processes.harness import Service, answered_from, lost, until
+from zdd_web import proc
+from zdd_web.board import WorkerState
+from zdd_web.lifecycle import Phase
+
+CONF = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})\n"
+
+#: Long enough to inject something in the commit window on a machine that is busy with other tests.
+WIDE_COMMIT_WINDOW = "import zdd_web.gunicorn.upgrade as limits\nlimits.COMMIT_WINDOW = 3.0\n"
+SHORT_PATIENCE = (
+    "import zdd_web.gunicorn.upgrade as limits\n"
+    "assert limits.STALE_AFTER and limits.STALE_AFTER_OFFICE\n"
+    "limits.STALE_AFTER, limits.STALE_AFTER_OFFICE = 3.0, 4.0\n"
+)
+
+
+def configure(service: Service, before: str = "", **settings: object) -> Service:
+    """Write the configuration: the generation in every answer, and `before` install()."""
+    service.settings.update({"generation_header": "X-Zdd-Generation", **settings})
+    service.write_conf(before + CONF)
+    return service
+
+
+class Trial:
+    """A service under load, an upgrade that goes wrong, and the promises that hold all the same."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.master = service.pid
+        self.generation = service.snapshot().generation
+        self._pool = ThreadPoolExecutor(1)
+        self._command: Future[subprocess.CompletedProcess[str]] | None = None
+
+    def begin(self) -> None:
+        """Run `zdd-web upgrade` beside the test."""
+        self._command = self._pool.submit(self.service.run, "upgrade", "--name", self.service.name)
+
+    def successor(self) -> int:
+        """Wait for the new master's fork and return its pid."""
+        line = self.service.wait_for(rf"generation={self.generation} event=upgrade\.started")
+        match = re.search(r"successor=(\d+)", line)
+        assert match, line
+        return int(match[1])
+
+    def fails(self, *reasons: str, event: str = r"event=upgrade\.failed", shows: tuple[str, ...] = ()) -> str:
+        """Let the command end; it must have failed with all `reasons`, in one log line and on stderr."""
+        if self._command is None:
+            self.begin()
+        assert self._command is not None
+        done = self._command.result()
+        self._command = None
+        assert done.returncode == 1, (done.stdout, done.stderr, self.service.log())
+        lines = self.service.matches(event)
+        assert len(lines) == 1, self.service.log()
+        for reason in reasons:
+            assert re.search(reason, lines[0]), lines[0]
+            assert re.search(reason, done.stderr), done.stderr
+        for text in shows:
+            assert text in done.stderr, done.stderr
+        return lines[0]
+
+    def is_unharmed(self) -> None:
+        """The old generation is in office, whole, alone, and the pid file says so."""
+        service = self.service
+        until("the end of everybody else", lambda: len(service.processes()) == 1 + service.workers, service)
+        until("no zombie", lambda: not zombies_of(self.master), service)
+        assert service.pid == self.master, service.log()
+        snapshot = service.snapshot()
+        assert snapshot.phase is Phase.SERVING
+        assert [worker.state for worker in snapshot.workers] == [WorkerState.SERVING] * service.workers
+        assert service.pid_file.read_text() == f"{self.master}\n"
+        assert sorted(service.pid_file.parent.glob(".zdd_web-*")) == []
+
+    def recovers(self) -> None:
+        """Good code is taken over by the very next upgrade."""
+        self.service.deploy("good")
+        takes_over(self.service, self.generation + 1)
+
+
+def takes_over(service: Service, generation: int, version: str = "good") -> None:
+    done = service.run("upgrade", "--name", service.name)
+    assert done.returncode == 0, (done.stdout, done.stderr, service.log())
+    reply = service.get()
+    assert (reply.version, reply.generation) == (version, generation)
+    assert service.snapshot().phase is Phase.SERVING
+    until("the pid file", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
+
+
+def ends_without_a_trace(service: Service, status: int | None = 0) -> None:
+    service.stop(status=status)
+    assert not service.is_open()
+    assert not service.pid_file.exists()
+
+
+def zombies_of(pid: int) -> list[int]:
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [each for each in pids if proc.parent(each) == pid and proc.state(each) == "Z"]
+
+
+def generations_of(samples) -> set[int]:
+    return {sample.generation for sample in samples} - {None}
+
+
+def descriptors(pid: int) -> list[str]:
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+    return sorted(found)
+
+
+# -- A. the new generation fails before it is ready
+
+AT_IMPORT = {
+    "SyntaxError": ("def broken(:", ["SyntaxError"], []),
+    "ImportError": ("import no_such_module_here", ["no_such_module_here"], ["Traceback"]),
+    "sys.exit(0)": ("sys.exit(0)", ["SystemExit: 0"], []),
+    "sys.exit(1)": ("sys.exit(1)", ["SystemExit: 1"], []),
+    "os._exit(0)": ("os._exit(0)", ["ended before it served", "status 0"], []),
+    "os._exit(1)": ("os._exit(1)", ["ended before it served", "status 1"], []),
+    "os._exit(3)": ("os._exit(3)", ["status 3"], []),
+    "segfault": ("os.kill(os.getpid(), signal.SIGSEGV)", ["SIGSEGV"], []),
+    "killed like by the OOM killer": ("os.kill(os.getpid(), signal.SIGKILL)", ["SIGKILL"], []),
+}
+
+
+@pytest.mark.parametrize("fault", AT_IMPORT)
+def test_an_app_that_ends_at_import_costs_nothing(service: Service, fault: str):
+    statement, reasons, shows = AT_IMPORT[fault]
+    configure(service).start()
+    trial = Trial(service)
+    service.deploy("2", at_import=statement)
+    with service.under_load() as load:
+        trial.fails(*reasons, shows=tuple(shows))
+        answered_from(load, 50)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+@pytest.mark.parametrize("fault", ["ImportError", "sys.exit(0)", "os._exit(0)", "segfault"])
+def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_service, fault: str):
+    statement, reasons, _ = AT_IMPORT[fault]
+    service = make_service("gthread")
+    service.arguments = ["--preload"]
+    configure(service).start()
+    trial = Trial(service)
+    service.deploy("2", at_import=statement)
+    said = {"sys.exit(0)": "exit status 0", "os._exit(0)": "exit status 0"}.get(fault, reasons[0])
+    with service.under_load() as load:
+        trial.fails(said)
+        answered_from(load, 50)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+IN_CONFIGURATION = {
+    "SyntaxError": ("workers = (\n", "SyntaxError|was never closed"),
+    "exception": ("1 / 0\n", "ZeroDivisionError"),
+    "SystemExit": ("raise SystemExit('not today')\n", "not today"),
+    "os._exit(0)": ("import os; os._exit(0)\n", "exit status 0"),
+    "unknown setting": ("import zdd_web.gunicorn as z; z.install(globals(), grace=1)\n", "no such setting"),
+    "on_starting raises": ("def on_starting(server):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
+    "when_ready raises": ("def when_ready(server):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
+    "pre_fork raises": ("def pre_fork(server, worker):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
+    "post_fork raises": ("def post_fork(server, worker):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
+    "post_worker_init raises": (
+        "def post_worker_init(worker):\n    raise RuntimeError('boom in a hook')\n",
+        "boom in a hook",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", IN_CONFIGURATION)
+def test_a_configuration_that_fails_costs_nothing(make_service, fault: str):
+    text, reason = IN_CONFIGURATION[fault]
+    service = configure(make_service("sync")).start()
+    trial = Trial(service)
+    service.write_conf(text + CONF)
+    with service.under_load() as load:
+        trial.fails(reason)
+        answered_from(load, 50)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        configure(service)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_a_configuration_without_install_costs_nothing(make_service):
+    service = configure(make_service("sync")).start()
+    trial = Trial(service)
+    service.write_conf("workers = 2\n")
+    with service.under_load() as load:
+        trial.fails("before it was ready")
+        answered_from(load, 50)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        configure(service)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+HANG_SECOND = "try:\n    os.mkdir('first')\nexcept FileExistsError:\n    time.sleep(600)"
+HANGS = {
+    "at import": ("time.sleep(600)", "", {}, "2 booting"),
+    "at import, deaf to SIGTERM": (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", "", {}, "2 booting",
+    ),
+    "at import of one worker of two": (HANG_SECOND, "", {}, "1 booting, 1 ready"),
+    "in post_worker_init": ("", "def post_worker_init(worker):\n    __import__('time').sleep(600)\n", {}, "2 booting"),
+    "in a warm-up request": ("HANG = 600", "", {"warmup": ["/warm"]}, "2 booting"),
+    "in the configuration": ("", "__import__('time').sleep(600)\n", {}, "configuration file that hangs"),
+}  # fmt: skip
+
+WARM = """
+_app = app
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/warm":
+        {statement}
+    return _app(environ, start_response)
+"""
+
+
+def warm(service: Service, statement: str) -> None:
+    """Have the code on disk execute a statement when "/warm" is requested."""
+    with (service.directory / "app.py").open("a") as file:
+        file.write(WARM.replace("{statement}", statement))
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_a_generation_that_hangs_is_given_up_and_leaves_nobody(service: Service, where: str):
+    at_import, before, settings, reason = HANGS[where]
+    configure(service, upgrade_timeout=3).start()
+    trial = Trial(service)
+    service.deploy("2", at_import=at_import)
+    if "warmup" in settings:
+        warm(service, "time.sleep(600)")
+    configure(service, before, **settings)
+    with service.under_load() as load:
+        trial.fails("UPGRADE_TIMEOUT = 3 s", reason)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        configure(service, warmup=[])
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+WARM_UPS = {
+    "answers 500": ("start_response('500 Oh', []); return [b'']", "WARMUP path '/warm' answered '500 Oh'"),
+    "raises": ("raise RuntimeError('boom in warm-up')", "boom in warm-up"),
+    "ends the process": ("os._exit(0)", "ended before it served"),
+}
+
+
+@pytest.mark.parametrize("fault", WARM_UPS)
+def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
+    statement, reason = WARM_UPS[fault]
+    configure(service).start()
+    trial = Trial(service)
+    service.deploy("2")
+    warm(service, statement)
+    configure(service, warmup=["/warm"])
+    with service.under_load() as load:
+        trial.fails(reason)
+        answered_from(load, 50)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_new_workers_that_are_killed_at_the_gate_cost_nothing(service: Service):
+    configure(service).start()
+    trial = Trial(service)
+    service.deploy("2", at_import=HANG_SECOND)
+    with service.under_load() as load:
+        trial.begin()
+        successor = trial.successor()
+        ready = until("a worker at the gate", lambda: at_gate(service, successor), service)
+        os.kill(ready, signal.SIGKILL)
+        trial.fails("ended before it served", "SIGKILL")
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def at_gate(service: Service, master: int) -> int | None:
+    workers = [w for each in service.generations() if each.pid == master for w in each.snapshot().workers]
+    return next((w.pid for w in workers if w.state is WorkerState.READY), None)
+
+
+BEFORE_READY = {
+    "SIGKILL": (signal.SIGKILL, 60, r"before it was ready: killed by SIGKILL"),
+    "SIGSTOP": (signal.SIGSTOP, 3, r"UPGRADE_TIMEOUT = 3 s"),
+    # gunicorn's own documentation has operators abandon an upgrade with these, sent to the new master.
+    "SIGTERM": (signal.SIGTERM, 30, r"before it was ready"),
+    "SIGQUIT": (signal.SIGQUIT, 30, r"before it was ready"),
+}
+
+
+@pytest.mark.parametrize("fault", BEFORE_READY)
+def test_a_new_master_that_is_signalled_before_it_is_ready_costs_nothing(service: Service, fault: str):
+    sig, timeout, reason = BEFORE_READY[fault]
+    configure(service, upgrade_timeout=timeout).start()
+    trial = Trial(service)
+    service.deploy("2", at_import=HANG_SECOND)
+    with service.under_load() as load:
+        trial.begin()
+        successor = trial.successor()
+        until("a worker at the gate", lambda: at_gate(service, successor), service)
+        os.kill(successor, sig)
+        # An upgrade that never ends would keep the command for two minutes.
+        service.wait_for(r"event=upgrade\.failed", patience=15)
+        trial.fails(reason)
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+# -- A. the new generation fails when it already answers: its answers are good, and nobody loses one
+
+
+IN_COMMIT_WINDOW = {
+    "SIGKILL": (signal.SIGKILL, r"in the commit window: killed by SIGKILL"),
+    "SIGSTOP": (signal.SIGSTOP, r"stood still for 3 s in the commit window"),
+    "SIGTERM": (signal.SIGTERM, r"in the commit window"),
+}
+
+
+@pytest.mark.parametrize("fault", IN_COMMIT_WINDOW)
+def test_a_new_master_that_is_signalled_in_the_commit_window_loses_nothing(service: Service, fault: str):
+    sig, reason = IN_COMMIT_WINDOW[fault]
+    configure(service, WIDE_COMMIT_WINDOW + SHORT_PATIENCE).start()
+    trial = Trial(service)
+    service.deploy("2")
+    with service.under_load() as load, ThreadPoolExecutor(8) as pool:
+        trial.begin()
+        successor = trial.successor()
+        service.wait_for(r"generation=2 event=phase\.serving")
+        answered_from(load, 50)
+        slow = [pool.submit(service.get, "/slow?seconds=1") for _ in range(4)]
+        until("slow requests", lambda: total_in_flight(service) >= 2, service)
+        os.kill(successor, sig)
+        service.wait_for(r"event=upgrade\.(failed|committed)", patience=15)
+        trial.fails(reason)
+        assert not service.matches(r"event=upgrade\.committed")
+        assert [reply.result().status for reply in slow] == [200] * 4
+        trial.is_unharmed()
+        trial.recovers()
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def total_in_flight(service: Service) -> int:
+    return sum(each.snapshot().in_flight for each in service.generations())
+
+
+WHILE_RETIRING = {
+    "SIGKILL": (signal.SIGKILL, r"after the handover: killed by SIGKILL"),
+    "SIGSTOP": (signal.SIGSTOP, r"stood still for 4 s after the handover"),
+}
+
+
+@pytest.mark.parametrize("fault", WHILE_RETIRING)
+def test_the_old_generation_returns_when_the_new_master_fails_while_it_retires(service: Service, fault: str):
+    sig, reason = WHILE_RETIRING[fault]
+    configure(service, SHORT_PATIENCE).start()
+    first = service.pid
+    with service.under_load() as load, ThreadPoolExecutor(8) as pool:
+        held = pool.submit(service.get, "/slow?seconds=9")
+        until("the request", lambda: slow_in_flight(service, 1), service)
+        service.deploy("2")
+        assert service.run("upgrade", "--name", service.name).returncode == 0
+        successor = service.pid
+        assert successor != first
+        assert service.pid_file.read_text() == f"{successor}\n"
+        accepted = pool.submit(service.get, "/slow?seconds=2")
+        until("its request", lambda: slow_in_flight(service, 2), service)
+        os.kill(successor, sig)
+        assert re.search(reason, service.wait_for(r"event=successor\.lost", patience=15))
+        until("the office", lambda: service.pid_file.read_text() == f"{first}\n", service)
+        # Its own workers had it in hand, and finish it.
+        assert accepted.result().generation == 2
+        assert held.result().generation == 1
+        until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        assert service.pid == first
+        assert service.snapshot().phase is Phase.SERVING
+        answered_from(load, 50)
+        service.deploy("good")
+        takes_over(service, 2)
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def slow_in_flight(service: Service, generation: int) -> bool:
+    """Tell whether a worker has been busy with one request since a while (the load's are over in milliseconds)."""
+    workers = [
+        worker for each in service.generations() if each.board.header.generation == generation
+        for worker in each.snapshot().workers
+    ]  # fmt: skip
+    return any(worker.in_flight for worker in workers) and all(
+        any(w.in_flight for w in each.snapshot().workers)
+        for _ in range(20)
+        for each in service.generations()
+        if each.board.header.generation == generation
+    )
+
+
+WHEN_THE_OLD_ONE_IS_KILLED = {
+    "while the new one boots": r"generation=2 event=boot\.started",
+    "in the commit window": r"generation=2 event=phase\.serving",
+}
+
+
+@pytest.mark.parametrize("when", WHEN_THE_OLD_ONE_IS_KILLED)
+def test_the_new_generation_takes_office_when_the_old_master_is_killed(service: Service, when: str):
+    configure(service, WIDE_COMMIT_WINDOW).start()
+    first = service.pid
+    service.deploy("2")
+    with service.under_load() as load:
+        service.signal(signal.SIGUSR2)
+        service.wait_for(WHEN_THE_OLD_ONE_IS_KILLED[when])
+        service.signal(signal.SIGKILL, first)
+        service.process.wait()
+        service.wait_for(r"generation=2 event=predecessor\.lost")
+        service.wait_for(r"generation=2 event=phase\.serving")
+        until("the office", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
+        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        assert service.pid != first
+        assert service.get().version == "2"
+        answered_from(load, 50)
+        service.deploy("good")
+        takes_over(service, 3)
+    assert lost(load) == []
+    ends_without_a_trace(service, status=None)
+
+
+def test_requests_of_the_old_generation_are_finished_when_its_master_is_killed_while_it_retires(service: Service):
+    configure(service).start()
+    first = service.pid
+    with service.under_load() as load, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(service.get, "/slow?seconds=5")
+        until("the request", lambda: slow_in_flight(service, 1), service)
+        service.upgrade()
+        os.kill(first, signal.SIGKILL)
+        service.process.wait()
+        assert held.result().generation == 1
+        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        answered_from(load, 50)
+        takes_over(service, 3, version="1")
+    assert lost(load) == []
+    assert service.pid_file.read_text() == f"{service.pid}\n"
+    ends_without_a_trace(service, status=None)
+
+
+def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, small_disk: Path):
+    # The old master is killed and the disk is full: two things at once, as it happens with a full disk.
+    service = make_service("gthread")
+    service.pid_file = small_disk / "service.pid"
+    configure(service).start()
+    service.deploy("2", at_import="time.sleep(1)")
+    with service.under_load() as load:
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=2 event=boot\.started")
+        fill(small_disk)
+        service.signal(signal.SIGKILL, service.pid)
+        service.process.wait()
+        service.wait_for(r"generation=2 event=phase\.serving")
+        master = service.pid
+        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        before = descriptors(master)
+        answered_from(load, 50)
+        # A worker that comes and goes must find its descriptors its own.
+        os.kill(service.get().pid, signal.SIGKILL)
+        until("a replacement", lambda: [w.state for w in service.snapshot().workers] == [WorkerState.SERVING] * 2,
+              service)  # fmt: skip
+        (small_disk / "filler").unlink()
+        service.deploy("good")
+        done = service.run("upgrade", "--name", service.name)
+        assert done.returncode == 0, (done.stderr, service.log())
+    assert service.get().version == "good"
+    assert before
+    ends_without_a_trace(service, status=None)
+
+
+# -- B. between fork and exec
+
+
+def test_a_deleted_start_directory_is_refused_with_the_reason(service: Service):
+    elsewhere = service.directory.parent / "elsewhere"
+    elsewhere.mkdir()
+    service.pid_file, service.log_file = elsewhere / "service.pid", elsewhere / "log"
+    configure(service).start()
+    trial = Trial(service)
+    with service.under_load() as load:
+        saved = service.directory.rename(elsewhere / "saved")
+        trial.fails("directory", "gone", event="event=refused")
+        answered_from(load, 50)
+        saved.rename(service.directory)
+        trial.is_unharmed()
+        trial.recovers()
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def private_venv(directory: Path) -> Path:
+    """Make a virtualenv of its own that shares everything with this one, and return its console script."""
+    venv = directory / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (venv / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (venv / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    script = venv / "bin" / "serve"
+    script.write_text(f"#!{venv}/bin/python\nimport sys\nfrom gunicorn.app.wsgiapp import run\nsys.exit(run())\n")
+    script.chmod(0o755)
+    return script
+
+
+LAUNCHERS = {
+    "console script": ("serve", "event=refused", "the program is gone"),
+    "interpreter of the console script": ("python", r"event=upgrade\.failed", "could not be started: FileNotFoundError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gone", LAUNCHERS)
+def test_a_deleted_launcher_costs_nothing(service: Service, gone: str):
+    name, event, reason = LAUNCHERS[gone]
+    script = private_venv(service.directory)
+    service.launcher = [str(script)]
+    service.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    configure(service).start()
+    trial = Trial(service)
+    with service.under_load() as load:
+        victim = script.parent / name
+        saved = victim.rename(service.directory / "saved")
+        trial.fails(reason, event=event)
+        answered_from(load, 50)
+        trial.is_unharmed()
+        saved.rename(victim)
+        trial.recovers()
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+@contextlib.contextmanager
+def descriptor_limit(pid: int, spare: int) -> Iterator[None]:
+    """Let a process open only so many more descriptors."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(entry) for entry in os.listdir(f"/proc/{pid}/fd")}
+    free = (number for number in range(1 << 16) if number not in used)
+    limit = [next(free) for _ in range(spare + 1)][-1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("spare", range(6))
+def test_a_descriptor_limit_costs_nothing(make_service, spare: int):
+    service = configure(make_service("sync"), upgrade_timeout=10).start()
+    trial = Trial(service)
+    with service.under_load() as load:
+        with descriptor_limit(trial.master, spare):
+            trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(upgrade\.failed|refused)")
+            answered_from(load, 50)
+            assert len(service.matches("event=internal.error")) == 0, service.log()
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_a_descriptor_limit_after_a_failed_upgrade_does_not_forbid_upgrades_for_ever(make_service):
+    service = configure(make_service("sync")).start()
+    trial = Trial(service)
+    service.deploy("2", at_import="raise RuntimeError('boom')")
+    with service.under_load() as load:
+        trial.fails("boom")
+        before = resource.prlimit(trial.master, resource.RLIMIT_NOFILE)
+        resource.prlimit(trial.master, resource.RLIMIT_NOFILE, (3, before[1]))
+        trial.fails("Errno 24|Too many open files", event="event=refused")
+        resource.prlimit(trial.master, resource.RLIMIT_NOFILE, before)
+        trial.is_unharmed()
+        trial.recovers()
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_a_generation_is_given_up_for_good_at_the_descriptor_limit(make_service):
+    # Whoever cannot open /proc must not believe that the process it wants to kill is gone.
+    service = configure(make_service("sync"), upgrade_timeout=3).start()
+    trial = Trial(service)
+    service.deploy("2", at_import="while not os.path.exists('go'): time.sleep(0.05)")
+    with service.under_load() as load:
+        trial.begin()
+        trial.successor()
+        service.wait_for(r"generation=2 event=boot\.started")
+        with descriptor_limit(trial.master, 0):
+            trial.fails("UPGRADE_TIMEOUT = 3 s")
+            (service.directory / "go").touch()
+            answered_from(load, 50)
+            trial.is_unharmed()
+        seen = generations_of(load.samples)
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 KiB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(directory)]
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte."""
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for _ in range(1 << 10):
+            file.write(b"x" * 512)
+
+
+def test_a_full_disk_for_the_pid_file_costs_nothing(service: Service, small_disk: Path):
+    service.pid_file = small_disk / "service.pid"
+    configure(service).start()
+    trial = Trial(service)
+    fill(small_disk)
+    service.deploy("2")
+    with service.under_load() as load:
+        trial.fails("pid file .* cannot be replaced: No space left on device")
+        trial.is_unharmed()
+        seen = generations_of(load.samples)
+        (small_disk / "filler").unlink()
+        trial.recovers()
+    assert seen == {1}
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_a_pid_file_that_vanishes_in_the_commit_window_does_not_hold_the_upgrade_for_ever(make_service):
+    service = make_service("sync")
+    run = service.directory / "run"
+    run.mkdir()
+    service.pid_file = run / "service.pid"
+    configure(service, WIDE_COMMIT_WINDOW).start()
+    service.deploy("2")
+    with service.under_load() as load:
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=1 event=upgrade\.ready")
+        shutil.rmtree(run)
+        service.wait_for(r"event=upgrade\.(failed|committed)", patience=10)
+        run.mkdir()
+        until("one generation", lambda: len(service.processes()) == 1 + service.workers, service)
+        service.deploy("good")
+        service.upgrade()
+        until("the good code", lambda: service.get().version == "good", service)
+    assert lost(load) == []
+    service.stop()
+
+
+def test_failed_upgrades_leak_no_descriptor(make_service):
+    service = configure(make_service("sync", workers=1)).start()
+    service.deploy("2", at_import="raise RuntimeError('boom')")
+    seen = []
+    for _ in range(3):
+        service.upgrade(expect="upgrade.failed")
+        until("the end of everybody else", lambda: len(service.processes()) == 2, service)
+        seen.append(descriptors(service.pid))
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+    service.stop()
+
+
+# -- C. the old generation meets new code
+
+MEETS = {
+    "SyntaxError": "def broken(:",
+    "RuntimeError": "raise RuntimeError('boom at import')",
+    "sys.exit(0)": "sys.exit(0)",
+    "os._exit(3)": "os._exit(3)",
+    "os._exit(4)": "os._exit(4)",
+    "segfault": "os.kill(os.getpid(), signal.SIGSEGV)",
+}
+
+
+def serving(service: Service) -> list[int]:
+    return [w.pid for w in service.snapshot().workers if w.state is WorkerState.SERVING and not w.retiring]
+
+
+def retries(service: Service) -> list[float]:
+    lines = service.matches(r"event=worker\.boot_failed")
+    return [float(match[1]) for line in lines if (match := re.search(r"retry_in=([\d.]+)", line))]
+
+
+@pytest.mark.parametrize("fault", MEETS)
+def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Service, fault: str):
+    configure(service).start()
+    first = service.pid
+    before = serving(service)
+    with service.under_load() as load:
+        service.deploy("2", at_import=MEETS[fault])
+        service.signal(signal.SIGTTIN)
+        service.wait_for(r"event=worker\.boot_failed", times=3)
+        answered_from(load, 50)
+        assert serving(service) == before
+        # What it waits grows, or it would burn the CPU that the others need.
+        waits = retries(service)
+        assert waits == sorted(set(waits)), waits
+        service.deploy("good")
+        until("three workers", lambda: len(serving(service)) == 3, service)
+    assert lost(load) == []
+    assert service.pid == first
+    assert len(service.processes()) == 4
+    ends_without_a_trace(service)
+
+
+@pytest.mark.parametrize("fault", ["SyntaxError", "os._exit(3)"])
+def test_capacity_holds_while_workers_recycle_over_broken_code(service: Service, fault: str):
+    service.arguments = ["--max-requests", "30"]
+    configure(service).start()
+    before = serving(service)
+    with service.under_load() as load:
+        service.deploy("2", at_import=MEETS[fault])
+        service.wait_for(r"event=worker\.recycled")
+        service.wait_for(r"event=worker\.boot_failed", times=3)
+        answered_from(load, 100)
+        # Those that have answered max_requests go on until somebody can take their place.
+        assert serving(service) == before or len(serving(service)) == 2
+        waits = retries(service)
+        assert max(waits) > min(waits)
+        service.deploy("good")
+        until("new workers", lambda: not set(before) & set(serving(service)) and len(serving(service)) == 2, service)
+        until("the good code", lambda: service.get().version == "good", service)
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+@pytest.mark.parametrize("fault", ["RuntimeError", "os._exit(4)"])
+def test_a_crash_over_broken_code_leaves_the_others_serving(service: Service, fault: str):
+    configure(service).start()
+    before = serving(service)
+    service.deploy("2", at_import=MEETS[fault])
+    os.kill(before[0], signal.SIGKILL)
+    service.wait_for(r"event=worker\.boot_failed")
+    with service.under_load(clients=6) as load:
+        service.wait_for(r"event=worker\.boot_failed", times=3)
+        assert serving(service) == [before[1]]
+        service.deploy("good")
+        until("two workers", lambda: len(serving(service)) == 2, service)
+        answered_from(load, 50)
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+def test_a_worker_that_was_not_waited_for_may_fail_after_the_gate_opened(make_service):
+    # TTOU while one of two hangs at boot: the gate opens for the other; the straggler's failure is nobody's end.
+    service = make_service("sync")
+    text = "try:\n    os.mkdir('first')\nexcept FileExistsError:\n"
+    text += "    while not os.path.exists('go'): time.sleep(0.05)\n    raise RuntimeError('boom')"
+    service.deploy("1", at_import=text)
+    configure(service)
+    process = service.spawn()
+    until("one at the gate", lambda: [w for w in boards(service) if w.state is WorkerState.READY], service)
+    os.kill(process.pid, signal.SIGTTOU)
+    service.wait_for(r"event=phase\.serving")
+    (service.directory / "go").touch()
+    until("the straggler's end", lambda: len(boards(service)) == 1, service)
+    until("one worker", lambda: len(service.processes()) == 2, service)
+    assert process.poll() is None, service.log()
+    assert service.snapshot().phase is Phase.SERVING
+    service.stop()
+
+
+def boards(service: Service):
+    return [worker for each in service.generations() for worker in each.snapshot().workers]
+
+
+# -- E. the boundary
+
+INJECT = """
+import os
+
+def when_ready(server):
+    from zdd_web.gunicorn import hooks
+
+    def raise_in(owner, name):
+        original, left = getattr(owner, name), [1, 2, 3]
+
+        def raising(*arguments, **fields):
+            if left and os.path.exists("raise_now"):
+                left.pop()
+                raise RuntimeError("injected into " + name)
+            return original(*arguments, **fields)
+
+        setattr(owner, name, raising)
+
+    master = hooks.state.master
+    if hooks.state.heir is None:
+        raise_in({owner}, {name!r})
+
+"""
+
+INSIDE = {
+    "tick": ("master.roster", "reconcile", signal.SIGWINCH),
+    "manage_workers": ("master.roster", "repeat", signal.SIGWINCH),
+    "reap_workers": ("master", "_gunicorn_reap", signal.SIGCHLD),
+    "handle_term": ("master", "_cancel", signal.SIGTERM),
+    "handle_usr2": ("master.deploy", "_refuse_unless_possible", signal.SIGUSR2),
+    "handle_hup": ("master.reload", "_obstacle", signal.SIGHUP),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, where: str):
+    owner, name, sig = INSIDE[where]
+    configure(service, INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))).start()
+    first = service.pid
+    with service.under_load() as load:
+        (service.directory / "raise_now").touch()
+        service.signal(sig)
+        line = service.wait_for(rf"event=internal\.error.*where={where}\b")
+        assert "generation=1" in line
+        assert service.matches(f"injected into {name}")
+        answered_from(load, 50)
+        assert service.pid == first
+        assert service.snapshot().phase is Phase.SERVING
+        (service.directory / "raise_now").unlink()
+        service.deploy("good")
+        takes_over(service, 2)
+    assert lost(load) == []
+    ends_without_a_trace(service)
+
+
+AFTER_THE_LOSS = {
+    "the pid file": ("server.pidfile", "create"),
+    "the control socket": ("server", "_start_control_server"),
+    "systemd": ("master.deploy", "_tell_systemd"),
+}
+
+
+@pytest.mark.parametrize("what", AFTER_THE_LOSS)
+def test_the_old_generation_returns_even_if_something_in_its_return_raises(make_service, what: str):
+    owner, name = AFTER_THE_LOSS[what]
+    service = make_service("gthread")
+    inject = INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))
+    configure(service, inject).start()
+    first = service.pid
+    with service.under_load() as load, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(service.get, "/slow?seconds=5")
+        until("the request", lambda: slow_in_flight(service, 1), service)
+        service.upgrade()
+        (service.directory / "raise_now").touch()
+        os.kill(service.pid, signal.SIGKILL)
+        service.wait_for(r"event=successor\.lost")
+        assert held.result().generation == 1
+        until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        assert service.pid == first
+        assert service.snapshot().phase is Phase.SERVING
+        answered_from(load, 50)
+    assert lost(load) == []
+    service.stop(status=None)
+
+
+def test_an_error_in_the_commit_does_not_hold_the_upgrade_for_ever(make_service):
+    service = make_service("gthread")
+    inject = INJECT.replace("{owner}", "master.deploy").replace("{name!r}", repr("_tell_systemd"))
+    configure(service, inject.replace("[1, 2, 3]", "list(range(10**6))")).start()
+    (service.directory / "raise_now").touch()
+    with service.under_load() as load:
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"event=upgrade\.(failed|committed)", patience=10)
+        (service.directory / "raise_now").unlink()
+        until("one generation", lambda: len(service.processes()) == 1 + service.workers, service)
+        answered_from(load, 50)
+    assert lost(load) == []
+    service.stop(status=None)

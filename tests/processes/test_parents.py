@@ -1,0 +1,455 @@
+"""Whose child a master is: who refuses to have it replaced, and the keeper that stays in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.processes.harness import (
+    CONF, Service, answered_from, children, command_line, lost, seen_from_here, serving, until,
+)  # fmt: skip
+from zdd_web import proc
+
+#: How each parent starts `./run`, which execs gunicorn. The first word must be on PATH or beside this interpreter.
+STARTED_BY = {
+    "PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "./run"],
+    "shell at PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", "./run; exit"],
+    "another pid namespace": ["unshare", "--pid", "--mount-proc", "sh", "-c", "sleep 1000 & ./run; exit"],
+    "tini": ["tini", "-s", "--", "./run"],
+    "dumb-init": ["dumb-init", "./run"],
+    "supervisord": ["supervisord", "--nodaemon", "--configuration", "supervisord.conf"],
+    "python -m supervisor": ["python", "-m", "supervisor.supervisord", "-n", "-c", "supervisord.conf"],
+    "honcho": ["honcho", "start"],
+    "runsv": ["runsv", "."],
+    "s6-supervise": ["s6-supervise", "."],
+    "tini and a shell script": ["tini", "-s", "--", "sh", "-c", "./run; exit"],
+    "supervisord and a shell script": ["supervisord", "--nodaemon", "--configuration", "supervisord.conf"],
+}
+
+#: Those whose child the master itself is: there its pid can be kept.
+KEEPERS = [
+    name for name in STARTED_BY if name not in ("shell at PID 1", "another pid namespace") and "script" not in name
+] + ["shell at PID 1"]  # fmt: skip
+
+#: Becomes the parent, in this very process, so that the harness has its pid and its exit status.
+BECOME_PARENT = """
+    import os, shlex, sys
+    parent, command = {parent!r}, sys.argv[1:]
+    with open("run", "w") as file:
+        file.write("#!/bin/sh\\nexec " + shlex.join(command) + "\\n")
+    os.chmod("run", 0o755)
+    with open("Procfile", "w") as file:
+        file.write("web: ./run\\n")
+    with open("supervisord.conf", "w") as file:
+        file.write({supervisord!r})
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    os.execvp(parent[0], parent)
+"""
+
+SUPERVISORD = """
+    [supervisord]
+    logfile=/dev/null
+    logfile_maxbytes=0
+    pidfile=%(here)s/supervisord.pid
+    [program:web]
+    directory=%(here)s
+    command={command}
+    autorestart=unexpected
+    redirect_stderr=true
+    stdout_logfile=/dev/stdout
+    stdout_logfile_maxbytes=0
+"""
+
+
+def start_under(service: Service, parent: str) -> Service:
+    """Start a service as that parent's child; skip where there is no such program."""
+    words = STARTED_BY[parent]
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which(words[0], path=path) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    if words[1:2] == ["-m"]:
+        pytest.importorskip("supervisor")
+    if words[0] == "unshare":
+        tried = subprocess.run([*words[:4], "true"], capture_output=True, text=True, check=False)
+        if tried.returncode:
+            pytest.skip(f"no pid namespaces here: {tried.stderr.strip()}")
+    command = "sh -c './run; exit'" if "script" in parent else "./run"
+    supervisord = textwrap.dedent(SUPERVISORD).replace("{command}", command)
+    script = textwrap.dedent(BECOME_PARENT).format(parent=words, supervisord=supervisord)
+    (service.directory / "parent.py").write_text(script)
+    service.launcher = [sys.executable, "parent.py", sys.executable, "-m", "gunicorn"]
+    return service.start()
+
+
+def master(service: Service, generation: int = 1) -> int:
+    """The pid that a generation's master has here, once it serves."""
+    return seen_from_here(service, serving(service, generation))
+
+
+REMEDY = "set KEEP_PID = True, which leaves a keeper with this pid, or "
+
+REFUSALS = {
+    "PID 1": ["this master is PID 1, whose exit ends the container", REMEDY + "replace the container"],
+    "shell at PID 1": ["a shell at PID 1 (sh)", REMEDY + "replace the container"],
+    "tini": ["the parent tini", REMEDY + "restart by tini"],
+    "dumb-init": ["the parent dumb-init", REMEDY + "restart by dumb-init"],
+    "supervisord": ["the parent supervisord", REMEDY + "restart by supervisord"],
+    "python -m supervisor": ["the parent supervisord", REMEDY + "restart by supervisord"],
+    "honcho": ["the parent honcho", REMEDY + "restart by honcho"],
+    "runsv": ["the parent runsv", REMEDY + "restart by runsv"],
+    "s6-supervise": ["the parent s6-supervise", REMEDY + "restart by s6-supervise"],
+    "tini and a shell script": ["the parent sh", "child of tini"],
+    "supervisord and a shell script": ["the parent sh", "child of supervisord"],
+}
+
+
+@pytest.mark.parametrize("parent", REFUSALS)
+def test_a_master_whose_end_is_the_services_end_is_not_replaced(make_service, parent: str):
+    service = start_under(make_service(), parent)
+    pid = master(service)
+    service.deploy("2")
+    service.signal(signal.SIGUSR2, pid)
+    line = service.wait_for(r"event=(?:refused|upgrade\.committed)")
+    for words in REFUSALS[parent]:
+        assert words in line
+    assert "signal=USR2" in line
+    assert not service.matches(r"event=upgrade\.started")
+    assert service.get().generation == 1
+    service.signal(signal.SIGTERM, pid)
+    service.wait_for(r"event=phase\.stopped")
+
+
+def test_a_main_process_in_a_pid_namespace_of_others_is_not_replaced(make_service):
+    # Kubernetes' shareProcessNamespace, `docker --pid`: not PID 1, and its parent is outside, where it watches.
+    if shutil.which("nsenter") is None:
+        pytest.skip("nsenter is not installed")
+    holder = subprocess.Popen(["unshare", "--pid", "--fork", "--mount-proc", "sleep", "1000"])
+    try:
+        init = until("the namespace", lambda: children(holder.pid) or holder.poll() is not None)
+        if holder.poll() is not None:
+            pytest.skip("no pid namespaces here")
+        service = make_service()
+        enter = ["nsenter", "--target", str(init[0]), "--pid", "--mount", f"--wd={service.directory}"]
+        service.launcher = [*enter, *service.launcher]
+        service.start()
+        pid = master(service)
+        service.signal(signal.SIGUSR2, pid)
+        line = service.wait_for(r"event=(?:refused|upgrade\.committed)")
+        assert "outside" in line
+        assert REMEDY + "replace the container" in line
+        assert service.get().generation == 1
+    finally:
+        for pid in children(holder.pid):
+            os.kill(pid, signal.SIGKILL)
+        holder.wait()
+
+
+# -- the keeper
+
+
+def is_keeper(pid: int) -> bool:
+    return command_line(pid)[1:3] == ["-m", "zdd_web.keeper"]
+
+
+def zombies(pid: int) -> list[int]:
+    return [child for child in children(pid) if proc.state(child) == "Z"]
+
+
+def upgrade_by(service: Service, pid: int, times: int) -> None:
+    """Send SIGUSR2 to `pid` and wait until that many upgrades have been committed."""
+    service.signal(signal.SIGUSR2, pid)
+    service.wait_for(r"event=upgrade\.committed", times)
+    until("the keeper", lambda: is_keeper(pid), service)
+
+
+@pytest.mark.parametrize("parent", KEEPERS)
+def test_a_kept_pid_goes_through_upgrades_and_a_stop_without_a_loss(make_service, parent: str):
+    service = start_under(make_service(keep_pid=True), parent)
+    kept = master(service)
+    its_parent = proc.parent(kept)
+    start = proc.start_time(kept)
+    with service.under_load(clients=8) as load:
+        for number in (1, 2, 3):
+            service.deploy(str(number + 1))
+            upgrade_by(service, kept, number)
+            answered_from(load, 50)
+    assert lost(load) == []
+    assert (service.get().version, service.get().generation) == ("4", 4)
+    assert (proc.start_time(kept), proc.parent(kept)) == (start, its_parent)
+    assert service.process is not None
+    assert service.process.poll() is None
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(service.get, "/slow?seconds=2")
+        service.wait_for("generation=4 event=phase.serving")
+        until("the request", lambda: in_flight(service, master(service, 4)) == 1, service)
+        # As the parent does it; a shell hears nothing while it waits, and `unshare` passes nothing on.
+        told = kept if "PID 1" in parent else service.process.pid
+        service.signal(signal.SIGTERM, told)
+        assert reply.result().generation == 4
+    service.wait_for(r"generation=4 event=phase\.stopped")
+    if "supervis" not in parent or "s6" in parent:
+        until("the end of all processes", lambda: not service.processes(), service)
+    if parent in ("PID 1", "shell at PID 1", "tini", "dumb-init"):
+        assert service.process.wait() == 0
+    assert not service.is_open()
+
+
+def in_flight(service: Service, pid: int) -> int:
+    """The requests in hand of the generation of that master, in whichever pid namespace it is."""
+    from zdd_web.board import Board, MEMFD_PREFIX
+
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{entry}"
+        if os.readlink(path).startswith(f"/memfd:{MEMFD_PREFIX}"):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                board = Board.open(fd)
+            finally:
+                os.close(fd)
+            snapshot = board.snapshot()
+            board.close()
+            if pid == seen_from_here(service, snapshot.master_pid):
+                return snapshot.in_flight
+    return 0
+
+
+@pytest.fixture
+def kept(make_service: Callable[..., Service]) -> Service:
+    """A service whose first process, `service.process`, keeps its pid; not started yet."""
+    return make_service(keep_pid=True)
+
+
+def become_kept(service: Service) -> int:
+    """Start, upgrade once, and wait for the keeper; return its pid."""
+    service.start()
+    assert service.process is not None
+    upgrade_by(service, service.process.pid, 1)
+    return service.process.pid
+
+
+def exit_status(service: Service) -> int:
+    assert service.process is not None
+    until("the keeper's end", lambda: service.process.poll() is not None, service)
+    return service.process.returncode
+
+
+def test_keeper_passes_on_a_reload(kept):
+    keeper = become_kept(kept)
+    kept.deploy("3")
+    kept.signal(signal.SIGHUP, keeper)
+    kept.wait_for(r"generation=2 event=reload\.done")
+    until("the new code", lambda: kept.get().version == "3", kept)
+    assert is_keeper(keeper)
+
+
+def test_keeper_passes_on_one_worker_more_and_one_less(kept):
+    keeper = become_kept(kept)
+    kept.signal(signal.SIGTTIN, keeper)
+    until("a third worker", lambda: kept.snapshot().workers_wanted == 3, kept)
+    kept.signal(signal.SIGTTOU, keeper)
+    until("two workers", lambda: kept.snapshot().workers_wanted == 2, kept)
+
+
+def test_keeper_ends_with_status_0_when_requests_and_background_work_are_finished(kept):
+    keeper = become_kept(kept)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(kept.get, "/slow?seconds=2")
+        kept.get("/job?seconds=3")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGTERM, keeper)
+        assert reply.result().generation == 2
+    assert exit_status(kept) == 0
+    assert kept.matches("job finished")
+    until("the end of all processes", lambda: not kept.processes(), kept)
+    assert not kept.is_open()
+    assert not kept.pid_file.exists()
+
+
+def test_keeper_ends_with_the_status_of_a_master_that_abandoned_work(kept):
+    kept.settings["grace_period"] = 3
+    kept.write_conf(CONF)
+    keeper = become_kept(kept)
+    kept.get("/job?seconds=600")
+    kept.signal(signal.SIGTERM, keeper)
+    assert exit_status(kept) == 1
+    assert kept.matches("generation=2 event=(?:drain|background).abandoned")
+    until("the end of all processes", lambda: not kept.processes(), kept)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
+def test_keeper_passes_on_stop_now(kept, sig: signal.Signals):
+    keeper = become_kept(kept)
+    kept.signal(sig, keeper)
+    assert exit_status(kept) == 0
+    until("the end of all processes", lambda: not kept.processes(), kept)
+    assert not kept.is_open()
+
+
+def test_killed_master_ends_its_keeper_with_that_signal(kept):
+    become_kept(kept)
+    kept.signal(signal.SIGKILL, kept.pid)
+    assert exit_status(kept) == 128 + signal.SIGKILL
+    until("the end of all processes", lambda: not kept.processes(), kept)
+    assert not kept.is_open()
+
+
+def test_killed_master_leaves_its_workers_the_time_to_answer_before_the_keeper_ends(kept):
+    # Where the keeper is PID 1 its end kills everybody; elsewhere a restart would find the port taken.
+    become_kept(kept)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(kept.get, "/slow?seconds=2")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGKILL, kept.pid)
+        assert exit_status(kept) == 128 + signal.SIGKILL
+        assert kept.processes() == []
+        assert reply.result().generation == 2
+
+
+def test_failed_upgrade_leaves_the_keeper_and_the_service_as_they_were(kept):
+    keeper = become_kept(kept)
+    current = kept.pid
+    kept.deploy("3", at_import="raise RuntimeError('boom')")
+    with kept.under_load(clients=8) as load:
+        kept.signal(signal.SIGUSR2, keeper)
+        kept.wait_for(r"generation=2 event=upgrade\.failed")
+        answered_from(load, 50)
+    assert lost(load) == []
+    assert kept.pid == current
+    assert is_keeper(keeper)
+    kept.deploy("4")
+    upgrade_by(kept, keeper, 2)
+    until("version 4", lambda: kept.get().version == "4", kept)
+
+
+def test_one_keeper_and_no_zombie_is_left_after_ten_upgrades(kept, record_property):
+    keeper = become_kept(kept)
+    for number in range(2, 11):
+        upgrade_by(kept, keeper, number)
+        until("the older generations' end", lambda: len(kept.generations()) == 1, kept)
+    assert kept.get().generation == 11
+    until("no zombie", lambda: not zombies(keeper), kept)
+    keepers = [pid for pid in kept.processes() if is_keeper(pid)]
+    rollup = Path(f"/proc/{keeper}/smaps_rollup").read_text()
+    record_property("keeper", rollup)
+    print("the keeper's memory:", *rollup.splitlines()[1:5], sep="\n")
+    print("its threads:", len(os.listdir(f"/proc/{keeper}/task")))
+    assert keepers == [keeper]
+    assert sorted(kept.processes()) == sorted([keeper, kept.pid, *(w.pid for w in kept.snapshot().workers)])
+
+
+def test_stop_while_the_old_master_retires_reaches_the_new_one_and_waits_for_both(kept):
+    kept.start()
+    first = kept.pid
+    with ThreadPoolExecutor(2) as pool:
+        old = pool.submit(kept.get, "/slow?seconds=4")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGUSR2, first)
+        kept.wait_for("generation=1 event=phase.retiring")
+        until("the new generation", lambda: kept.get().generation == 2, kept)
+        new = pool.submit(kept.get, "/slow?seconds=2")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGTERM, first)
+        kept.wait_for("generation=2 event=phase.stopped")
+        assert (old.result().generation, new.result().generation) == (1, 2)
+    assert exit_status(kept) == 0
+    assert kept.processes() == []
+    assert not kept.is_open()
+
+
+def test_stop_while_the_old_master_retires_tells_of_work_that_the_new_one_abandoned(kept):
+    kept.settings["grace_period"] = 3
+    kept.write_conf(CONF)
+    kept.start()
+    first = kept.pid
+    with ThreadPoolExecutor(1) as pool:
+        old = pool.submit(kept.get, "/slow?seconds=6")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGUSR2, first)
+        kept.wait_for("generation=1 event=phase.retiring")
+        until("the new generation", lambda: kept.get().generation == 2, kept)
+        kept.get("/job?seconds=600")
+        kept.signal(signal.SIGTERM, first)
+        kept.wait_for("generation=2 event=(?:drain|background).abandoned")
+        with pytest.MonkeyPatch.context():
+            old.exception()
+    assert exit_status(kept) == 1
+
+
+def test_stop_while_the_old_master_retires_is_over_within_the_grace_period(kept):
+    kept.settings["grace_period"] = 4
+    kept.write_conf(CONF)
+    kept.start()
+    first = kept.pid
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kept.get, "/slow?seconds=60")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGUSR2, first)
+        kept.wait_for("generation=1 event=phase.retiring")
+        kept.signal(signal.SIGTERM, first)
+        until("the keeper's end", lambda: kept.process.poll() is not None, kept, patience=20)
+        kept.clean_up()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
+def test_stop_now_while_the_old_master_retires_ends_both(kept, sig: signal.Signals):
+    kept.start()
+    first = kept.pid
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kept.get, "/slow?seconds=8")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        kept.signal(signal.SIGUSR2, first)
+        kept.wait_for("generation=1 event=phase.retiring")
+        kept.signal(sig, first)
+        exit_status(kept)
+        until("the end of all processes", lambda: not kept.processes(), kept)
+    assert not kept.is_open()
+
+
+def test_stop_reaches_the_third_generation_while_the_first_still_retires(kept):
+    kept.start()
+    first = kept.pid
+    with ThreadPoolExecutor(1) as pool:
+        old = pool.submit(kept.get, "/slow?seconds=8")
+        until("the request", lambda: kept.snapshot().in_flight == 1, kept)
+        for number in (1, 2):
+            kept.signal(signal.SIGUSR2, first)
+            kept.wait_for(r"event=upgrade\.committed", number)
+        kept.wait_for("generation=2 event=phase.stopped")
+        until("two generations", lambda: [g.board.header.generation for g in kept.generations()] == [1, 3], kept)
+        assert not old.done()
+        kept.signal(signal.SIGTERM, first)
+        kept.wait_for("generation=3 event=phase.(?:lame_duck|draining)", patience=5)
+        assert old.result().generation == 1
+    assert exit_status(kept) == 0
+
+
+def test_keeper_leaves_another_service_of_the_same_name_alone(kept, make_service):
+    other = make_service()
+    other.name = kept.name
+    other.write_conf(CONF)
+    other.start()
+    # Oldest first: the other one is upgraded once, so that the two are of one age.
+    keeper = become_kept(kept)
+    serving(kept, 2)
+    kept.signal(signal.SIGTERM, keeper)
+    assert exit_status(kept) == 0
+    assert kept.matches("generation=2 event=phase.stopped")
+    assert not other.matches(r"event=phase\.(?:lame_duck|draining|stopped)")
+    assert other.get().generation == 1
+
+
+def test_kept_pid_of_a_daemon_is_refused_at_start(make_service):
+    service = make_service(keep_pid=True)
+    service.arguments = ["--daemon", "--error-logfile", str(service.log_file)]
+    service.spawn().wait(timeout=30)
+    service.wait_for("KEEP_PID = True and daemon = True contradict each other")
+    until("the end of all processes", lambda: not service.processes(), service)

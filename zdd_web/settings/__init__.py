@@ -1,0 +1,39 @@
+"""What can be set, where it may come from, and whether it can work."""
+
+from __future__ import annotations
+
+from zdd_web.settings.model import APP_SETTINGS, Settings, StopBudget
+from zdd_web.settings.sources import (
+    ENV_PREFIX,
+    HANDOVER,
+    FrameworkSettings,
+    Origin,
+    Source,
+    Sourced,
+    collect,
+    django_source,
+    merge,
+    of_app,
+    resolve,
+)
+from zdd_web.settings.values import LISTENERS, LISTENERS_AVAILABLE, spelled
+
+__all__ = [
+    "APP_SETTINGS",
+    "ENV_PREFIX",
+    "HANDOVER",
+    "LISTENERS",
+    "LISTENERS_AVAILABLE",
+    "FrameworkSettings",
+    "Origin",
+    "Settings",
+    "Source",
+    "Sourced",
+    "StopBudget",
+    "collect",
+    "django_source",
+    "merge",
+    "of_app",
+    "resolve",
+    "spelled",
+]

@@ -1,0 +1,87 @@
+"""The settings themselves: one frozen `Settings`, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from zdd_web.errors import SettingsError
+from zdd_web.settings.values import NORMALISE
+
+#: Each worker reads these from its app. All others are the master's, which runs before there is an app.
+APP_SETTINGS = frozenset({"liveness_path", "readiness_path", "health_path"})
+
+#: Kubernetes' default terminationGracePeriodSeconds, and what its users have tuned their load balancers to.
+DEFAULT_GRACE_PERIOD = 30.0
+#: tableflip's default; long enough for a Django project with a few hundred models on a busy machine.
+DEFAULT_UPGRADE_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that zdd_web can be told. All durations are seconds.
+
+    Raises `SettingsError` when a value has the wrong type or cannot work, alone or with the others.
+
+    >>> Settings(grace_period=10).stop_budget()
+    StopBudget(lame_duck=0.0, work=9.0, margin=1.0)
+    """
+
+    listener: str = "fd"
+    upgrade_timeout: float = DEFAULT_UPGRADE_TIMEOUT
+    grace_period: float = DEFAULT_GRACE_PERIOD
+    drain_delay: float = 0.0
+    recycle_timeout: float = 10.0
+    warmup: tuple[str, ...] = ()
+    max_generations: int = 4
+    keep_pid: bool = False
+    release_dir: str = ""
+    env_file: str = ""
+    liveness_path: str = "/livez"
+    readiness_path: str = "/readyz"
+    health_path: str = "/healthz"
+    generation_header: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, NORMALISE[field.name](value))
+            except ValueError as error:
+                raise SettingsError(f"{field.name.upper()} = {value!r}: {error}") from None
+        paths = [self.liveness_path, self.readiness_path, self.health_path]
+        for path in paths:
+            if paths.count(path) > 1 and path != self.health_path:
+                raise SettingsError(
+                    f"two probes share the path {path!r}: give LIVENESS_PATH and READINESS_PATH their own"
+                )
+        if self.liveness_path == self.health_path:
+            raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is LIVENESS_PATH too: health means readiness here")
+        self.stop_budget()
+
+    def stop_budget(self) -> StopBudget:
+        """Split `grace_period` into lame duck, work and margin.
+
+        Raises `SettingsError` with the sum when they do not fit.
+        """
+        # gunicorn's loop wakes once a second and processes take a moment to exit: what is promised to be gone before
+        # GRACE_PERIOD must be told to go earlier. A tenth, between half a second and two seconds.
+        margin = min(2.0, max(0.5, self.grace_period / 10))
+        work = self.grace_period - self.drain_delay - margin
+        if work <= 0:
+            raise SettingsError(
+                f"DRAIN_DELAY = {self.drain_delay:g} and {margin:g} to exit leave no time for requests in "
+                f"GRACE_PERIOD = {self.grace_period:g} ({self.drain_delay:g} + {margin:g} >= {self.grace_period:g}): "
+                f"raise GRACE_PERIOD (and Kubernetes' terminationGracePeriodSeconds) or lower DRAIN_DELAY"
+            )
+        return StopBudget(lame_duck=self.drain_delay, work=work, margin=margin)
+
+
+@dataclass(frozen=True)
+class StopBudget:
+    """How a stop spends `GRACE_PERIOD`, in seconds, one after the other."""
+
+    lame_duck: float
+    work: float
+    margin: float

@@ -1,0 +1,128 @@
+"""What each setting accepts, and the type it becomes: one function a setting, shared by all sources."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from zdd_web.errors import SettingsError
+
+LISTENERS = ("fd", "reuseport", "systemd")
+LISTENERS_AVAILABLE = ("fd",)
+
+
+def check_name(key: str, source: str) -> None:
+    """Raise `SettingsError` for a name that is none."""
+    if key not in NORMALISE:
+        raise SettingsError(f"{source}: no such setting {key!r}; {hint(key, NORMALISE)}")
+
+
+def hint(key: str, known: Collection[str]) -> str:
+    """Say which name was meant, or else all there are."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def spelled(value: object) -> str:
+    """Spell a value as one would write it: 30 and not 30.0.
+
+    >>> spelled(30.0), spelled("/up")
+    ('30', "'/up'")
+    """
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _listener(value: object) -> str:
+    if value not in LISTENERS:
+        raise ValueError(f"must be one of {', '.join(map(repr, LISTENERS))}")
+    if value not in LISTENERS_AVAILABLE:
+        raise ValueError(f"this listener mode is not available yet: use {LISTENERS_AVAILABLE[0]!r}")
+    return str(value)
+
+
+def _seconds(*, least: float, most: float = 86_400.0) -> Callable[[object], float]:
+    def normalise(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError("must be a number of seconds")
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError("must be a number of seconds") from None
+        if not least <= number <= most:  # false for NaN as well
+            raise ValueError(f"must be between {least:g} and {most:g} seconds")
+        return number
+
+    return normalise
+
+
+def _path(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"/[^\s?#]*[^\s?#/]", value):
+        raise ValueError("must be an absolute path without query and without a slash at its end, such as '/readyz'")
+    return value
+
+
+def _paths(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("must be a list of paths, such as ['/', '/search?q=warm']")
+    for path in value:
+        if not isinstance(path, str) or not re.fullmatch(r"/[^\s#]*", path):
+            raise ValueError(f"{path!r} is no path: each must begin with '/' and hold no space")
+    return tuple(value)
+
+
+def _generations(value: object) -> int:
+    if isinstance(value, bool) or not str(value).isdigit() or not 2 <= int(str(value)) <= 100:
+        raise ValueError("must be a whole number between 2 (the old and the new) and 100")
+    return int(str(value))
+
+
+def _switch(value: object) -> bool:
+    word = str(value).lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError("must be True or False")
+
+
+def _absolute(value: object) -> str:
+    if not isinstance(value, str) or (value and not value.startswith("/")):
+        raise ValueError("must be an absolute path, or empty for none")
+    return value
+
+
+def _header(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]*", value):
+        raise ValueError("must be a header name of letters, digits and '-', or empty for none")
+    return value
+
+
+def _name(value: object) -> str:
+    # It becomes part of a memfd's name, which the kernel limits to 249 bytes, and of log lines.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:@/\[\]-]{0,100}", value):
+        raise ValueError("must be at most 100 letters, digits or any of . _ : @ / [ ] -")
+    return value
+
+
+#: Each returns what the value becomes, and raises ValueError with what it must be.
+NORMALISE: dict[str, Callable[[object], Any]] = {
+    "listener": _listener,
+    "upgrade_timeout": _seconds(least=1),
+    "grace_period": _seconds(least=1),
+    "drain_delay": _seconds(least=0),
+    "recycle_timeout": _seconds(least=0),
+    "warmup": _paths,
+    "max_generations": _generations,
+    "keep_pid": _switch,
+    "release_dir": _absolute,
+    "env_file": _absolute,
+    "liveness_path": _path,
+    "readiness_path": _path,
+    "health_path": _path,
+    "generation_header": _header,
+    "name": _name,
+}
