@@ -38,10 +38,11 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server",
+        "probe_server", "keeper",
     },
-    "cli": {"errors", "clock", "proc", "lifecycle", "settings", "board", "gunicorn", "__init__"},
-    "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "cli"},
+    "service": {"errors", "proc", "lifecycle", "board"},
+    "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
+    "cli": {"errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
     "__init__": set(),
 }  # fmt: skip
 
@@ -318,6 +319,12 @@ assert not ours, ours
 def test_package_drags_no_framework_in(then: str) -> None:
     check = "loaded = sorted(forbidden & set(sys.modules)); assert not loaded, loaded"
     subprocess.run([sys.executable, "-Ic", f"{LAZY}\n{then}\n{check}"], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["zdd_web.gunicorn.hooks", "zdd_web.keeper"])
+def test_service_runs_without_the_commands_libraries(module: str) -> None:
+    script = f"import sys, {module}; assert not {{'click', 'tabulate', 'h11', 'django', 'flask'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-Ic", script], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The keeper: what a retired master becomes where its pid must stay (`KEEP_PID`).
 
-    python -m zdd_web.keeper NAME
+    python -m zdd_web.keeper NAME PID
 
 PID 1 of a container, tini, supervisord and their like take the end of the process they know for the end of the service.
 So the retired master does not exit but execs into this: the same pid, the same children, a few megabytes. It forwards
@@ -9,6 +9,9 @@ orphan that the kernel hands it (it is a subreaper), and ends with the exit stat
 
 Signals arrive blocked across the exec: one that came in between would have killed the process that must not end. They
 are taken synchronously with `sigtimedwait`, so there is no handler that could race with the rest.
+
+Every generation after this one is a descendant of this process, which tells them from another service that happens to
+have the same NAME; and each is known by its predecessor, since a release may change its NAME.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import os
 import signal
 import sys
 
-from zdd_web import proc
-from zdd_web.cli import service
+from zdd_web import clock, proc, service
+from zdd_web.lifecycle import Phase
 
 FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN,
@@ -30,17 +33,92 @@ WAITED = (*FORWARDED, signal.SIGCHLD)
 #: How often the keeper looks whether the office has changed hands when no signal says so, seconds.
 LOOK = 1.0
 
+#: How long the workers of a master that was killed may take for what they have in hand, seconds: the keeper's end
+#: would kill them where it is PID 1, and has the service started again, beside them, elsewhere. Docker's own patience.
+LAST_REPLIES = 10.0
+
 
 def become(name: str) -> None:
-    """Replace this process, a retired master of the service `name`, by its keeper. Raises OSError; does not return."""
+    """Replace this process, a retired master of the service `name`, by its keeper. Does not return."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
-    os.execv(sys.executable, [sys.executable, "-m", "zdd_web.keeper", name])
+    own = service.generation_of(os.getpid())
+    successor = own.board.header.successor_pid if own is not None else 0
+    try:
+        os.execv(sys.executable, [sys.executable, "-m", "zdd_web.keeper", name, str(successor)])
+    except OSError:
+        # The virtualenv may have been deleted with its release: keep in this process, which is larger, that is all.
+        os._exit(main(name, successor))
 
 
-def in_office(name: str) -> service.Generation | None:
-    """Return the generation of a service that a signal must go to; None when it has ended."""
-    candidates = [each for each in service.generations() if each.board.header.name == name]
-    return service.in_office(candidates) if candidates else None
+def is_keeper(pid: int) -> bool:
+    """Tell whether a process is a keeper, which serves nobody and counts as no generation."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")[1:3] == [b"-m", b"zdd_web.keeper"]
+    except OSError:
+        return False
+
+
+class Line:
+    """The generations after this process: whose turn it is."""
+
+    def __init__(self, name: str, successor: int) -> None:
+        self._names, self._pids = {name}, {successor}
+        self._current: service.Generation | None = None
+
+    def in_office(self) -> service.Generation | None:
+        """Return the generation that a signal must go to; None when all have ended."""
+        current = self._current
+        if current is not None and current.alive and _serves(current):
+            return current
+        ours = self._find()
+        if ours:
+            self._current = service.in_office(ours)
+            return self._current
+        # It cannot be looked at just now; to end here would end the service.
+        return current if current is not None and current.alive else None
+
+    def _find(self) -> list[service.Generation]:
+        strangers = [each for each in map(_look, descendants(os.getpid())) if each is not None]
+        ours: list[service.Generation] = []
+        while found := [each for each in strangers if self._belongs(each)]:
+            ours += found
+            strangers = [each for each in strangers if each not in found]
+            self._names.update(each.board.header.name for each in found)
+            self._pids.update(each.pid for each in found)
+            self._pids.update(each.board.header.successor_pid for each in found)
+        for stranger in strangers:
+            stranger.board.close()
+        return sorted(ours, key=lambda each: each.board.header.generation)
+
+    def _belongs(self, generation: service.Generation) -> bool:
+        header = generation.board.header
+        return header.name in self._names or not self._pids.isdisjoint((generation.pid, header.predecessor_pid))
+
+
+def _serves(generation: service.Generation) -> bool:
+    return generation.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)
+
+
+def _look(pid: int) -> service.Generation | None:
+    try:
+        return service.generation_of(pid)
+    except OSError:
+        return None
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of a process's children, grandchildren and so on."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            children.setdefault(proc.parent(int(entry)), []).append(int(entry))
+    found, open_ends = [], [pid]
+    while open_ends:
+        born = children.pop(open_ends.pop(), [])
+        found += born
+        open_ends += born
+    return found
 
 
 def reap(statuses: dict[int, int]) -> None:
@@ -55,27 +133,52 @@ def reap(statuses: dict[int, int]) -> None:
         statuses[pid] = os.waitstatus_to_exitcode(status)
 
 
-def main(name: str) -> int:
+def main(name: str, successor: int) -> int:
     """Keep until the service is gone; return its exit status, 128 + N when signal N killed it."""
     proc.become_subreaper()
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    line = Line(name, successor)
     statuses: dict[int, int] = {}
-    last = 0
+    last, workers = successor, list[tuple[int, int]]()
     while True:
-        reap(statuses)
-        generation = in_office(name)
+        generation = line.in_office()
         if generation is None:
-            status = statuses.get(last, 0)
-            return 128 - status if status < 0 else status
-        last = generation.pid
+            break
+        if _serves(generation):
+            # One that still retires when the service was stopped is not who knows how the stop went.
+            last = generation.pid
+        workers = generation.board.worker_pids()
         caught = signal.sigtimedwait(WAITED, LOOK)
+        reap(statuses)
         if caught is None or caught.si_signo == signal.SIGCHLD:
             continue
         # The office may have changed hands since the last look.
-        generation = in_office(name)
+        generation = line.in_office()
         if generation is not None:
             proc.kill(generation.pid, generation.board.header.master_start, signal.Signals(caught.si_signo))
+    _wait_for(workers, statuses)
+    status = statuses[last] if last in statuses else _status_of(last)
+    return 128 - status if status < 0 else status
+
+
+def _wait_for(workers: list[tuple[int, int]], statuses: dict[int, int]) -> None:
+    deadline = clock.after_ns(LAST_REPLIES)
+    while left := [worker for worker in workers if proc.alive(*worker)]:
+        if clock.passed(deadline):
+            for pid, start in left:
+                proc.kill(pid, start, signal.SIGKILL)
+            return
+        signal.sigtimedwait([signal.SIGCHLD], 0.1)
+        reap(statuses)
+
+
+def _status_of(pid: int) -> int:
+    # It has closed its files, so it is about to end; the order in which the kernel does that is not ours.
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except (ChildProcessError, ValueError):
+        return 0  # its status was taken by somebody who did not tell
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

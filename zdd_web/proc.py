@@ -103,3 +103,30 @@ def become_subreaper() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     except (OSError, AttributeError):
         pass
+
+
+def peek(child: int) -> int | None:
+    """Return the wait status of a child that has ended, without reaping it; None while it runs, or is none of ours."""
+    try:
+        found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    if found is None:
+        return None
+    killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+    return found.si_status if killed else found.si_status << 8
+
+
+def describe(status: int) -> str:
+    """Say how a process ended, from its wait status.
+
+    >>> describe(3 << 8), describe(signal.SIGKILL)
+    ('exit status 3', 'killed by SIGKILL')
+    """
+    if not os.WIFSIGNALED(status):
+        return f"exit status {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    try:
+        return f"killed by {signal.Signals(number).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"killed by signal {number}"

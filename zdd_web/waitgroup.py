@@ -212,8 +212,8 @@ def _all_groups() -> list[WaitGroup]:
 
 
 def _tell() -> None:
-    # Whoever has told looks again, so the last count told is the right one in whatever order threads come here. A lock
-    # would order them too, until the garbage collector ends work (a generator that stands in `track()`) while it is held.
+    # Whoever has told looks again, so the last count told is the right one in whatever order threads come here. A
+    # lock would order them too, until the garbage collector ends work (a generator that stands in `track()`) in it.
     told = -1
     while observer is not None and told != (count := sum(len(group) for group in _all_groups())):
         observer(count)

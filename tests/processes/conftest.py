@@ -9,6 +9,12 @@ import pytest
 from tests.processes.harness import Service
 
 
+@pytest.fixture(autouse=True)
+def no_django(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep pytest-django's settings module from every master that a test starts: it would have it read."""
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
+
+
 @pytest.fixture(params=["sync", "gthread"])
 def worker_class(request: pytest.FixtureRequest) -> str:
     return request.param

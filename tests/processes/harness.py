@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zdd_web import proc
+from zdd_web import service as finder
 from zdd_web.board import Snapshot
-from zdd_web.cli import service as finder
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
 
@@ -45,6 +45,10 @@ APP = """
         seconds = float(query.partition("=")[2] or 0)
         if path == "/slow":
             time.sleep(seconds)
+        elif path == "/hold":
+            open(f"{query}.held-by-{zdd_web.generation()}", "w").close()
+            while not os.path.exists(query):
+                time.sleep(0.02)
         elif path == "/job":
             zdd_web.background.go(job, seconds, name="job")
         elif path == "/crash":
@@ -340,3 +344,27 @@ def ask_unix(path: Path | str, target: str = "/", timeout: float = PATIENCE) -> 
         return Reply(response.status, dict(response.getheaders()), response.read().decode())
     finally:
         connection.close()
+
+
+class Held:
+    """A request that a worker has in hand until the test finishes it: an upload of which the end is missing."""
+
+    def __init__(self, service: Service, path: Path | str | None = None) -> None:
+        self._socket = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
+        self._socket.settimeout(PATIENCE)
+        self._socket.connect(str(path) if path else ("127.0.0.1", service.port))
+        self._socket.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nfirst")
+        until("the held request", lambda: service.snapshot().in_flight >= 1, service)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+
+    def finish(self) -> Reply:
+        """Send the rest and return the answer."""
+        self._socket.sendall(b" half")
+        response = http.client.HTTPResponse(self._socket)
+        response.begin()
+        return Reply(response.status, dict(response.getheaders()), response.read().decode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,30 +12,23 @@ from tests.processes.harness import Service, answered_from, lost, until
 from tests.processes.test_faults import (
     HANG_SECOND,
     WIDE_COMMIT_WINDOW,
+    Held,
     at_gate,
     configure,
     descriptors,
     ends_without_a_trace,
-    slow_in_flight,
     takes_over,
 )
 from zdd_web import proc
 from zdd_web.lifecycle import Phase
 
 
-def in_hand(service: Service, generation: int, pool: ThreadPoolExecutor, seconds: float):
-    """Send a slow request to a generation, and wait until it has it."""
-    reply = pool.submit(service.get, f"/slow?seconds={seconds:g}")
-    until(f"the request in generation {generation}", lambda: slow_in_flight(service, generation), service)
-    return reply
-
-
 def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service: Service):
     configure(service).start()
-    with service.under_load(clients=4) as load, ThreadPoolExecutor(3) as pool:
+    with service.under_load(clients=4) as load:
         held = []
         for generation in (1, 2, 3):
-            held.append(in_hand(service, generation, pool, 22 - 4 * generation))
+            held.append(Held(service, generation))
             service.upgrade()
         alive = [each.board.header.generation for each in service.generations()]
         assert alive == [1, 2, 3, 4]
@@ -45,7 +37,7 @@ def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service
         assert "4 generations are alive, and MAX_GENERATIONS = 4" in done.stderr
         assert "MAX_GENERATIONS" in service.wait_for("event=refused")
         assert service.snapshot().generation == 4
-        assert [reply.result().generation for reply in held] == [1, 2, 3]
+        assert [each.release() for each in held] == [1, 2, 3]
         until("their end", lambda: len(service.generations()) == 1, service)
         takes_over(service, 5, version="1")
     assert lost(load) == []
@@ -95,7 +87,7 @@ def test_usr2_the_moment_that_the_last_upgrade_is_committed(service: Service):
 def test_a_storm_of_usr2_ends_serving(service: Service):
     configure(service).start()
     masters = {service.pid}
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         for _ in range(3):
             for _ in range(20):
                 for each in service.generations():
@@ -121,7 +113,7 @@ def under_way(service: Service) -> bool:
 def test_an_upgrade_waits_for_background_work_of_the_old_generation(service: Service):
     configure(service).start()
     first = service.pid
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         assert service.get("/job?seconds=4").generation == 1
         service.deploy("2")
         done = service.run("upgrade", "--name", service.name)
@@ -184,16 +176,14 @@ def test_a_quick_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, s
 
 def test_a_stop_in_the_commit_window_answers_what_both_generations_have_in_hand(service: Service):
     configure(service, WIDE_COMMIT_WINDOW).start()
-    with ThreadPoolExecutor(8) as pool:
-        first = in_hand(service, 1, pool, 8)
-        service.signal(signal.SIGUSR2)
-        service.wait_for(r"generation=2 event=phase\.serving")
-        others = [pool.submit(service.get, "/slow?seconds=3") for _ in range(3)]
-        until("theirs", lambda: slow_in_flight(service, 2), service)
-        service.signal(signal.SIGTERM)
-        replies = [reply.result() for reply in (first, *others)]
-    assert [reply.status for reply in replies] == [200] * 4
-    assert {reply.generation for reply in replies} == {1, 2}
+    first = Held(service, generation=1)
+    service.signal(signal.SIGUSR2)
+    service.wait_for(r"generation=2 event=phase\.serving")
+    second = Held(service, generation=2)
+    service.signal(signal.SIGTERM)
+    service.wait_for(r"generation=2 event=phase\.draining")
+    assert first.release() == 1
+    assert second.release() == 2
     until("the end of all processes", lambda: not service.processes(), service)
     assert not service.is_open()
     assert not service.pid_file.exists()
@@ -225,14 +215,14 @@ def test_a_stop_while_a_worker_of_two_hangs_at_the_gate_leaves_nothing(service: 
 
 def test_stopping_the_service_while_three_generations_are_alive_finishes_all_their_requests(service: Service):
     configure(service).start()
-    with ThreadPoolExecutor(3) as pool:
-        held = []
-        for generation in (1, 2):
-            held.append(in_hand(service, generation, pool, 16 - 4 * generation))
-            service.upgrade()
-        held.append(in_hand(service, 3, pool, 2))
-        service.signal(signal.SIGTERM)
-        assert [reply.result().generation for reply in held] == [1, 2, 3]
+    held = []
+    for generation in (1, 2):
+        held.append(Held(service, generation))
+        service.upgrade()
+    held.append(Held(service, 3))
+    service.signal(signal.SIGTERM)
+    service.wait_for(r"generation=3 event=phase\.draining")
+    assert [each.release() for each in held] == [1, 2, 3]
     until("the end of all processes", lambda: not service.processes(), service)
     assert not service.is_open()
     assert not service.pid_file.exists()

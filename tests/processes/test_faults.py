@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +116,33 @@ def ends_without_a_trace(service: Service, status: int | None = 0) -> None:
     assert not service.pid_file.exists()
 
 
+class Held:
+    """A request that a generation has in hand until the test lets it go."""
+
+    def __init__(self, service: Service, generation: int) -> None:
+        self._service, self._pool = service, ThreadPoolExecutor(1)
+        # Where two generations accept, chance decides which takes it: let the wrong one answer, and try again.
+        for _ in range(200):
+            self._key = service.directory / f"hold-{uuid.uuid4().hex[:12]}"
+            self._reply = self._pool.submit(service.get, f"/hold?{self._key.name}")
+            taker = until("a taker", self._taker, service)
+            if taker == generation:
+                return
+            self.release()
+        raise AssertionError(f"generation {generation} takes no request\n{service.log()}")
+
+    def _taker(self) -> int | None:
+        taken = list(self._key.parent.glob(f"{self._key.name}.held-by-*"))
+        return int(taken[0].name.rpartition("-")[2]) if taken else None
+
+    def release(self) -> int:
+        """Let it go, and return the generation that has answered."""
+        self._key.touch()
+        reply = self._reply.result()
+        assert reply.status == 200
+        return reply.generation
+
+
 def zombies_of(pid: int) -> list[int]:
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
     return [each for each in pids if proc.parent(each) == pid and proc.state(each) == "Z"]
@@ -153,7 +181,7 @@ def test_an_app_that_ends_at_import_costs_nothing(service: Service, fault: str):
     configure(service).start()
     trial = Trial(service)
     service.deploy("2", at_import=statement)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails(*reasons, shows=tuple(shows))
         answered_from(load, 50)
         trial.is_unharmed()
@@ -173,7 +201,7 @@ def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_se
     trial = Trial(service)
     service.deploy("2", at_import=statement)
     said = {"sys.exit(0)": "exit status 0", "os._exit(0)": "exit status 0"}.get(fault, reasons[0])
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails(said)
         answered_from(load, 50)
         trial.is_unharmed()
@@ -184,20 +212,19 @@ def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_se
     ends_without_a_trace(service)
 
 
+BOOM = "def {}:\n    raise RuntimeError('boom in a hook')\n"
+
 IN_CONFIGURATION = {
     "SyntaxError": ("workers = (\n", "SyntaxError|was never closed"),
     "exception": ("1 / 0\n", "ZeroDivisionError"),
     "SystemExit": ("raise SystemExit('not today')\n", "not today"),
     "os._exit(0)": ("import os; os._exit(0)\n", "exit status 0"),
     "unknown setting": ("import zdd_web.gunicorn as z; z.install(globals(), grace=1)\n", "no such setting"),
-    "on_starting raises": ("def on_starting(server):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
-    "when_ready raises": ("def when_ready(server):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
-    "pre_fork raises": ("def pre_fork(server, worker):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
-    "post_fork raises": ("def post_fork(server, worker):\n    raise RuntimeError('boom in a hook')\n", "boom in a hook"),
-    "post_worker_init raises": (
-        "def post_worker_init(worker):\n    raise RuntimeError('boom in a hook')\n",
-        "boom in a hook",
-    ),
+    "on_starting raises": (BOOM.format("on_starting(server)"), "boom in a hook"),
+    "when_ready raises": (BOOM.format("when_ready(server)"), "boom in a hook"),
+    "pre_fork raises": (BOOM.format("pre_fork(server, worker)"), "boom in a hook"),
+    "post_fork raises": (BOOM.format("post_fork(server, worker)"), "boom in a hook"),
+    "post_worker_init raises": (BOOM.format("post_worker_init(worker)"), "boom in a hook"),
 }  # fmt: skip
 
 
@@ -207,7 +234,7 @@ def test_a_configuration_that_fails_costs_nothing(make_service, fault: str):
     service = configure(make_service("sync")).start()
     trial = Trial(service)
     service.write_conf(text + CONF)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails(reason)
         answered_from(load, 50)
         trial.is_unharmed()
@@ -223,7 +250,7 @@ def test_a_configuration_without_install_costs_nothing(make_service):
     service = configure(make_service("sync")).start()
     trial = Trial(service)
     service.write_conf("workers = 2\n")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails("before it was ready")
         answered_from(load, 50)
         trial.is_unharmed()
@@ -265,14 +292,14 @@ def warm(service: Service, statement: str) -> None:
 @pytest.mark.parametrize("where", HANGS)
 def test_a_generation_that_hangs_is_given_up_and_leaves_nobody(service: Service, where: str):
     at_import, before, settings, reason = HANGS[where]
-    configure(service, upgrade_timeout=3).start()
+    configure(service, upgrade_timeout=5).start()
     trial = Trial(service)
     service.deploy("2", at_import=at_import)
     if "warmup" in settings:
         warm(service, "time.sleep(600)")
     configure(service, before, **settings)
-    with service.under_load() as load:
-        trial.fails("UPGRADE_TIMEOUT = 3 s", reason)
+    with service.under_load(clients=6) as load:
+        trial.fails("UPGRADE_TIMEOUT = 5 s", reason)
         trial.is_unharmed()
         seen = generations_of(load.samples)
         configure(service, warmup=[])
@@ -297,7 +324,7 @@ def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
     service.deploy("2")
     warm(service, statement)
     configure(service, warmup=["/warm"])
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails(reason)
         answered_from(load, 50)
         trial.is_unharmed()
@@ -312,7 +339,7 @@ def test_new_workers_that_are_killed_at_the_gate_cost_nothing(service: Service):
     configure(service).start()
     trial = Trial(service)
     service.deploy("2", at_import=HANG_SECOND)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.begin()
         successor = trial.successor()
         ready = until("a worker at the gate", lambda: at_gate(service, successor), service)
@@ -333,7 +360,7 @@ def at_gate(service: Service, master: int) -> int | None:
 
 BEFORE_READY = {
     "SIGKILL": (signal.SIGKILL, 60, r"before it was ready: killed by SIGKILL"),
-    "SIGSTOP": (signal.SIGSTOP, 3, r"UPGRADE_TIMEOUT = 3 s"),
+    "SIGSTOP": (signal.SIGSTOP, 10, r"UPGRADE_TIMEOUT = 10 s"),
     # gunicorn's own documentation has operators abandon an upgrade with these, sent to the new master.
     "SIGTERM": (signal.SIGTERM, 30, r"before it was ready"),
     "SIGQUIT": (signal.SIGQUIT, 30, r"before it was ready"),
@@ -346,13 +373,13 @@ def test_a_new_master_that_is_signalled_before_it_is_ready_costs_nothing(service
     configure(service, upgrade_timeout=timeout).start()
     trial = Trial(service)
     service.deploy("2", at_import=HANG_SECOND)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.begin()
         successor = trial.successor()
-        until("a worker at the gate", lambda: at_gate(service, successor), service)
+        service.wait_for(r"generation=2 event=boot\.started")
         os.kill(successor, sig)
         # An upgrade that never ends would keep the command for two minutes.
-        service.wait_for(r"event=upgrade\.failed", patience=15)
+        service.wait_for(r"event=upgrade\.failed", patience=25)
         trial.fails(reason)
         trial.is_unharmed()
         seen = generations_of(load.samples)
@@ -378,26 +405,21 @@ def test_a_new_master_that_is_signalled_in_the_commit_window_loses_nothing(servi
     configure(service, WIDE_COMMIT_WINDOW + SHORT_PATIENCE).start()
     trial = Trial(service)
     service.deploy("2")
-    with service.under_load() as load, ThreadPoolExecutor(8) as pool:
+    with service.under_load(clients=6) as load:
         trial.begin()
         successor = trial.successor()
         service.wait_for(r"generation=2 event=phase\.serving")
-        answered_from(load, 50)
-        slow = [pool.submit(service.get, "/slow?seconds=1") for _ in range(4)]
-        until("slow requests", lambda: total_in_flight(service) >= 2, service)
+        held = Held(service, generation=2)
         os.kill(successor, sig)
         service.wait_for(r"event=upgrade\.(failed|committed)", patience=15)
+        # Its own workers had it in hand, and finish it.
+        assert held.release() == 2
         trial.fails(reason)
         assert not service.matches(r"event=upgrade\.committed")
-        assert [reply.result().status for reply in slow] == [200] * 4
         trial.is_unharmed()
         trial.recovers()
     assert lost(load) == []
     ends_without_a_trace(service)
-
-
-def total_in_flight(service: Service) -> int:
-    return sum(each.snapshot().in_flight for each in service.generations())
 
 
 WHILE_RETIRING = {
@@ -411,22 +433,20 @@ def test_the_old_generation_returns_when_the_new_master_fails_while_it_retires(s
     sig, reason = WHILE_RETIRING[fault]
     configure(service, SHORT_PATIENCE).start()
     first = service.pid
-    with service.under_load() as load, ThreadPoolExecutor(8) as pool:
-        held = pool.submit(service.get, "/slow?seconds=9")
-        until("the request", lambda: slow_in_flight(service, 1), service)
+    with service.under_load(clients=6) as load:
+        held = Held(service, generation=1)
         service.deploy("2")
         assert service.run("upgrade", "--name", service.name).returncode == 0
         successor = service.pid
         assert successor != first
         assert service.pid_file.read_text() == f"{successor}\n"
-        accepted = pool.submit(service.get, "/slow?seconds=2")
-        until("its request", lambda: slow_in_flight(service, 2), service)
+        accepted = Held(service, generation=2)
         os.kill(successor, sig)
         assert re.search(reason, service.wait_for(r"event=successor\.lost", patience=15))
         until("the office", lambda: service.pid_file.read_text() == f"{first}\n", service)
         # Its own workers had it in hand, and finish it.
-        assert accepted.result().generation == 2
-        assert held.result().generation == 1
+        assert accepted.release() == 2
+        assert held.release() == 1
         until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
         assert service.pid == first
         assert service.snapshot().phase is Phase.SERVING
@@ -435,20 +455,6 @@ def test_the_old_generation_returns_when_the_new_master_fails_while_it_retires(s
         takes_over(service, 2)
     assert lost(load) == []
     ends_without_a_trace(service)
-
-
-def slow_in_flight(service: Service, generation: int) -> bool:
-    """Tell whether a worker has been busy with one request since a while (the load's are over in milliseconds)."""
-    workers = [
-        worker for each in service.generations() if each.board.header.generation == generation
-        for worker in each.snapshot().workers
-    ]  # fmt: skip
-    return any(worker.in_flight for worker in workers) and all(
-        any(w.in_flight for w in each.snapshot().workers)
-        for _ in range(20)
-        for each in service.generations()
-        if each.board.header.generation == generation
-    )
 
 
 WHEN_THE_OLD_ONE_IS_KILLED = {
@@ -462,7 +468,7 @@ def test_the_new_generation_takes_office_when_the_old_master_is_killed(service: 
     configure(service, WIDE_COMMIT_WINDOW).start()
     first = service.pid
     service.deploy("2")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)
         service.wait_for(WHEN_THE_OLD_ONE_IS_KILLED[when])
         service.signal(signal.SIGKILL, first)
@@ -483,13 +489,12 @@ def test_the_new_generation_takes_office_when_the_old_master_is_killed(service: 
 def test_requests_of_the_old_generation_are_finished_when_its_master_is_killed_while_it_retires(service: Service):
     configure(service).start()
     first = service.pid
-    with service.under_load() as load, ThreadPoolExecutor(1) as pool:
-        held = pool.submit(service.get, "/slow?seconds=5")
-        until("the request", lambda: slow_in_flight(service, 1), service)
+    with service.under_load(clients=6) as load:
+        held = Held(service, generation=1)
         service.upgrade()
         os.kill(first, signal.SIGKILL)
         service.process.wait()
-        assert held.result().generation == 1
+        assert held.release() == 1
         until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
         answered_from(load, 50)
         takes_over(service, 3, version="1")
@@ -504,16 +509,14 @@ def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, smal
     service.pid_file = small_disk / "service.pid"
     configure(service).start()
     service.deploy("2", at_import="time.sleep(1)")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)
         service.wait_for(r"generation=2 event=boot\.started")
         fill(small_disk)
         service.signal(signal.SIGKILL, service.pid)
         service.process.wait()
         service.wait_for(r"generation=2 event=phase\.serving")
-        master = service.pid
         until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
-        before = descriptors(master)
         answered_from(load, 50)
         # A worker that comes and goes must find its descriptors its own.
         os.kill(service.get().pid, signal.SIGKILL)
@@ -523,8 +526,10 @@ def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, smal
         service.deploy("good")
         done = service.run("upgrade", "--name", service.name)
         assert done.returncode == 0, (done.stderr, service.log())
+        # A step that is tried again must not close what has got the descriptor's number since.
+        assert not service.matches("Bad file descriptor")
+        until("the pid file", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
     assert service.get().version == "good"
-    assert before
     ends_without_a_trace(service, status=None)
 
 
@@ -537,7 +542,7 @@ def test_a_deleted_start_directory_is_refused_with_the_reason(service: Service):
     service.pid_file, service.log_file = elsewhere / "service.pid", elsewhere / "log"
     configure(service).start()
     trial = Trial(service)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         saved = service.directory.rename(elsewhere / "saved")
         trial.fails("directory", "gone", event="event=refused")
         answered_from(load, 50)
@@ -563,7 +568,7 @@ def private_venv(directory: Path) -> Path:
 
 LAUNCHERS = {
     "console script": ("serve", "event=refused", "the program is gone"),
-    "interpreter of the console script": ("python", r"event=upgrade\.failed", "could not be started: FileNotFoundError"),
+    "interpreter of the console script": ("python", r"event=upgrade\.failed", "not be started: FileNotFoundError"),
 }  # fmt: skip
 
 
@@ -575,7 +580,7 @@ def test_a_deleted_launcher_costs_nothing(service: Service, gone: str):
     service.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     configure(service).start()
     trial = Trial(service)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         victim = script.parent / name
         saved = victim.rename(service.directory / "saved")
         trial.fails(reason, event=event)
@@ -602,13 +607,13 @@ def descriptor_limit(pid: int, spare: int) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize("spare", range(6))
+@pytest.mark.parametrize("spare", range(4))
 def test_a_descriptor_limit_costs_nothing(make_service, spare: int):
     service = configure(make_service("sync"), upgrade_timeout=10).start()
     trial = Trial(service)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         with descriptor_limit(trial.master, spare):
-            trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(upgrade\.failed|refused)")
+            trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(?:upgrade\.failed|refused)")
             answered_from(load, 50)
             assert len(service.matches("event=internal.error")) == 0, service.log()
         trial.is_unharmed()
@@ -623,7 +628,7 @@ def test_a_descriptor_limit_after_a_failed_upgrade_does_not_forbid_upgrades_for_
     service = configure(make_service("sync")).start()
     trial = Trial(service)
     service.deploy("2", at_import="raise RuntimeError('boom')")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails("boom")
         before = resource.prlimit(trial.master, resource.RLIMIT_NOFILE)
         resource.prlimit(trial.master, resource.RLIMIT_NOFILE, (3, before[1]))
@@ -637,15 +642,15 @@ def test_a_descriptor_limit_after_a_failed_upgrade_does_not_forbid_upgrades_for_
 
 def test_a_generation_is_given_up_for_good_at_the_descriptor_limit(make_service):
     # Whoever cannot open /proc must not believe that the process it wants to kill is gone.
-    service = configure(make_service("sync"), upgrade_timeout=3).start()
+    service = configure(make_service("sync"), upgrade_timeout=5).start()
     trial = Trial(service)
     service.deploy("2", at_import="while not os.path.exists('go'): time.sleep(0.05)")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.begin()
         trial.successor()
         service.wait_for(r"generation=2 event=boot\.started")
         with descriptor_limit(trial.master, 0):
-            trial.fails("UPGRADE_TIMEOUT = 3 s")
+            trial.fails("UPGRADE_TIMEOUT = 5 s")
             (service.directory / "go").touch()
             answered_from(load, 50)
             trial.is_unharmed()
@@ -684,7 +689,7 @@ def test_a_full_disk_for_the_pid_file_costs_nothing(service: Service, small_disk
     trial = Trial(service)
     fill(small_disk)
     service.deploy("2")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         trial.fails("pid file .* cannot be replaced: No space left on device")
         trial.is_unharmed()
         seen = generations_of(load.samples)
@@ -702,7 +707,7 @@ def test_a_pid_file_that_vanishes_in_the_commit_window_does_not_hold_the_upgrade
     service.pid_file = run / "service.pid"
     configure(service, WIDE_COMMIT_WINDOW).start()
     service.deploy("2")
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)
         service.wait_for(r"generation=1 event=upgrade\.ready")
         shutil.rmtree(run)
@@ -755,7 +760,7 @@ def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Serv
     configure(service).start()
     first = service.pid
     before = serving(service)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.deploy("2", at_import=MEETS[fault])
         service.signal(signal.SIGTTIN)
         service.wait_for(r"event=worker\.boot_failed", times=3)
@@ -777,15 +782,15 @@ def test_capacity_holds_while_workers_recycle_over_broken_code(service: Service,
     service.arguments = ["--max-requests", "30"]
     configure(service).start()
     before = serving(service)
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.deploy("2", at_import=MEETS[fault])
         service.wait_for(r"event=worker\.recycled")
-        service.wait_for(r"event=worker\.boot_failed", times=3)
+        service.wait_for(r"event=worker\.boot_failed", times=4)
         answered_from(load, 100)
         # Those that have answered max_requests go on until somebody can take their place.
         assert serving(service) == before or len(serving(service)) == 2
         waits = retries(service)
-        assert max(waits) > min(waits)
+        assert waits == sorted(set(waits)), waits
         service.deploy("good")
         until("new workers", lambda: not set(before) & set(serving(service)) and len(serving(service)) == 2, service)
         until("the good code", lambda: service.get().version == "good", service)
@@ -873,7 +878,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
     owner, name, sig = INSIDE[where]
     configure(service, INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))).start()
     first = service.pid
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         (service.directory / "raise_now").touch()
         service.signal(sig)
         line = service.wait_for(rf"event=internal\.error.*where={where}\b")
@@ -891,7 +896,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
-    "the control socket": ("server", "_start_control_server"),
+    "the control socket": ("__import__('zdd_web.gunicorn.compat').gunicorn.compat", "resume_control_server"),
     "systemd": ("master.deploy", "_tell_systemd"),
 }
 
@@ -903,14 +908,13 @@ def test_the_old_generation_returns_even_if_something_in_its_return_raises(make_
     inject = INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))
     configure(service, inject).start()
     first = service.pid
-    with service.under_load() as load, ThreadPoolExecutor(1) as pool:
-        held = pool.submit(service.get, "/slow?seconds=5")
-        until("the request", lambda: slow_in_flight(service, 1), service)
+    with service.under_load(clients=6) as load:
+        held = Held(service, generation=1)
         service.upgrade()
         (service.directory / "raise_now").touch()
         os.kill(service.pid, signal.SIGKILL)
         service.wait_for(r"event=successor\.lost")
-        assert held.result().generation == 1
+        assert held.release() == 1
         until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
         assert service.pid == first
         assert service.snapshot().phase is Phase.SERVING
@@ -924,7 +928,7 @@ def test_an_error_in_the_commit_does_not_hold_the_upgrade_for_ever(make_service)
     inject = INJECT.replace("{owner}", "master.deploy").replace("{name!r}", repr("_tell_systemd"))
     configure(service, inject.replace("[1, 2, 3]", "list(range(10**6))")).start()
     (service.directory / "raise_now").touch()
-    with service.under_load() as load:
+    with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)
         service.wait_for(r"event=upgrade\.(failed|committed)", patience=10)
         (service.directory / "raise_now").unlink()

@@ -11,12 +11,15 @@ from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.management import find_commands
+from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse
-from django.test import AsyncClient, Client
+from django.test import AsyncClient, Client, override_settings
 
 import zdd_web
+from zdd_web import errors as zdd_web_errors
+from zdd_web import process
 from zdd_web.board import Board
-from zdd_web.django.middleware import ProbeMiddleware
+from zdd_web.django.middleware import ProbeMiddleware, _probes
 from zdd_web.lifecycle import Phase
 
 Service = Callable[..., Board]
@@ -111,6 +114,53 @@ def test_drain_shows_in_readiness_and_not_in_liveness(ask: Ask, serving: Board) 
 def test_paths_are_those_of_the_settings(ask: Ask, service: Service) -> None:
     service(health_path="/up")
     assert [ask("GET", path).status_code for path in ("/up", "/up/", "/healthz")] == [200, 200, 404]
+
+
+def test_paths_are_those_of_djangos_settings(ask: Ask, settings: Any) -> None:
+    paths = ["/ready", "/ready/", "/readyz", "/livez"]
+    assert [ask("GET", path).status_code for path in paths] == [404, 404, 200, 200]
+    settings.ZDD_WEB = {"READINESS_PATH": "/ready"}
+    assert [ask("GET", path).status_code for path in paths] == [200, 200, 404, 200]
+    with override_settings(ZDD_WEB={"LIVENESS_PATH": "/ready"}):
+        assert [ask("GET", path).status_code for path in paths] == [200, 200, 200, 404]
+    assert [ask("GET", path).status_code for path in paths] == [200, 200, 404, 200]
+
+
+def test_override_is_taken_back_after_it(ask: Ask) -> None:
+    with override_settings(ZDD_WEB={"READINESS_PATH": "/ready"}):
+        assert ask("GET", "/ready").status_code == 200
+    assert (ask("GET", "/ready").status_code, ask("GET", "/readyz").status_code) == (404, 200)
+
+
+def test_paths_that_something_stronger_has_set_stay(ask: Ask, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_current", None)
+    monkeypatch.setenv("ZDD_WEB_READINESS_PATH", "/environment")
+    settings.ZDD_WEB = {"READINESS_PATH": "/ready", "HEALTH_PATH": "/health", "GRACE_PERIOD": 20}
+    paths = ["/environment", "/ready", "/health"]
+    assert [ask("GET", path).status_code for path in paths] == [200, 404, 200]
+    process.current().board.close()
+
+
+@pytest.mark.parametrize(
+    ("zdd_web", "said"),
+    [
+        ({"READYNESS_PATH": "/ready"}, "no such setting 'READYNESS_PATH'; did you mean READINESS_PATH?"),
+        ({"READINESS_PATH": "ready"}, "READINESS_PATH = 'ready': must be an absolute path"),
+        (["/ready"], r"\['/ready'\] is no dictionary"),
+    ],
+)
+def test_settings_that_cannot_work_are_an_error_of_the_start(settings: Any, zdd_web: object, said: str) -> None:
+    settings.ZDD_WEB = zdd_web
+    with pytest.raises(zdd_web_errors.SettingsError, match=f"^ZDD_WEB in Django's settings: {said}"):
+        get_wsgi_application()
+
+
+def test_request_of_the_app_reads_no_settings(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client.get("/healthz").status_code == 200
+    monkeypatch.setattr(_probes, "_brought", None)
+    monkeypatch.setattr(_probes, "_make", None)
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/").content == b"the app"
 
 
 def test_query_does_not_hide_a_probe(ask: Ask) -> None:

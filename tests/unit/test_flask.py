@@ -8,7 +8,9 @@ from typing import NoReturn
 import flask
 import pytest
 
+from zdd_web import process
 from zdd_web.board import Board
+from zdd_web.errors import SettingsError
 from zdd_web.flask import ZddWeb
 from zdd_web.lifecycle import Phase
 
@@ -122,6 +124,51 @@ def test_paths_are_those_of_the_settings(app: flask.Flask, service: Service) -> 
     service(health_path="/up", readiness_path="/-/ready")
     client = app.test_client()
     assert [client.get(path).text for path in ("/up", "/-/ready", "/healthz")] == ["ok\n", "ok\n", "the app's own"]
+
+
+def test_paths_are_those_of_each_apps_config(app: flask.Flask) -> None:
+    app.config["ZDD_WEB"] = {"HEALTH_PATH": "/up"}
+    other = flask.Flask("other")
+    zdd = ZddWeb()
+    zdd.init_app(app)
+    zdd.init_app(other)
+    # Later than init_app(), and before the first request.
+    other.config.update(ZDD_WEB={"HEALTH_PATH": "/down", "GRACE_PERIOD": 20})
+    paths = ["/up", "/down", "/livez"]
+    assert [app.test_client().get(path).status_code for path in paths] == [200, 404, 200]
+    assert [other.test_client().get(path).status_code for path in paths] == [404, 200, 200]
+
+
+def test_path_that_something_stronger_has_set_stays(
+    app: flask.Flask, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service(health_path="/environment")
+    monkeypatch.setattr(process.current(), "fixed", {"health_path"})
+    app.config["ZDD_WEB"] = {"HEALTH_PATH": "/up", "READINESS_PATH": "/ready"}
+    ZddWeb(app)
+    paths = ["/environment", "/up", "/ready"]
+    assert [app.test_client().get(path).status_code for path in paths] == [200, 404, 200]
+
+
+@pytest.mark.parametrize(
+    ("zdd_web", "said"),
+    [
+        ({"UP": "/up"}, "no such setting 'UP'; known: "),
+        ({"HEALTH_PATH": "/up/"}, "HEALTH_PATH = '/up/': must be an absolute path"),
+        ("/up", "'/up' is no dictionary"),
+    ],
+)
+def test_config_that_cannot_work_is_an_error_of_the_extension(app: flask.Flask, zdd_web: object, said: str) -> None:
+    app.config["ZDD_WEB"] = zdd_web
+    with pytest.raises(SettingsError) as caught:
+        ZddWeb(app)
+    assert str(caught.value).startswith(f"app.config['ZDD_WEB'] of Flask app {app.name!r}: {said}")
+
+
+def test_apps_are_noted_with_what_they_bring(app: flask.Flask) -> None:
+    ZddWeb(app)
+    app.config["ZDD_WEB"] = {"HEALTH_PATH": "/noted"}
+    assert [each.said for each in process.brought() if each.said == {"health_path": "/noted"}] != []
 
 
 def test_app_made_by_a_factory_is_reached_under_its_own_wsgi_app(app: flask.Flask) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.forks import in_child
+from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.gunicorn.pidfile import PidFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -115,3 +115,39 @@ def test_relative_path_is_written_where_the_process_stands(tmp_path: Path, monke
     assert (tmp_path / "shop.pid").read_text() == "7\n"
     pid_file.unlink()
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a file that somebody left behind
+
+
+def test_file_of_a_living_process_is_not_stale(pid_file: PidFile) -> None:
+    pid_file.create(os.getpid())
+    assert pid_file.remove_if_stale() is False
+    assert pid_file.read() == os.getpid()
+
+
+def test_file_that_is_older_than_its_process_is_stale(pid_file: PidFile, path: Path) -> None:
+    pid_file.create(os.getpid())
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert pid_file.remove_if_stale() is True
+    assert not path.exists()
+
+
+def test_file_of_a_zombie_is_stale(pid_file: PidFile, path: Path) -> None:
+    pid = spawn(lambda: None)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    pid_file.create(pid)
+    assert pid_file.remove_if_stale() is True
+    assert not path.exists()
+    assert status_of(pid) == 0
+
+
+@pytest.mark.parametrize("content", ["", "no pid\n", f"{1 << 23}\n"])
+def test_file_that_names_nobody_is_left_to_gunicorn(pid_file: PidFile, path: Path, content: str) -> None:
+    path.write_text(content)
+    assert pid_file.remove_if_stale() is False
+    assert path.exists()
+
+
+def test_missing_file_is_not_stale(pid_file: PidFile) -> None:
+    assert pid_file.remove_if_stale() is False

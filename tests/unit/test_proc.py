@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,11 +68,48 @@ def test_zombie_is_not_alive() -> None:
 def test_any_name_of_a_program_is_read_over(tmp_path: Path, name: str) -> None:
     program = tmp_path / name
     program.symlink_to(sys.executable)
-    with subprocess.Popen([program, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
+    command = [program, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        assert proc.name(child.pid) == name[:15]
         assert proc.parent(child.pid) == os.getpid()
         start = proc.start_time(child.pid)
         assert start >= proc.start_time(os.getpid())
         assert proc.alive(child.pid, start)
+        child.communicate(b"\n")
+
+
+def test_process_is_described_by_name_and_words(tmp_path: Path) -> None:
+    program = tmp_path / "supervisord-3"
+    program.symlink_to(sys.executable)
+    command = [program, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        assert proc.name(child.pid) == "supervisord-3"
+        assert proc.words(child.pid) == ("supervisord-3", "-c")
+        assert proc.state(child.pid) in ("R", "S", "D")
+        child.communicate(b"\n")
+
+
+def test_script_is_the_second_word_of_its_interpreter(tmp_path: Path) -> None:
+    script = tmp_path / "honcho"
+    script.write_text(f"#!{sys.executable}\nprint(flush=True)\ninput()\n")
+    script.chmod(0o755)
+    with subprocess.Popen([script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        assert proc.words(child.pid)[1] == "honcho"
+        child.communicate(b"\n")
+
+
+def test_nobody_has_no_name_no_words_and_no_state() -> None:
+    assert (proc.name(NOBODY), proc.words(NOBODY), proc.state(NOBODY)) == ("", (), "")
+
+
+def test_start_by_the_wall_clock_is_when_the_kernel_says() -> None:
+    assert proc.started_at(1) < proc.started_at(os.getpid()) <= time.time() + 2
 
 
 class Family:

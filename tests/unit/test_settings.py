@@ -33,6 +33,16 @@ IMPOSSIBLE: list[Any] = [
     ("grace_period", "inf", "must be between 1 and 86400 seconds"),
     ("drain_delay", "-1", "must be between 0 and 86400 seconds"),
     ("recycle_timeout", "-0.1", "must be between 0 and 86400 seconds"),
+    ("max_generations", "1", "must be a whole number between 2 (the old and the new) and 100"),
+    ("max_generations", "101", "must be a whole number between 2"),
+    ("max_generations", "-2", "must be a whole number between 2"),
+    ("max_generations", "2.5", "must be a whole number between 2"),
+    ("max_generations", "\N{SUPERSCRIPT TWO}", "must be a whole number between 2"),
+    ("max_generations", "", "must be a whole number between 2"),
+    ("keep_pid", "maybe", "must be True or False"),
+    ("keep_pid", "", "must be True or False"),
+    ("release_dir", "current", "must be an absolute path, or empty for none"),
+    ("env_file", "./env", "must be an absolute path, or empty for none"),
     ("liveness_path", "livez", PATH),
     ("liveness_path", "", PATH),
     ("liveness_path", "/", PATH),
@@ -59,6 +69,13 @@ WRONG_TYPE: list[Any] = [
     ("grace_period", [30], SECONDS),
     pytest.param("grace_period", 10**400, SECONDS, id="grace_period-huge"),
     ("drain_delay", False, SECONDS),
+    ("max_generations", True, "must be a whole number between 2"),
+    ("max_generations", None, "must be a whole number between 2"),
+    ("max_generations", 3.0, "must be a whole number between 2"),
+    ("keep_pid", None, "must be True or False"),
+    ("keep_pid", 2, "must be True or False"),
+    ("release_dir", None, "must be an absolute path"),
+    ("env_file", b"/etc/shop.env", "must be an absolute path"),
     ("liveness_path", None, PATH),
     ("readiness_path", 5, PATH),
     ("health_path", b"/healthz", PATH),
@@ -77,6 +94,10 @@ def test_argument_of_install_that_cannot_work_is_refused(key: str, value: Any, r
         resolve({key: value}, {})
     assert str(caught.value).startswith(f"install({key}={value!r}): ")
     assert remedy in str(caught.value)
+
+
+def test_handover_of_a_predecessor_is_no_setting() -> None:
+    assert resolve({}, {"ZDD_WEB_HANDOVER": "{}"}) == Settings()
 
 
 @pytest.mark.parametrize(("key", "value", "remedy"), IMPOSSIBLE)
@@ -189,6 +210,11 @@ def test_nothing_said_means_the_defaults() -> None:
         ("generation_header", "X-Generation", "X-Generation"),
         ("name", "[::1]:8000", "[::1]:8000"),
         ("listener", "fd", "fd"),
+        ("max_generations", "2", 2),
+        ("keep_pid", "Yes", True),
+        ("keep_pid", "0", False),
+        ("release_dir", "/srv/shop/current", "/srv/shop/current"),
+        ("env_file", "", ""),
         ("health_path", "/-/health.json", "/-/health.json"),
     ],
 )

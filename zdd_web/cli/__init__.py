@@ -13,8 +13,9 @@ import click
 from tabulate import tabulate
 
 import zdd_web
+from zdd_web import service
 from zdd_web.board import Snapshot, UpgradeState, WorkerView
-from zdd_web.cli import follow, service
+from zdd_web.cli import follow
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import ServiceNotFound

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from zdd_web import proc
 from zdd_web.board import Snapshot, UpgradeState
-from zdd_web.cli.service import Generation
 from zdd_web.gunicorn import bootlog
+from zdd_web.service import Generation
 
 #: A master in its loop answers a signal at its next turn, at the latest after a second.
 ANSWER_WITHIN = 10.0

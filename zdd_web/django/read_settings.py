@@ -3,7 +3,8 @@
     python -m zdd_web.django.read_settings FD JSON
 
 `JSON` is the master's `{"path": sys.path, "argv": sys.argv}`: the module shall find what it will find in a worker. The
-answer is written to descriptor `FD`, as JSON: `{"value": ...}`, `{"refused": what is wrong with it}` or `{"raised": ...}`.
+answer is written to descriptor `FD`, as JSON: `{"value": ...}`, `{"refused": what is wrong with it}` or `{"raised":
+"ImportError: ..."}`.
 
 A settings module does whatever its authors like, and imports Django; the master has to outlive that, and every worker
 inherits what the master has imported. So nothing of it is ever imported there.

@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat
+from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.master import Master
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.worker import BOOT_FAILED, WorkerSide
 from zdd_web.lifecycle import Phase
-from zdd_web.settings import Settings, resolve
+from zdd_web.settings import Settings
 
 MARK = "__zdd_web__"
 
@@ -55,7 +55,7 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         heir = Inheritance.take(os.environ)
         state = State(launch=Launch.record(), heir=heir)
     compat.check_version()
-    state.settings = resolve(settings, os.environ)
+    sources.take(settings)
     state.users = {
         name: compat.normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None
     }
@@ -115,6 +115,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
     if old_value is None and state.master is None:
         log.use_gunicorn(server.log.error_log)
         try:
+            state.settings = sources.settle(server.cfg)
             check(server)
         except SettingsError as error:
             # There is no `pidfile` attribute yet (arbiter.py:86), hence none to remove.
@@ -133,6 +134,9 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             fail(error, server)
         if state.master.succession is not None:
             state.master.succession.hide_pid_file()
+    else:
+        # After a reload: the arguments of install() are new.
+        state.settings = sources.settle(server.cfg)
     hook = _then_users("nworkers_changed")
     if hook is not None:
         hook(server, new_value, old_value)

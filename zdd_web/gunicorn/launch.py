@@ -31,7 +31,8 @@ class Launch:
     def record(cls) -> Launch:
         """Record how this process was started."""
         environ = {key: value for key, value in os.environ.items() if key not in ONCE}
-        return cls(directory=_directory(), command=command(sys.orig_argv, sys.executable), environ=environ)
+        again = command(sys.orig_argv, sys.executable)
+        return cls(directory=_directory(again[0]), command=again, environ=environ)
 
     def following(self, release_dir: str) -> Launch:
         """Return this launch moved to `release_dir`, for launchers that resolve the symlink they were started by.
@@ -91,15 +92,25 @@ def read_env_file(path: str) -> dict[str, str]:
     return found
 
 
-def _directory() -> str:
-    # The shell's view keeps a symlink (`current`) that the kernel's has resolved; it counts only while it is true.
-    logical = os.environ.get("PWD", "")
-    try:
-        if os.path.isabs(logical) and os.path.samefile(logical, os.curdir):
-            return logical
-    except OSError:
-        pass
+def _directory(program: str) -> str:
+    """Return the current directory by the name that a flipped symlink (`current`) changes, if anything tells it."""
+    # The shell's view keeps a symlink that the kernel's has resolved; it counts only while it is true. systemd sets no
+    # PWD: there the program tells, as in ExecStart=/srv/current/venv/bin/gunicorn in WorkingDirectory=/srv/current.
+    for name in (os.environ.get("PWD", ""), *_above(program)):
+        try:
+            if os.path.isabs(name) and os.path.samefile(name, os.curdir):
+                return name
+        except OSError:
+            continue
     return os.getcwd()
+
+
+def _above(path: str) -> list[str]:
+    found = []
+    while os.path.isabs(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        found.append(path)
+    return found
 
 
 def command(orig_argv: Sequence[str], executable: str) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ While something is under way the loop is made to turn fifty times a second inste
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -157,7 +156,8 @@ class Master:
                 self._cut += gone.in_flight
             if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
-            reason = f"worker {gone.pid} ended before it served" + (f": {gone.error}" if gone.error else "")
+            why = "; ".join(part for part in (gone.ended, gone.error) if part) or "no reason given"
+            reason = f"worker {gone.pid} ended before it served: {why}"
             if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
                 self.succession.fail(reason)
                 raise HaltServer(reason, self.server.WORKER_BOOT_ERROR)
@@ -167,7 +167,7 @@ class Master:
                     "worker.boot_failed",
                     logging.ERROR,
                     pid=gone.pid,
-                    error=gone.error or "no reason given",
+                    error=why,
                     retry_in=wait,
                 )
 
@@ -302,15 +302,13 @@ class Master:
 
     def reap_workers(self) -> None:
         """Note the exit status of our own children, then have gunicorn reap the rest."""
+        # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
+        self.roster.look()
         for child in (self.deploy.upgrade, self.reload.proof):
-            if child is None or child.status is not None:
-                continue
-            # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
-            with contextlib.suppress(ChildProcessError):
-                found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is not None:
-                    killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-                    child.reaped(found.si_status if killed else found.si_status << 8)
+            if child is not None and child.status is None:
+                status = proc.peek(child.pid)
+                if status is not None:
+                    child.reaped(status)
         while True:
             try:
                 self._gunicorn_reap()

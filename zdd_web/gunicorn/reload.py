@@ -18,9 +18,10 @@ from gunicorn import util
 
 from zdd_web import clock, proc
 from zdd_web.errors import ZddError
-from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.lifecycle import Phase
+from zdd_web.settings import Settings
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -36,13 +37,13 @@ class Proof:
         self.status: int | None = None
 
     @classmethod
-    def begin(cls, server: Any, timeout: float) -> Proof:
+    def begin(cls, server: Any, settings: Settings) -> Proof:
         """Fork the child. Raises OSError when there can be no fork."""
         output = bootlog.create()
         pid = os.fork()
         if pid == 0:
-            _try(server, output)
-        return cls(pid, output, timeout)
+            _try(server, settings, output)
+        return cls(pid, output, settings.upgrade_timeout)
 
     def reaped(self, status: int) -> None:
         """Take note of the child's exit status, from the master's reaper."""
@@ -91,7 +92,7 @@ class Reload:
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
-        self.proof = Proof.begin(self._server, self._master.settings.upgrade_timeout)
+        self.proof = Proof.begin(self._server, self._master.settings)
         self._master.emit("reload.started", child=self.proof.pid)
 
     def _obstacle(self) -> str:
@@ -131,21 +132,27 @@ class Reload:
         self._master.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
-def _try(server: Any, output: int) -> None:
+def _try(server: Any, settings: Settings, output: int) -> None:
     """Load config and app, in the forked child; never returns."""
     status = 1
     try:
-        for sig in server.SIGNALS:
+        # SIGCHLD too: gunicorn 23 reaps in its handler, which would take the child that reads Django's settings.
+        for sig in (*server.SIGNALS, signal.SIGCHLD):
             signal.signal(sig, signal.SIG_DFL)
         proc.die_with_parent(signal.SIGKILL, server.pid)
         os.dup2(output, 2)
         before = server.cfg
+        # As `apply()` and `setup()` will have it: config and app may ask for variables of `raw_env`.
+        _reset_environ(before)
         server.app.reload()
+        os.environ.update(server.app.cfg.env)
         obstacle = _unchangeable(before, server.app.cfg)
         if obstacle:
             raise ZddError(obstacle)
+        sources.refuse_changes(server.app.cfg)
         server.app.callable = None
         server.app.wsgi()
+        sources.heard(settings)
         status = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):

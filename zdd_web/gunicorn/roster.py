@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zdd_web import clock
+from zdd_web import clock, proc
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.lifecycle import SPAWNING, Phase
 
@@ -77,6 +77,7 @@ class Gone:
     abandoned: int
     in_flight: int
     told: bool
+    ended: str
 
 
 @dataclass
@@ -84,6 +85,7 @@ class _Place:
     worker: Any
     slot: Slot
     told_at: int = 0
+    status: int | None = None
 
 
 class Roster:
@@ -127,17 +129,24 @@ class Roster:
             slot = place.slot
             gone.append(
                 Gone(
-                    slot.pid or place.worker.pid,
-                    WorkerState(slot.state),
-                    slot.error,
-                    slot.abandoned,
-                    slot.in_flight,
-                    bool(slot.retire),
+                    pid=slot.pid or place.worker.pid,
+                    state=WorkerState(slot.state),
+                    error=slot.error,
+                    abandoned=slot.abandoned,
+                    in_flight=slot.in_flight,
+                    told=bool(slot.retire),
+                    ended="" if place.status is None else proc.describe(place.status),
                 )
             )
             slot.pid = 0
             slot.state = WorkerState.FREE
         return gone
+
+    def look(self) -> None:
+        """Note how workers have ended, before gunicorn reaps them and forgets it."""
+        for place in self._places:
+            if place.status is None and isinstance(place.worker.pid, int):
+                place.status = proc.peek(place.worker.pid)
 
     def outdate(self) -> None:
         """Mark everybody who is here now as to be replaced."""

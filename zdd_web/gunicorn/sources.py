@@ -4,8 +4,8 @@ The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names 
 the environment. The module is read by a child process, since the master imports no app. It is read at the first hook
 that sees gunicorn's whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
 
-A worker then hears what its apps bring. Their app settings (the paths of the probes) are taken. A master setting cannot
-be any more: one that differs from what is in force, and that the master has not weighed itself, ends the boot of the worker.
+A worker then hears what its apps bring. Their app settings (the paths of the probes) are taken. For a master setting it
+is too late: one that differs from what is in force, and that the master has not weighed itself, ends the worker's boot.
 
 On SIGHUP the master stays, and so do its settings: the child that tries a reload reads all sources again and refuses it
 when a master setting has changed. App settings may change, the new workers take them.
@@ -13,7 +13,6 @@ when a master setting has changed. App settings may change, the new workers take
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -136,12 +135,13 @@ def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             status = child.wait(READ_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return {"raised": f"it is still being imported after {READ_TIMEOUT:g} s"}
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+        except BaseException as error:
+            # Also Ctrl-C, which does not reach a group of its own.
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"raised": f"it is still being imported after {READ_TIMEOUT:g} s"}
         said = os.pread(answer, os.fstat(answer).st_size, 0)
         if said:
             found: dict[str, Any] = json.loads(said)
@@ -177,7 +177,10 @@ def _of_django() -> list[FrameworkSettings]:
 
 
 def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
-    """Return the master's settings with the app settings that apps bring. Raises `SettingsError` for a contradiction."""
+    """Return the master's settings with the app settings that apps bring.
+
+    Raises `SettingsError` when an app contradicts the master, or another app.
+    """
     values: dict[str, Any] = {}
     said_by: dict[str, FrameworkSettings] = {}
     if any(app.module for app in brought):
@@ -201,7 +204,8 @@ def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
     try:
         return dataclasses.replace(master.settings, **values)
     except SettingsError as error:
-        raise SettingsError(f"{error} (set by: {'; '.join(said_by[name].text(name) for name in said_by)})") from None
+        places = "; ".join(said_by[name].text(name) for name in sorted(values) if name in said_by)
+        raise SettingsError(f"{error} (set by: {places})") from None
 
 
 def _is_djangos(master: Sourced, name: str) -> bool:

@@ -218,12 +218,7 @@ class Upgrade:
 
     def _how_it_ended(self) -> str:
         self._reap()
-        if self.status is None:
-            ended = "without a status"
-        elif os.WIFSIGNALED(self.status):
-            ended = f"killed by {_signal_name(os.WTERMSIG(self.status))}"
-        else:
-            ended = f"exit status {os.WEXITSTATUS(self.status)}"
+        ended = "without a status" if self.status is None else proc.describe(self.status)
         return "; ".join([ended, *self._errors()])
 
     def _how_far(self) -> str:
@@ -245,13 +240,6 @@ class Upgrade:
             return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:1]
         except BoardError:
             return []
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal has none
-        return f"signal {number}"
 
 
 def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:

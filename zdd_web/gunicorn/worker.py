@@ -26,7 +26,7 @@ from gunicorn.errors import AppImportError
 
 from zdd_web import clock, log, proc, process, waitgroup
 from zdd_web.board import Board, Slot, WorkerState
-from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn import bootlog, compat, sources
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.warmup import warm_up
 from zdd_web.lifecycle import SPAWNING, WORKERS_LEAVE, Phase
@@ -109,11 +109,12 @@ class WorkerSide:
 
     def stand_at_gate(self) -> None:
         """Warm up, say that this worker is ready, and wait for the gate; called after the app was loaded."""
-        if self.settings.generation_header:
-            self.worker.wsgi = _name_generation(
-                self.worker.wsgi, self.settings.generation_header, self.board.header.generation
-            )
         try:
+            self.settings = sources.heard(self.settings)
+            if self.settings.generation_header:
+                self.worker.wsgi = _name_generation(
+                    self.worker.wsgi, self.settings.generation_header, self.board.header.generation
+                )
             warm_up(self.worker.wsgi, self.settings.warmup, self.notify)
         except BaseException as error:
             self._boot_failed(error)

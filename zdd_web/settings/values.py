@@ -75,7 +75,7 @@ def _paths(value: object) -> tuple[str, ...]:
 
 
 def _generations(value: object) -> int:
-    if isinstance(value, bool) or not str(value).isdigit() or not 2 <= int(str(value)) <= 100:
+    if isinstance(value, bool) or not str(value).isdecimal() or not 2 <= int(str(value)) <= 100:
         raise ValueError("must be a whole number between 2 (the old and the new) and 100")
     return int(str(value))
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
-from zdd_web.cli import follow, service
+from zdd_web import service
+from zdd_web.cli import follow
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
 from zdd_web.cli.rehearse.server import RehearsalError, Server

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from zdd_web import proc
-from zdd_web.cli import service
+from zdd_web import proc, service
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
 
