@@ -68,7 +68,7 @@ def _stat(pid: int) -> list[bytes]:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the command in parentheses and may hold spaces and parentheses itself.
             return file.read().rpartition(b")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
         return []
 
 

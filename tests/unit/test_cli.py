@@ -14,9 +14,8 @@ from click.testing import CliRunner, Result
 
 import zdd_web
 from tests.unit.forks import PATIENCE, in_child, spawn, status_of
-from zdd_web import proc
+from zdd_web import proc, service
 from zdd_web.board import Board, UpgradeState, WorkerState
-from zdd_web import service
 from zdd_web.cli import LOG_LINES, main
 from zdd_web.errors import ServiceNotFound
 from zdd_web.gunicorn import bootlog

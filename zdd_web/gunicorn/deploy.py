@@ -13,12 +13,14 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from zdd_web import clock, proc
 from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.parentage import Parentage
@@ -43,6 +45,8 @@ class Deploy:
         env_file = self._settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
+        #: A successor that was told to stop, together with this generation, when it had requests in hand already.
+        self.cancelled: Upgrade | None = None
         self._boot_log = -1
         self._prepared = ""
         self._when_in_office = False
@@ -61,6 +65,7 @@ class Deploy:
             launch = self._next_launch()
             if self._boot_log >= 0:
                 os.close(self._boot_log)
+                self._boot_log = -1
             self._boot_log = self._header.boot_log_fd = bootlog.create()
             self.upgrade = Upgrade.begin(
                 launch,
@@ -198,16 +203,33 @@ class Deploy:
         self._header.successor_pid = self._header.successor_phase = 0
 
     def _commit(self, upgrade: Upgrade) -> None:
-        if self._prepared:
-            self._server.pidfile.commit(self._prepared)
-            self._prepared = ""
-        compat.suspend_control_server(self._server)
+        try:
+            if self._prepared:
+                self._server.pidfile.commit(self._prepared)
+                self._prepared = ""
+            compat.suspend_control_server(self._server)
+            self._tell_systemd(upgrade.pid)
+        except Exception as error:
+            # Each step once: tried again at every tick, an error that lasts would hold the upgrade for ever.
+            self._fail(upgrade, f"the office cannot be handed over: {type(error).__name__}: {error}")
+            self._take_back()
+            return
         self._header.successor_pid = upgrade.pid
-        self._tell_systemd(upgrade.pid)
         upgrade.hand_over_office()
         self._master.release_predecessor()
         self._master.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
         self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
+
+    def _take_back(self) -> None:
+        """Make the pid file, systemd and the control socket this master's again; to serve without is better."""
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("systemd", lambda: self._tell_systemd(os.getpid())),
+            ("control socket", lambda: compat.resume_control_server(self._server)),
+        ]
+        if self._server.pidfile is not None:
+            steps.append(("pid file", lambda: self._server.pidfile.create(os.getpid())))
+        for where, step in steps:
+            guarded(where, step)()
 
     def _tell_systemd(self, main_pid: int) -> None:
         # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
@@ -227,15 +249,9 @@ class Deploy:
         if self._header.deadline:
             return  # a stop was asked for meanwhile: nobody shall serve
         self._master.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
-        if self._server.pidfile is not None:
-            try:
-                self._server.pidfile.create(os.getpid())
-            except OSError as error:
-                # To serve without a pid file is better than not to serve.
-                self._master.emit("internal.error", logging.ERROR, where="pid file", error=str(error))
-        self._tell_systemd(os.getpid())
-        compat.resume_control_server(self._server)
+        # First of all: whatever fails below, there is nobody else to serve.
         self._master.move(Event.SUCCESSOR_LOST)
+        self._take_back()
 
     def forwards(self, sig: signal.Signals) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
@@ -251,15 +267,25 @@ class Deploy:
             return
         reason = "the service was stopped"
         if upgrade.stage is Stage.COMMITTING:
-            # It has requests in hand: it stops as this generation does, and its board says that it may go.
+            # It has requests in hand: it stops as this generation does, which waits for it.
             upgrade.ask_to_stop()
-            upgrade.forget()
+            self.cancelled = upgrade
         else:
             upgrade.end(now=True)
         self._discard_prepared()
         self._forget_successor()
         self._outcome(UpgradeState.FAILED, reason)
         self._master.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
+
+    def waits_for_cancelled(self) -> bool:
+        """Tell whether a cancelled successor is still here; one that stands still, or takes too long, is killed."""
+        upgrade = self.cancelled
+        if upgrade is None or upgrade.status is not None:
+            return False
+        if clock.passed(self._header.deadline) or upgrade.stands_still():
+            upgrade.end(now=True)
+            return False
+        return True
 
     @property
     def under_way(self) -> bool:
@@ -268,7 +294,8 @@ class Deploy:
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone."""
-        if self.upgrade is not None:
-            self.upgrade.forget()
+        for upgrade in (self.upgrade, self.cancelled):
+            if upgrade is not None:
+                upgrade.forget()
         if self._boot_log >= 0:
             os.close(self._boot_log)

@@ -21,8 +21,7 @@ from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.master import Master
 from zdd_web.gunicorn.pidfile import PidFile
-from zdd_web.gunicorn.worker import BOOT_FAILED, WorkerSide
-from zdd_web.lifecycle import Phase
+from zdd_web.gunicorn.worker import WorkerSide
 from zdd_web.settings import Settings
 
 MARK = "__zdd_web__"
@@ -170,6 +169,20 @@ def on_starting(server: Any) -> None:
         raise
 
 
+def when_ready(server: Any) -> None:
+    """Nothing of ours; but a predecessor should hear why its successor ends here."""
+    assert state is not None and state.master is not None
+    hook = _then_users("when_ready")
+    if hook is None:
+        return
+    try:
+        hook(server)
+    except BaseException as error:
+        if state.master.succession is not None:
+            state.master.succession.fail(f"when_ready: {type(error).__name__}: {error}")
+        raise
+
+
 def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker its slot."""
     assert state is not None and state.master is not None
@@ -187,12 +200,11 @@ def post_fork(server: Any, worker: Any) -> None:
     boot_log = master.succession.handler if master.succession is not None else None
     master.after_fork()
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log)
-    if master.phase is not Phase.BOOTING:
-        server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = BOOT_FAILED
     state.worker.enter()
     hook = _then_users("post_fork")
     if hook is not None:
-        hook(server, worker)
+        with state.worker.boot_step():
+            hook(server, worker)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -200,7 +212,8 @@ def post_worker_init(worker: Any) -> None:
     assert state is not None and state.worker is not None
     hook = _then_users("post_worker_init")
     if hook is not None:
-        hook(worker)
+        with state.worker.boot_step():
+            hook(worker)
     state.worker.stand_at_gate()
 
 
@@ -240,6 +253,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     for hook in (
         nworkers_changed,
         on_starting,
+        when_ready,
         pre_fork,
         post_fork,
         post_worker_init,

@@ -138,7 +138,7 @@ class Master:
         self.reload.follow()
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self.move(Event.LAME_DUCK_OVER)
-        if self._settled():
+        if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
 
     def move(self, event: Event, **fields: Any) -> None:
@@ -181,6 +181,8 @@ class Master:
     def _serve(self) -> None:
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
+        # From now on no exit code of a worker ends the service: no process can exit with a negative one.
+        self.server.WORKER_BOOT_ERROR = self.server.APP_LOAD_ERROR = -1
         self.gate.open()
 
     # -- as a successor
@@ -261,11 +263,18 @@ class Master:
         # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.
         if self.gate.opened:
             guarded("manage_workers", self.manage_workers)()
-        else:
+            return
+        try:
             self.manage_workers()
+        except Exception as error:
+            if self.succession is not None and not isinstance(error, StopIteration):
+                self.succession.fail(f"{type(error).__name__}: {error}")
+            raise
 
     def _end_if_finished(self) -> None:
         if not self.server.WORKERS:
+            if self.deploy.waits_for_cancelled():
+                return
             self._bury_workers()
             if self.header.upgrade_state == UpgradeState.COMMITTING:
                 self.deploy.follow_last_accepts()
@@ -304,7 +313,7 @@ class Master:
         """Note the exit status of our own children, then have gunicorn reap the rest."""
         # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
         self.roster.look()
-        for child in (self.deploy.upgrade, self.reload.proof):
+        for child in (self.deploy.upgrade, self.deploy.cancelled, self.reload.proof):
             if child is not None and child.status is None:
                 status = proc.peek(child.pid)
                 if status is not None:

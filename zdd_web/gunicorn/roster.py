@@ -121,6 +121,12 @@ class Roster:
             for place in self._places
         ]
 
+    def serving(self) -> int:
+        """Count those that serve and that nobody is to replace."""
+        return sum(
+            member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
+        )
+
     def reconcile(self) -> list[Gone]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
         gone = []

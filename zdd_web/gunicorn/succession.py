@@ -6,12 +6,17 @@ import logging
 import os
 from typing import Any
 
+from gunicorn.errors import HaltServer
+
 from zdd_web import clock, log
 from zdd_web.board import Board
 from zdd_web.errors import UpgradeError
 from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.pidfile import PidFile
+
+#: Seconds in which a master that was killed is gone for good, also on a machine that is short of everything.
+GIVEN_UP_AFTER = 5.0
 
 
 class Succession:
@@ -25,6 +30,8 @@ class Succession:
         self.in_office = False
         self._asked = False
         self._told = False
+        self._log_closed = False
+        self._ended_at = clock.NEVER
         self._pid_file = ""
 
     def hide_pid_file(self) -> None:
@@ -75,6 +82,12 @@ class Succession:
                 self._take_office()
         if not self._channel.ended:
             return False
+        if not self.in_office and os.getppid() == self.heir.predecessor:
+            # A process's descriptors close a moment before it is gone. One that stays has given this master up.
+            self._ended_at = self._ended_at or clock.now_ns()
+            if clock.since(self._ended_at) > GIVEN_UP_AFTER:
+                raise HaltServer("the predecessor has given this generation up", 1)
+            return False
         if not self.in_office and not self.alone:
             self.alone = True
             log.emit(
@@ -103,10 +116,14 @@ class Succession:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
         self.in_office = True
         logging.getLogger("gunicorn.error").removeHandler(self.handler)
-        os.close(self.heir.boot_log)
+        if not self._log_closed:
+            self._log_closed = True
+            os.close(self.heir.boot_log)
         if self._pid_file:
-            pid_file = PidFile(self._pid_file, os.getpid())
-            if pid_file.read() != os.getpid():
-                pid_file.create(os.getpid())
-            self._server.pidfile = pid_file
+            pid_file = self._server.pidfile = PidFile(self._pid_file, os.getpid())
+            try:
+                if pid_file.read() != os.getpid():
+                    pid_file.create(os.getpid())
+            except OSError as error:
+                log.emit("internal.error", logging.ERROR, where="pid file", error=str(error))
         compat.resume_control_server(self._server)

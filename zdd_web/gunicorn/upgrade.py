@@ -15,6 +15,7 @@ has taken a request, so SIGKILL costs nothing; afterwards the workers get SIGTER
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import signal
@@ -140,14 +141,20 @@ class Upgrade:
                 ready=False,
                 reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: {self._how_far()}",
             )
-        limit = STALE_AFTER if self.stage is Stage.COMMITTING else STALE_AFTER_OFFICE
-        if (
-            self.stage is not Stage.BOOTING
-            and self.board is not None
-            and clock.since(self.board.header.tick_at) > limit
-        ):
-            return Verdict(ready=False, reason=f"the new master has stood still for {limit:g} s {self.stage.value}")
+        if self.stands_still():
+            reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
+            return Verdict(ready=False, reason=reason)
         return None
+
+    @property
+    def _patience(self) -> float:
+        return STALE_AFTER_OFFICE if self.stage is Stage.IN_OFFICE else STALE_AFTER
+
+    def stands_still(self) -> bool:
+        """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
+        if self.stage is Stage.BOOTING or self.board is None:
+            return False
+        return clock.since(self.board.header.tick_at) > self._patience
 
     def go(self) -> None:
         """Let the successor open its gate."""
@@ -161,7 +168,8 @@ class Upgrade:
         return (
             self.stage is Stage.COMMITTING
             and clock.since(self.went_at) >= COMMIT_WINDOW
-            and (self.board is None or self.board.header.tick_at > self.went_at)
+            # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
+            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= COMMIT_WINDOW)
         )
 
     def hand_over_office(self) -> None:
@@ -171,7 +179,11 @@ class Upgrade:
 
     def end(self, *, now: bool) -> None:
         """Kill the new master and its workers; `now` spares no request. Idempotent."""
-        proc.kill(self.pid, self.start, signal.SIGKILL)
+        # Our own child, so its pid is its own until it is reaped. Not by way of /proc, which cannot be read when this
+        # process has run out of descriptors: the successor would live on, and serve.
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         self._reap()
         # Only now, when it can fork no more. One that has not written its pid yet finds its parent gone.
         for pid, start in self._workers():

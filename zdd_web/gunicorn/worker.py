@@ -11,6 +11,7 @@ the master's word, then leaves alone if the service is still serving.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gunicorn.errors import AppImportError
@@ -31,10 +32,6 @@ from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.warmup import warm_up
 from zdd_web.lifecycle import SPAWNING, WORKERS_LEAVE, Phase
 from zdd_web.settings import Settings
-
-#: gunicorn ends the whole service on exit codes 3 and 4 (arbiter.py:681), its words for "could not boot". Once a
-#: generation has served, its workers say it with this one.
-BOOT_FAILED = 70
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.
 PATIENCE = 1.0
@@ -84,8 +81,14 @@ class WorkerSide:
         # After set_owner_process(), which makes the kernel forget the wish.
         if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
             os._exit(0)
-        try:
+        with self.boot_step():
             self._load()
+
+    @contextlib.contextmanager
+    def boot_step(self) -> Iterator[None]:
+        """Have what a step of the boot raises stand on the board and in the log, for the operator of an upgrade."""
+        try:
+            yield
         except BaseException as error:
             self._boot_failed(error)
             raise
@@ -109,16 +112,13 @@ class WorkerSide:
 
     def stand_at_gate(self) -> None:
         """Warm up, say that this worker is ready, and wait for the gate; called after the app was loaded."""
-        try:
+        with self.boot_step():
             self.settings = sources.heard(self.settings)
             if self.settings.generation_header:
                 self.worker.wsgi = _name_generation(
                     self.worker.wsgi, self.settings.generation_header, self.board.header.generation
                 )
             warm_up(self.worker.wsgi, self.settings.warmup, self.notify)
-        except BaseException as error:
-            self._boot_failed(error)
-            raise
         self.process.say(WorkerState.READY)
         self._at_gate = True
         if not self.worker.alive or self.slot.retire:
