@@ -25,6 +25,7 @@ import logging
 import os
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ class Task(Generic[P, R]):
     def __init__(self, group: WaitGroup, function: Callable[P, R], name: str) -> None:
         functools.update_wrapper(self, function)
         self.group, self.function, self.name = group, function, name
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """Bind to an object, as a function does: a method may be a task."""
+        return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[R]:
         return self.group._submit(self.name, functools.partial(self.function, *args, **kwargs))

@@ -286,9 +286,6 @@ def test_launch_follows_no_directory_that_only_begins_alike() -> None:
     assert old.following("/srv/shop/current") == Launch("/srv/shop/current", ("/srv/shop/r10/bin/gunicorn",), {})
 
 
-@pytest.mark.xfail(
-    reason="reported: options written with '=', and the directory itself, stay behind (Launch.following)"
-)
 @pytest.mark.parametrize(
     ("word", "moved"),
     [
@@ -324,7 +321,6 @@ def test_variables_of_an_environment_file_are_as_they_are_now() -> None:
         pytest.param(
             "A=postgres://u:p#w@h/db\n",
             {"A": "postgres://u:p#w@h/db"},
-            marks=pytest.mark.xfail(reason="reported: shlex takes any # for a comment (launch.read_env_file)"),
         ),
     ],
 )
@@ -348,7 +344,6 @@ def test_line_of_an_environment_file_that_is_none_is_refused_by_its_number(tmp_p
     assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
-@pytest.mark.xfail(reason="reported: the message quotes the line, password and all (launch.read_env_file)")
 def test_line_of_an_environment_file_that_is_none_is_not_quoted(tmp_path: Path) -> None:
     path = tmp_path / "env"
     path.write_text("DATABASE_PASSWORD=correct horse battery staple\n")
@@ -358,7 +353,6 @@ def test_line_of_an_environment_file_that_is_none_is_not_quoted(tmp_path: Path) 
     assert "horse" not in str(caught.value)
 
 
-@pytest.mark.xfail(raises=UnicodeDecodeError, reason="reported: bytes that are no UTF-8 (launch.read_env_file)")
 def test_environment_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "env"
     path.write_bytes(b"A=caf\xe9\n")

@@ -417,3 +417,17 @@ def test_child_of_a_worker_does_not_write_into_the_workers_slot(group: WaitGroup
     with group.track():
         assert in_child(child) == [[1], True]
     assert counts == [1, 0]
+
+
+def test_method_may_be_a_task() -> None:
+    group = WaitGroup("methods")
+
+    class Shop:
+        name = "shop"
+
+        @group.task
+        def greet(self, who: str) -> str:
+            return f"{self.name} greets {who}"
+
+    assert Shop().greet("you").result() == "shop greets you"
+    assert group.wait(timeout=10)

@@ -6,6 +6,7 @@ variables get into the environment.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -41,10 +42,13 @@ class Launch:
         """
         if not release_dir:
             return self
-        old = self.directory.rstrip("/") + "/"
+        old = self.directory.rstrip("/")
 
         def moved(word: str) -> str:
-            return os.path.join(release_dir, word[len(old) :]) if word.startswith(old) else word
+            option, equals, path = word.partition("=") if word.startswith("-") else ("", "", word)
+            if path != old and not path.startswith(f"{old}/"):
+                return word
+            return f"{option}{equals}{release_dir}{path[len(old) :]}"
 
         environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
         return Launch(release_dir, tuple(moved(word) for word in self.command), environ)
@@ -68,28 +72,45 @@ class Launch:
 def read_env_file(path: str) -> dict[str, str]:
     """Read `KEY=VALUE` lines as a shell or systemd would: quotes, `#` comments, an optional `export`.
 
-    Raises `SettingsError` with the line that is none.
+    Raises `SettingsError` with the number of the line that is none, and never with its text: it may hold a password.
     """
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except OSError as error:
         raise SettingsError(f"ENV_FILE = {path!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"ENV_FILE = {path!r}: no UTF-8 text at byte {error.start}") from None
     found = {}
     for number, line in enumerate(lines, 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise SettingsError(f"{path}, line {number}: {error}: {line!r}") from None
-        if words[:1] == ["export"]:
-            del words[0]
-        if not words:
+        text = line.strip()
+        if not text or text.startswith("#"):
             continue
-        key, equals, value = words[0].partition("=")
-        if len(words) > 1 or not equals or not key.isidentifier():
-            raise SettingsError(f"{path}, line {number}: must be KEY=VALUE, with quotes around spaces: {line!r}")
+        key, value, problem = _assignment(text)
+        if problem:
+            named = f" after {key}=" if key.isidentifier() else ""
+            raise SettingsError(
+                f"{path}, line {number}: {problem}{named}: must be KEY=VALUE, with quotes around spaces"
+            )
         found[key] = value
     return found
+
+
+def _assignment(text: str) -> tuple[str, str, str]:
+    """Return key, value and what is wrong with them."""
+    # Not shlex's own comments: it takes a `#` for one in the middle of a word, as in a password, too.
+    stream = io.StringIO(text.removeprefix("export "))
+    lexer = shlex.shlex(stream, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        word = lexer.get_token() or ""
+    except ValueError as error:
+        return text.partition("=")[0], "", str(error).lower()
+    key, equals, value = word.partition("=")
+    if not equals or not key.isidentifier():
+        return key, value, "no name before a '='"
+    rest = stream.read().strip()
+    return key, value, "more words" if rest and not rest.startswith("#") else ""
 
 
 def _directory(program: str) -> str:

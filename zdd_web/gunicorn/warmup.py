@@ -25,7 +25,7 @@ def warm_up(app: Callable[..., Any], paths: Sequence[str], beat: Callable[[], No
     for path in paths:
         beat()
         status = _get(app, path)
-        if status[:1] not in "1234":
+        if status[:1] not in ("1", "2", "3", "4"):
             raise UpgradeError(f"WARMUP path {path!r} answered {status!r}: the app is not ready for requests")
 
 
