@@ -139,7 +139,7 @@ def main(name: str, successor: int) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
     line = Line(name, successor)
     statuses: dict[int, int] = {}
-    last, workers = successor, list[tuple[int, int]]()
+    last, board = successor, None
     while True:
         generation = line.in_office()
         if generation is None:
@@ -147,7 +147,7 @@ def main(name: str, successor: int) -> int:
         if _serves(generation):
             # One that still retires when the service was stopped is not who knows how the stop went.
             last = generation.pid
-        workers = generation.board.worker_pids()
+        board = generation.board
         caught = signal.sigtimedwait(WAITED, LOOK)
         reap(statuses)
         if caught is None or caught.si_signo == signal.SIGCHLD:
@@ -156,7 +156,8 @@ def main(name: str, successor: int) -> int:
         generation = line.in_office()
         if generation is not None:
             proc.kill(generation.pid, generation.board.header.master_start, signal.Signals(caught.si_signo))
-    _wait_for(workers, statuses)
+    # Its memory outlives it.
+    _wait_for(board.worker_pids() if board is not None else [], statuses)
     status = statuses[last] if last in statuses else _status_of(last)
     return 128 - status if status < 0 else status
 

@@ -88,8 +88,11 @@ def die_with_parent(sig: signal.Signals, parent: int) -> bool:
 
 def kill(pid: int, start: int, sig: signal.Signals) -> bool:
     """Signal the process that had `pid` at `start`; False when it is gone."""
-    if not alive(pid, start):
-        return False
+    try:
+        if not alive(pid, start):
+            return False
+    except OSError:
+        pass  # no descriptor left to look with: better one signal too many than a process that outlives its end
     try:
         os.kill(pid, sig)
     except ProcessLookupError:

@@ -352,9 +352,13 @@ class Held:
     def __init__(self, service: Service, path: Path | str | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
         self._socket.settimeout(PATIENCE)
-        self._socket.connect(str(path) if path else ("127.0.0.1", service.port))
-        self._socket.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nfirst")
-        until("the held request", lambda: service.snapshot().in_flight >= 1, service)
+        try:
+            self._socket.connect(str(path) if path else ("127.0.0.1", service.port))
+            self._socket.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nfirst")
+            until("the held request", lambda: service.snapshot().in_flight >= 1, service)
+        except BaseException:
+            self._socket.close()
+            raise
 
     def __enter__(self) -> Held:
         return self

@@ -801,7 +801,7 @@ def test_capacity_holds_while_workers_recycle_over_broken_code(service: Service,
 @pytest.mark.parametrize("fault", ["RuntimeError", "os._exit(4)"])
 def test_a_crash_over_broken_code_leaves_the_others_serving(service: Service, fault: str):
     configure(service).start()
-    before = serving(service)
+    before = until("two workers", lambda: pids if len(pids := serving(service)) == 2 else None, service)
     service.deploy("2", at_import=MEETS[fault])
     os.kill(before[0], signal.SIGKILL)
     service.wait_for(r"event=worker\.boot_failed")

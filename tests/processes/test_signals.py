@@ -694,7 +694,19 @@ def test_int_to_the_whole_group_ends_everything(service: Service) -> None:
     scene.finish()
 
 
-def test_usr2_twice_is_one_upgrade_or_two_and_loses_nothing(service: Service) -> None:
+@pytest.mark.parametrize("name", ["INT", "QUIT"])
+def test_a_stop_now_takes_no_longer_than_a_stop_that_finishes_work(make_service, name: str) -> None:
+    # Python joins the threads of a gthread worker that exits: something must end it before `graceful_timeout`, 30 s.
+    service = make_service()
+    scene = started(service, grace_period=2)
+    upload = Upload(service)
+    scene.send(signal.Signals[f"SIG{name}"])
+    until("the end", lambda: not service.processes(), service, patience=15)
+    assert not upload.finish().startswith(b"HTTP/1.1 200")
+    scene.finish()
+
+
+def test_usr2_twice_at_once_is_one_upgrade_and_loses_nothing(service: Service) -> None:
     scene = started(service)
     scene.release()
     with service.under_load(clients=4) as load:
@@ -861,6 +873,16 @@ def test_an_old_master_with_a_deadline_does_not_return_to_office(make_service) -
     assert not service.matches("event=successor.lost")
     # SIGKILL leaves no one to remove it.
     service.pid_file.unlink(missing_ok=True)
+    scene.finish()
+
+
+def test_an_old_master_killed_in_the_commit_window_leaves_no_file_beside_the_pid_file(make_service) -> None:
+    scene = upgrading(make_service(), held_at="commit")
+    service = scene.service
+    scene.send(signal.SIGKILL)
+    service.wait_for("event=predecessor.lost")
+    until("the new one's office", lambda: service.pid_file.read_text() == f"{scene.other}\n", service)
+    assert until("generation 2", lambda: service.get().generation == 2, service)
     scene.finish()
 
 

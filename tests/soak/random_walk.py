@@ -104,7 +104,7 @@ class Walk:
         self.service.port = free_port()
         self.service.bind = f"127.0.0.1:{self.service.port}"
         # Long: a machine so busy that a client pauses for two seconds would meet gunicorn's own keep-alive timeout.
-        self.service.arguments = ["--timeout", "5", "--keep-alive", "30"]
+        self.service.arguments = ["--timeout", "5", "--keep-alive", "30", "--graceful-timeout", "5"]
         self.load = LoadThread(
             Load(
                 "127.0.0.1", self.service.port, ("/", "/", "/slow?seconds=0.2"), 4, 0.5, 0.02, ANSWER_WITHIN, pace=0.02
@@ -407,6 +407,8 @@ def end_a_master(walk: Walk) -> None:
     if master.pid in walk.stopped:
         return  # it would not hear, and take the workers' requests with it when it wakes
     walk.say(f"{sig.name} to the {part} {master.pid}")
+    if sig is signal.SIGKILL:
+        walk.wake()  # a worker that stands still and has no master any more is beyond everybody's reach
     if now:
         for worker in master.snapshot().workers:
             walk.excuse_until_gone(f"{sig.name} to master {master.pid}", worker.pid, worker.start)
