@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from zdd_web import clock, proc
+from zdd_web import clock, keeper, proc
 from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog, compat
@@ -24,6 +24,7 @@ from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.parentage import Parentage
+from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.listeners.notify import notify
@@ -50,6 +51,7 @@ class Deploy:
         self._boot_log = -1
         self._prepared = ""
         self._when_in_office = False
+        self._line: keeper.Line | None = None
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
@@ -112,7 +114,7 @@ class Deploy:
                 raise UpgradeError(obstacle)
 
     def _alive_ancestors(self) -> list[tuple[int, int]]:
-        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start)]
+        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start) and not keeper.is_keeper(pid)]
 
     def _next_launch(self) -> Launch:
         launch = self._launch.following(self._settings.release_dir)
@@ -179,6 +181,9 @@ class Deploy:
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
         upgrade.end(now=upgrade.stage is Stage.BOOTING)
         self._discard_prepared()
+        if self._server.pidfile is not None:
+            # A release without install() writes one, as gunicorn does in an upgrade of its own, and leaves it behind.
+            PidFile(f"{self._server.pidfile.fname}.2", upgrade.pid).unlink()
         self._forget_successor()
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
@@ -257,8 +262,17 @@ class Deploy:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self._settings.keep_pid and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
-        proc.kill(self.upgrade.pid, self.upgrade.start, sig)
+        if self._line is None:
+            self._line = keeper.Line(self._header.name, self.upgrade.pid)
+        current = self._line.in_office()
+        if current is not None:
+            proc.kill(current.pid, current.board.header.master_start, sig)
         return True
+
+    def somebody_serves(self) -> bool:
+        """Tell whether a generation after this one is alive."""
+        upgrade = self.upgrade
+        return upgrade is not None and keeper.Line(self._header.name, upgrade.pid).in_office() is not None
 
     def cancel(self) -> None:
         """End an upgrade under way, because the service is being stopped."""

@@ -207,6 +207,8 @@ class Master:
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
         if self.deploy.forwards(signal.SIGTERM):
+            # The whole service is asked to end: this generation's part of it has the same time.
+            self.header.deadline = self.header.deadline or clock.after_ns(self.settings.stop_budget().work)
             return
         phase = self.phase
         self._cancel()
@@ -228,11 +230,15 @@ class Master:
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
         self._prepare_to_end()
+        if self.settings.keep_pid and self.phase is Phase.RETIRING:
+            self.deploy.forwards(signal.SIGINT)
         self._gunicorn_int()
 
     def handle_quit(self) -> None:
         """SIGQUIT keeps gunicorn's meaning: stop now."""
         self._prepare_to_end()
+        if self.settings.keep_pid and self.phase is Phase.RETIRING:
+            self.deploy.forwards(signal.SIGQUIT)
         self._gunicorn_quit()
 
     def _prepare_to_end(self) -> None:
@@ -278,11 +284,14 @@ class Master:
             self._bury_workers()
             if self.header.upgrade_state == UpgradeState.COMMITTING:
                 self.deploy.follow_last_accepts()
+            if self.header.successor_pid:
+                # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
+                self.server.reexec_pid = self.header.successor_pid
             self.move(Event.FINISHED, seconds=self._leaving_for())
             if (self._abandoned or self._cut) and clock.passed(self.header.deadline):
                 self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
                 raise HaltServer("work was abandoned at the deadline", 1)
-            if self.settings.keep_pid and self.header.successor_pid:
+            if self.settings.keep_pid and self.header.successor_pid and not self.header.predecessor_pid:
                 self._become_keeper()
             raise StopIteration
         # Workers name what they abandon at the deadline; they get half of the margin to say so and to exit.
@@ -303,6 +312,10 @@ class Master:
         compat.suspend_control_server(self.server)
         self.server.stop()
         self.server.cfg.on_exit(self.server)
+        upgrade = self.deploy.upgrade
+        if upgrade is not None and upgrade.status is not None and not self.deploy.somebody_serves():
+            code = os.waitstatus_to_exitcode(upgrade.status)
+            raise HaltServer("the service was stopped", 128 - code if code < 0 else code)
         self.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
         keeper.become(self.header.name)
 

@@ -88,6 +88,11 @@ class Reload:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
         if self._master.deploy.forwards(signal.SIGHUP):
             return
+        if self._server.cfg.preload_app:
+            # The app is imported in this process, and a module is imported once.
+            reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
+            self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade)")
+            return
         obstacle = self._obstacle()
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")

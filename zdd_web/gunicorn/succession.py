@@ -59,6 +59,8 @@ class Succession:
         os.environ.pop("GUNICORN_FD", None)
         self._server.cfg.set("pidfile", self._pid_file or None)
         self._server.LISTENERS = compat.adopt_listeners(self._server, self.heir.listeners)
+        # gunicorn's stop() unlinks Unix sockets while this is 0 (arbiter.py:449): not before they are ours alone.
+        self._server.master_pid = self.heir.predecessor
         compat.hold_control_server(self._server)
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path)
@@ -115,6 +117,7 @@ class Succession:
     def _take_office(self) -> None:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
         self.in_office = True
+        self._server.master_pid = 0
         logging.getLogger("gunicorn.error").removeHandler(self.handler)
         if not self._log_closed:
             self._log_closed = True
