@@ -103,6 +103,12 @@ def figures(service: Service) -> Figures:
         return [(each.state, each.in_flight) for each in workers] == [(WorkerState.SERVING, 0)] * service.workers
 
     until("idle workers", idle, service)
+    # The channel to a predecessor is closed when the loop has turned once more after its end; SIGCHLD turns it.
+    for _ in range(2):
+        header = service.in_office().board.header
+        seen = header.tick_at
+        os.kill(header.master_pid, signal.SIGCHLD)
+        until("a turn of the loop", lambda header=header, seen=seen: header.tick_at != seen, service)
     snapshot = service.snapshot()
     master, worker = snapshot.master_pid, snapshot.workers[0].pid
     until("closed connections", lambda: not connections(worker), service)

@@ -633,6 +633,20 @@ def test_a_gthread_worker_that_is_ended_is_replaced_while_its_threads_still_work
     scene.finish()
 
 
+def test_a_replacement_that_hangs_at_import_is_given_up_and_tried_again(make_service) -> None:
+    # gunicorn's `timeout` begins with a worker's first heartbeat: one that never gets there is never missed.
+    scene = started(make_service(), upgrade_timeout=2)
+    service = scene.service
+    before = settled(service, 2, [])
+    service.deploy("2", at_import=IMPORT_WAITS)
+    os.kill(before[0], signal.SIGKILL)
+    until("an import that hangs", lambda: list(service.directory.glob("importing-*")), service)
+    service.deploy("3")
+    assert before[1] in settled(service, 2, before[:1])
+    assert service.matches("event=worker.boot_failed")
+    scene.finish()
+
+
 def test_usr1_to_a_worker_reopens_its_logs(make_service) -> None:
     service = make_service()
     service.arguments = ["--access-logfile", str(service.directory / "access")]

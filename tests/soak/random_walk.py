@@ -86,7 +86,7 @@ class Walk:
     def __init__(self, directory: Path, dice: random.Random, worker_class: str) -> None:
         self.dice = dice
         self.steps: list[str] = []
-        self.version = 1
+        self.version, self.kind = 1, "good"
         self.windows: list[Window] = []
         self.may_be_down = False
         self.down_since: float | None = None
@@ -161,11 +161,8 @@ class Walk:
 
     def deploy(self, kind: str) -> None:
         self.version += 1
-        text = CODE[kind]
-        # In one step: nobody may import half a file.
-        path = self.service.directory / "app.py"
+        self.kind, text = kind, CODE[kind]
         self.service.deploy(str(self.version), at_import=text)
-        os.utime(path)
 
     # -- who is there
 
@@ -196,6 +193,11 @@ class Walk:
         workers = [(each.pid, each.start) for each in chosen[1].snapshot().workers if each.pid]
         return self.dice.choice(workers) if workers else None
 
+    def can_answer(self) -> bool:
+        """Whether any worker serves that is not stopped."""
+        workers = [worker for each in self.service.generations() for worker in each.snapshot().workers]
+        return any(each.state is WorkerState.SERVING and proc.state(each.pid) not in ("", "T", "Z") for each in workers)
+
     # -- invariants
 
     def somebody_answers(self) -> None:
@@ -205,6 +207,12 @@ class Walk:
             if self.may_be_down and not self.service.processes():
                 self.restart()
                 return
+            if self.kind not in ("good", "slow") and not self.can_answer():
+                # The last worker was ended while what is on disk cannot replace it: nobody promised anything.
+                self.say("(mends the code)")
+                self.deploy("good")
+                self.wake()
+                deadline = time.monotonic() + SETTLE_WITHIN
             try:
                 reply = self.service.get(timeout=max(0.1, deadline - time.monotonic()))
                 if reply.status == 200:
@@ -286,14 +294,22 @@ class Walk:
         return {each.pid for each in self.commands}
 
     def status_agrees(self, office: finder.Generation) -> None:
-        done = self.service.run("status", "--json", "--name", self.service.name)
-        if done.returncode != 0:
-            raise Violation(f"status: {done.stderr}")
-        generations = json.loads(done.stdout)["generations"]
-        said = [(each["master_pid"], each["phase"], len(each["workers"])) for each in generations]
-        snapshot = office.snapshot()
-        if said != [(office.pid, "serving", snapshot.workers_wanted)]:
-            raise Violation(f"status says {said}, there is {office.pid} with {snapshot.workers_wanted} workers")
+        said: object = None
+
+        def agrees() -> bool:
+            nonlocal said
+            done = self.service.run("status", "--json", "--name", self.service.name)
+            if done.returncode != 0:
+                raise Violation(f"status: {done.stderr}")
+            generations = json.loads(done.stdout)["generations"]
+            said = [(each["master_pid"], each["phase"], len(each["workers"])) for each in generations]
+            # A reload that was asked for just before may still bring workers.
+            return said == [(office.pid, "serving", office.board.header.workers_wanted)] and self.is_settled()
+
+        try:
+            self.until("status to agree", agrees)
+        except Violation:
+            raise Violation(f"status says {said}, in office is {office.pid}: {office.snapshot()}") from None
 
     def nothing_was_lost(self) -> None:
         missed = [s for s in lost(self.load) if not any(window.excuses(s) for window in self.windows)]
