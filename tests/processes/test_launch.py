@@ -275,7 +275,7 @@ def test_broken_environment_file_is_a_reason_to_refuse_that_names_file_and_line(
     done = service.run("upgrade", "--name", service.name)
     assert done.returncode == 1
     assert f"{path}, line 2: must be KEY=VALUE" in done.stderr
-    assert "REMOVED here" in service.wait_for("event=refused")
+    assert "line 2: " in service.wait_for("event=refused")
     assert seen(service, 1)["CHANGED"] == "one"
     path.write_text(good)
     service.upgrade()
