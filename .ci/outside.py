@@ -1,6 +1,6 @@
 """Run the tests away from the checkout, so that they meet the installed package and not the directory beside them.
 
-    python .ci/outside.py DIRECTORY [PYTEST ARGS]
+Usage: python .ci/outside.py DIRECTORY [PYTEST ARGS]
 """
 
 from __future__ import annotations

@@ -171,9 +171,7 @@ def jobs():
     seconds = seconds_argument(default=5)
     job_id = uuid.uuid4().hex
     # zdd_web waits for it: at a stop, and before a retired generation exits.
-    zdd_web.background.go(
-        work, current_app.config["DATABASE"], job_id, seconds, name=f"job {job_id} ({seconds:g} s)"
-    )
+    zdd_web.background.go(work, current_app.config["DATABASE"], job_id, seconds, name=f"job {job_id} ({seconds:g} s)")
     return envelope(job=job_id, seconds=seconds), 202
 
 

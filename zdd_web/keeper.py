@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from zdd_web import clock, proc, service
 from zdd_web.lifecycle import Phase
@@ -38,9 +39,14 @@ LOOK = 1.0
 LAST_REPLIES = 10.0
 
 
-def become(name: str) -> None:
-    """Replace this process, a retired master of the service `name`, by its keeper. Does not return."""
+def become(name: str, queued: Callable[[], list[int]]) -> None:
+    """Replace this process, a retired master of the service `name`, by its keeper. Does not return.
+
+    `queued` returns the signals that were received and not handled: they wait, blocked, for the keeper to take them.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    for sig in queued():
+        os.kill(os.getpid(), sig)
     own = service.generation_of(os.getpid())
     successor = own.board.header.successor_pid if own is not None else 0
     try:

@@ -158,7 +158,7 @@ def test_a_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: 
     until("the end of all processes", lambda: not service.processes(), service)
     assert not service.is_open()
     assert not service.pid_file.exists()
-    assert sorted(service.directory.glob(".zdd_web-*")) == []
+    assert sorted(service.directory.glob(".*.zdd_web")) == []
     assert not service.matches("event=(internal.error|drain.abandoned)")
 
 

@@ -93,7 +93,7 @@ class Trial:
         assert snapshot.phase is Phase.SERVING
         assert [worker.state for worker in snapshot.workers] == [WorkerState.SERVING] * service.workers
         assert service.pid_file.read_text() == f"{self.master}\n"
-        assert sorted(service.pid_file.parent.glob(".zdd_web-*")) == []
+        assert sorted(service.pid_file.parent.glob(".*.zdd_web")) == []
 
     def recovers(self) -> None:
         """Good code is taken over by the very next upgrade."""

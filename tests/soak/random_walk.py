@@ -148,7 +148,7 @@ class Walk:
             raise Violation("the port is open after the stop")
         if service.pid_file.exists():
             raise Violation(f"the pid file is there after the stop: {service.pid_file.read_text()!r}")
-        left = sorted(path.name for path in service.directory.glob(".zdd_web-*"))
+        left = sorted(path.name for path in service.directory.glob(".*.zdd_web"))
         if left:
             raise Violation(f"left behind: {left}")
 

@@ -200,7 +200,7 @@ def test_retired_master_keeps_in_its_own_process_where_the_interpreter_is_gone(m
         own.header.master_pid, own.header.phase = os.getpid(), Phase.STOPPED
         own.header.successor_pid = spawn(lambda: os._exit(12))
         eventually(lambda: proc.state(own.header.successor_pid) == "Z")
-        keeper.become(NAME)
+        keeper.become(NAME, list)
 
     pid = spawn(child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 12

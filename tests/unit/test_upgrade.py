@@ -543,7 +543,7 @@ def test_asking_to_stop_is_sigterm_to_the_master_alone(bench: Bench) -> None:
         hang()
     """)
     assert verdict(upgrade).ready
-    upgrade.ask_to_stop()
+    upgrade.ask_to_stop(signal.SIGTERM)
     assert bench.said() == ["asked"]
 
 

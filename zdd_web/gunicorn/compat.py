@@ -107,6 +107,18 @@ def resume_control_server(server: Any) -> None:
         server._start_control_server()
 
 
+def take_queued_signals(server: Any) -> list[int]:
+    """Return the signals that the loop has not handled yet, and empty its queue: a list up to 23."""
+    queue = server.SIG_QUEUE
+    taken: list[int] = []
+    if isinstance(queue, list):
+        taken, queue[:] = list(queue), []
+        return taken
+    while not queue.empty():
+        taken.append(queue.get_nowait())
+    return taken
+
+
 def wake(worker: Any) -> None:
     """Make a worker's loop come round now instead of at its next timeout."""
     queue = getattr(worker, "method_queue", None)

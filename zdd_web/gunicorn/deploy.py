@@ -274,15 +274,15 @@ class Deploy:
         upgrade = self.upgrade
         return upgrade is not None and keeper.Line(self._header.name, upgrade.pid).in_office() is not None
 
-    def cancel(self) -> None:
-        """End an upgrade under way, because the service is being stopped."""
+    def cancel(self, sig: signal.Signals) -> None:
+        """End an upgrade under way, because the service is being stopped by this signal."""
         upgrade = self.upgrade
         if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
             return
         reason = "the service was stopped"
         if upgrade.stage is Stage.COMMITTING:
             # It has requests in hand: it stops as this generation does, which waits for it.
-            upgrade.ask_to_stop()
+            upgrade.ask_to_stop(sig)
             self.cancelled = upgrade
         else:
             upgrade.end(now=True)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from zdd_web import log
 from zdd_web.errors import SettingsError, UpgradeError, ZddError
 from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.master import Master
@@ -138,7 +139,10 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         state.settings = sources.settle(server.cfg)
     hook = _then_users("nworkers_changed")
     if hook is not None:
-        hook(server, new_value, old_value)
+        # Called from SIGTTIN's handler too, where what it raises would end a service that serves.
+        serves = state.master is not None and state.master.gate.opened
+        call = guarded("nworkers_changed", hook) if serves else hook
+        call(server, new_value, old_value)
 
 
 def on_starting(server: Any) -> None:

@@ -52,6 +52,11 @@ IDLE_TICK = 1.0
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
 
+#: After "stop now" a worker that does not even hear the signal is killed, seconds.
+STOP_NOW_WITHIN = 2
+
+NO_EXIT_STATUS = -1
+
 
 class Master:
     """What zdd_web adds to gunicorn's arbiter, in the master's process."""
@@ -73,7 +78,6 @@ class Master:
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
-        self._halting = False
         self._stopping_since = clock.NEVER
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
@@ -95,6 +99,10 @@ class Master:
         self._gunicorn_reap: Callable[[], None] = server.reap_workers
         self._gunicorn_int: Callable[[], None] = server.handle_int
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
+        self._gunicorn_winch: Callable[[], None] = server.handle_winch
+        # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
+        # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
+        server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
         server.maybe_promote_master = guarded("tick", self.tick)
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
@@ -104,9 +112,13 @@ class Master:
         server.handle_hup = guarded("handle_hup", self.reload.request)
         server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
         compat.set_wait(server, self._interval)
+        server.handle_winch = guarded("handle_winch", self.handle_winch)
         if self.settings.keep_pid:
             # Grandchildren whose master retired become ours, and the keeper's after us.
             proc.become_subreaper()
+            for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
+                handler = f"handle_{sig.name[3:].lower()}"
+                setattr(server, handler, self._unless_forwarded(sig, getattr(server, handler)))
         if self.succession is not None:
             self.succession.adopt()
         elif server.pidfile is not None:
@@ -129,7 +141,6 @@ class Master:
         """One round of the loop: hear what others said, then move the phase."""
         self.header.tick_at = clock.now_ns()
         self.header.workers_wanted = self.server.num_workers
-        self._bury_workers()
         if self.succession is not None and self.succession.follow():
             self.succession = None
         if self.phase is Phase.BOOTING:
@@ -160,7 +171,9 @@ class Master:
             reason = f"worker {gone.pid} ended before it served: {why}"
             if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
                 self.succession.fail(reason)
-                raise HaltServer(reason, self.server.WORKER_BOOT_ERROR)
+                raise HaltServer(reason, type(self.server).WORKER_BOOT_ERROR)
+            if self.phase is Phase.BOOTING and gone.could_not_boot:
+                raise HaltServer(reason, gone.exit_status)
             if self.phase in lifecycle.SPAWNING and self.gate.opened:
                 wait = self.roster.boot_failed()
                 self.emit(
@@ -181,8 +194,6 @@ class Master:
     def _serve(self) -> None:
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
-        # From now on no exit code of a worker ends the service: no process can exit with a negative one.
-        self.server.WORKER_BOOT_ERROR = self.server.APP_LOAD_ERROR = -1
         self.gate.open()
 
     # -- as a successor
@@ -200,6 +211,8 @@ class Master:
     def reloaded(self) -> None:
         """Have everybody replaced, now that a new configuration is in force."""
         self.roster.outdate()
+        # What could not boot before may well do now: it was proved a moment ago.
+        self.roster.booted()
         self.header.reload_number += 1
 
     # -- stop
@@ -211,7 +224,7 @@ class Master:
             self.header.deadline = self.header.deadline or clock.after_ns(self.settings.stop_budget().work)
             return
         phase = self.phase
-        self._cancel()
+        self._cancel(signal.SIGTERM)
         self.release_predecessor()
         if phase is Phase.BOOTING:
             self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
@@ -229,30 +242,59 @@ class Master:
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
-        self._prepare_to_end()
-        if self.settings.keep_pid and self.phase is Phase.RETIRING:
-            self.deploy.forwards(signal.SIGINT)
+        self._prepare_to_end(signal.SIGINT)
         self._gunicorn_int()
 
     def handle_quit(self) -> None:
         """SIGQUIT keeps gunicorn's meaning: stop now."""
-        self._prepare_to_end()
-        if self.settings.keep_pid and self.phase is Phase.RETIRING:
-            self.deploy.forwards(signal.SIGQUIT)
+        self._prepare_to_end(signal.SIGQUIT)
         self._gunicorn_quit()
 
-    def _prepare_to_end(self) -> None:
-        guarded("cancel", self._cancel)()
+    def _prepare_to_end(self, sig: signal.Signals) -> None:
+        guarded("cancel", self._cancel)(sig)
         guarded("release_predecessor", self.release_predecessor)()
+        guarded("forward", self.deploy.forwards)(sig)
+        if self.succession is not None:
+            guarded("pid file", self.succession.unlink_pid_file)()
+        # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
+        self.server.cfg.set("graceful_timeout", min(self.server.cfg.graceful_timeout, STOP_NOW_WITHIN))
 
-    def _cancel(self) -> None:
+    def _cancel(self, sig: signal.Signals) -> None:
         self.reload.cancel()
-        self.deploy.cancel()
+        self.deploy.cancel(sig)
+
+    def handle_winch(self) -> None:
+        """SIGWINCH to a daemon takes all workers away, until others are asked for; to anybody else it means nothing."""
+        reason = self.not_now()
+        if self.server.cfg.daemon and reason:
+            self.emit("refused", logging.WARNING, signal="WINCH", reason=reason,
+                      remedy="an upgrade takes the old workers away by itself")  # fmt: skip
+            return
+        self._gunicorn_winch()
+
+    def not_now(self) -> str:
+        """Say why the workers are not to be touched just now; "" when nothing is under way."""
+        if self.phase is not Phase.SERVING:
+            return f"the generation is {self.phase.label}"
+        if self.deploy.under_way or self.awaits_office:
+            return "an upgrade is under way"
+        return "a reload is under way" if self.reload.under_way else ""
+
+    def _unless_forwarded(self, sig: signal.Signals, handler: Callable[[], None]) -> Callable[[], None]:
+        def handle() -> None:
+            if not guarded("forward", self.deploy.forwards)(sig):
+                handler()
+
+        return handle
 
     # -- workers
 
     def manage_workers(self) -> None:
         """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
+        # After the reaper and before anybody is spawned in place of one whose end should end the start.
+        self._bury_workers()
+        if self.gate.opened:
+            self.roster.give_up_boots(self.settings.upgrade_timeout)
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             self._end_if_finished()
         decision = plan(self.roster.members(), self.server.num_workers, self.phase)
@@ -281,7 +323,6 @@ class Master:
         if not self.server.WORKERS:
             if self.deploy.waits_for_cancelled():
                 return
-            self._bury_workers()
             if self.header.upgrade_state == UpgradeState.COMMITTING:
                 self.deploy.follow_last_accepts()
             if self.header.successor_pid:
@@ -299,7 +340,10 @@ class Master:
         if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin / 2:
             return
         snapshot = self.board.snapshot()
+        served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())
         killed = self.roster.kill()
+        if not (served or snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned):
+            raise StopIteration
         self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
         raise HaltServer("work was abandoned at the deadline", 1)
 
@@ -317,7 +361,7 @@ class Master:
             code = os.waitstatus_to_exitcode(upgrade.status)
             raise HaltServer("the service was stopped", 128 - code if code < 0 else code)
         self.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
-        keeper.become(self.header.name)
+        keeper.become(self.header.name, lambda: compat.take_queued_signals(self.server))
 
     def _leaving_for(self) -> float:
         return clock.since(self._stopping_since or self.header.phase_since)
@@ -331,21 +375,14 @@ class Master:
                 status = proc.peek(child.pid)
                 if status is not None:
                     child.reaped(status)
-        while True:
-            try:
-                self._gunicorn_reap()
-                return
-            except HaltServer:
-                # A second worker that could not boot would interrupt the halt that the first one began, and leave
-                # the pid file behind (arbiter.py:681, called from stop()).
-                if not self._halting:
-                    self._halting = True
-                    raise
+        self._gunicorn_reap()
 
     # -- in the children
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone: its death must be seen by those who listen for it."""
+        # Its own exit statuses are gunicorn's.
+        del self.server.WORKER_BOOT_ERROR, self.server.APP_LOAD_ERROR
         self.gate.keep_reader()
         self.deploy.after_fork()
         if self.succession is not None:

@@ -6,8 +6,8 @@ it and renames, and can be prepared while a full disk is still no harm. It has t
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 
 from zdd_web import proc
 
@@ -22,8 +22,16 @@ class PidFile:
         self.fname, self.pid = fname, pid
 
     def prepare(self, pid: int) -> str:
-        """Write the file for `pid` beside the pid file and return its path; raises OSError."""
-        fd, path = tempfile.mkstemp(prefix=".zdd_web-", dir=os.path.dirname(os.path.abspath(self.fname)))
+        """Write the file for `pid` beside the pid file and return its path; raises OSError.
+
+        The path is always the same: what a killed master had prepared is overwritten by the next one.
+        """
+        directory, name = os.path.split(os.path.abspath(self.fname))
+        path = os.path.join(directory, f".{name}.zdd_web")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        # Exclusive: in a directory that others can write to, the name may be somebody's link by now.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             os.fchmod(fd, 0o644)
             os.write(fd, f"{pid}\n".encode())

@@ -93,19 +93,12 @@ class Reload:
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade)")
             return
-        obstacle = self._obstacle()
+        obstacle = self._master.not_now()
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
         self.proof = Proof.begin(self._server, self._master.settings)
         self._master.emit("reload.started", child=self.proof.pid)
-
-    def _obstacle(self) -> str:
-        if self._master.phase is not Phase.SERVING:
-            return f"the generation is {self._master.phase.label}"
-        if self._master.deploy.under_way or self._master.awaits_office:
-            return "an upgrade is under way"
-        return "a reload is under way" if self.under_way else ""
 
     def follow(self) -> None:
         """Put the new configuration in force when the child has proved it; the tick's call."""
@@ -132,6 +125,8 @@ class Reload:
         """End a proof under way, because the service is being stopped."""
         if self.proof is not None:
             self.proof.end()
+            self.proof.close()
+            self.proof = None
 
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
         self._master.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)

@@ -6,10 +6,13 @@ board: a worker that is leaving counts for nothing, one that boots counts only a
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gunicorn.arbiter import Arbiter
 
 from zdd_web import clock, proc
 from zdd_web.board import Board, Slot, WorkerState
@@ -60,8 +63,7 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     )
     current = [member for member in staying if not member.outdated]
     serving = [member for member in staying if member.state is WorkerState.SERVING]
-    surplus = min(len(serving), len(staying)) - wanted
-    retire = [member.pid for member in serving[: max(0, surplus)]]
+    retire = [member.pid for member in serving[: max(0, len(serving) - wanted)]]
     # One that has not promised anything yet costs nothing.
     retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
     return Plan(spawn=max(0, wanted - len(current)), retire=tuple(retire))
@@ -77,13 +79,29 @@ class Gone:
     abandoned: int
     in_flight: int
     told: bool
-    ended: str
+    status: int | None
+
+    @property
+    def ended(self) -> str:
+        """How it ended, in words; "" when nobody saw it."""
+        return "" if self.status is None else proc.describe(self.status)
+
+    @property
+    def exit_status(self) -> int:
+        """Its exit status; 0 when a signal ended it or nobody saw it."""
+        return os.waitstatus_to_exitcode(self.status) if self.status is not None and os.WIFEXITED(self.status) else 0
+
+    @property
+    def could_not_boot(self) -> bool:
+        """Whether it ended in the way in which gunicorn's workers end when they cannot boot, or not load the app."""
+        return self.exit_status in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR)
 
 
 @dataclass
 class _Place:
     worker: Any
     slot: Slot
+    since: int
     told_at: int = 0
     status: int | None = None
 
@@ -101,7 +119,7 @@ class Roster:
     def claim(self, worker: Any) -> Slot:
         """Give a worker that is about to be forked its slot. Raises `BoardError` when there is none."""
         slot = self._board.claim(worker.age)
-        self._places.append(_Place(worker, slot))
+        self._places.append(_Place(worker, slot, since=clock.now_ns()))
         return slot
 
     def slot_of(self, worker: Any) -> Slot:
@@ -141,7 +159,7 @@ class Roster:
                     abandoned=slot.abandoned,
                     in_flight=slot.in_flight,
                     told=bool(slot.retire),
-                    ended="" if place.status is None else proc.describe(place.status),
+                    status=place.status,
                 )
             )
             slot.pid = 0
@@ -168,6 +186,17 @@ class Roster:
     def may_spawn(self) -> bool:
         """Tell whether the back-off after failed boots is over."""
         return self._spawn_not_before == 0 or clock.passed(self._spawn_not_before)
+
+    def give_up_boots(self, timeout: float) -> None:
+        """SIGKILL workers that have been booting for too long; reaped, they count as failed boots.
+
+        gunicorn would wait for ever for one that hangs before its first heartbeat: it compares the monotonic clock
+        with the wall-clock time of the heartbeat's file (arbiter.py:612).
+        """
+        for place in self._places:
+            if place.slot.state == WorkerState.BOOTING and clock.since(place.since) > timeout:
+                place.slot.error = f"not ready within UPGRADE_TIMEOUT = {timeout:g} s"
+                self._server.kill_worker(place.worker.pid, signal.SIGKILL)
 
     def booted(self) -> None:
         """Note that boots succeed: the next failure starts the back-off anew."""

@@ -114,6 +114,11 @@ class Succession:
         """Close what only the master may hold, in a worker: the channel, whose end tells of the master's."""
         self._channel.close()
 
+    def unlink_pid_file(self) -> None:
+        """Remove a pid file that names this master before it has heard that it is in office, because it ends."""
+        if self._pid_file:
+            PidFile(self._pid_file, os.getpid()).unlink()
+
     def _take_office(self) -> None:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
         self.in_office = True
@@ -125,7 +130,8 @@ class Succession:
         if self._pid_file:
             pid_file = self._server.pidfile = PidFile(self._pid_file, os.getpid())
             try:
-                if pid_file.read() != os.getpid():
+                # `create` also uses up what a predecessor had prepared that was killed before it could commit it.
+                if self.alone or pid_file.read() != os.getpid():
                     pid_file.create(os.getpid())
             except OSError as error:
                 log.emit("internal.error", logging.ERROR, where="pid file", error=str(error))

@@ -190,9 +190,9 @@ class Upgrade:
             proc.kill(pid, start, signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM)
         self.forget()
 
-    def ask_to_stop(self) -> None:
-        """Ask the new master to stop as an operator would: it has requests in hand."""
-        proc.kill(self.pid, self.start, signal.SIGTERM)
+    def ask_to_stop(self, sig: signal.Signals) -> None:
+        """Pass on to the new master what this one was told: it has requests in hand."""
+        proc.kill(self.pid, self.start, sig)
 
     def forget(self) -> None:
         """Let go of the channel and the board."""

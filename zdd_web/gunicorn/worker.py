@@ -59,6 +59,7 @@ class WorkerSide:
         self._left = False
         self._emptying = False
         self._signalled_at = 0.0
+        self._status_now: int | None = None
         self._wind_down: compat.WindDown | None = None
         self._limit = compat.take_max_requests(worker)
         compat.look_before_closing(worker)
@@ -73,6 +74,7 @@ class WorkerSide:
         self.slot.pid = os.getpid()
         worker = self.worker
         worker.handle_exit, worker.notify = self.handle_exit, self.notify
+        worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.load_wsgi, worker.run = self.load, self.run
 
     # -- boot
@@ -82,6 +84,10 @@ class WorkerSide:
         # After set_owner_process(), which makes the kernel forget the wish.
         if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
             os._exit(0)
+        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them. Not
+        # SIG_IGN, which the app's own children would inherit.
+        for sig in (signal.SIGHUP, signal.SIGUSR2):
+            signal.signal(sig, lambda *_: None)
         with self.boot_step():
             self._load()
 
@@ -145,6 +151,9 @@ class WorkerSide:
             return
         phase = Phase(self.board.header.phase)
         if self.slot.retire or phase in WORKERS_LEAVE or os.getppid() != self.worker.ppid:
+            if self.slot.state == WorkerState.BOOTING:
+                # It has promised nothing yet, and may hang.
+                os._exit(0)
             if phase is Phase.DRAINING and not self.board.header.successor_pid:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
@@ -160,6 +169,24 @@ class WorkerSide:
             timer = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
             timer.daemon = True
             timer.start()
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGQUIT, SIGINT: end now, with what is in hand."""
+        self._end_now(self.worker.cfg.worker_int, 0)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT: the master missed this worker's heartbeat (`timeout`)."""
+        self._end_now(self.worker.cfg.worker_abort, 1)
+
+    def _end_now(self, hook: Callable[[Any], None], status: int) -> None:
+        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler (gthread.py:313), and Python
+        # joins the pool's threads at exit.
+        self._status_now = status
+        self.worker.alive = False
+        self.note_leaving()
+        self.worker.cfg.set("graceful_timeout", 0)
+        hook(self.worker)
+        sys.exit(status)
 
     def notify(self) -> None:
         """Beat gunicorn's heartbeat; between two turns of the loop, emptying and winding down come to their end."""
@@ -209,6 +236,8 @@ class WorkerSide:
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
         self._run()
+        if self._status_now is not None:
+            sys.exit(self._status_now)
         self._left = self.process.going = True
         self.note_leaving()
         # The HUP and TTOU of other days may still be re-sending it.
@@ -243,10 +272,10 @@ class WorkerSide:
 
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""
-        if self.slot.abandoned:
+        if self.slot.abandoned or self._status_now is not None:
             # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
             logging.shutdown()
-            os._exit(1)
+            os._exit(1 if self._status_now is None else self._status_now)
 
     # -- requests
 
