@@ -864,12 +864,12 @@ def when_ready(server):
 """
 
 INSIDE = {
-    "tick": ("master.roster", "reconcile", signal.SIGWINCH),
+    "tick": ("master.deploy", "follow", signal.SIGWINCH),
     "manage_workers": ("master.roster", "repeat", signal.SIGWINCH),
     "reap_workers": ("master", "_gunicorn_reap", signal.SIGCHLD),
     "handle_term": ("master", "_cancel", signal.SIGTERM),
     "handle_usr2": ("master.deploy", "_refuse_unless_possible", signal.SIGUSR2),
-    "handle_hup": ("master.reload", "_obstacle", signal.SIGHUP),
+    "handle_hup": ("master", "not_now", signal.SIGHUP),
 }
 
 

@@ -169,6 +169,15 @@ class WindDown:
             worker.poller.unregister(listener)
 
 
+def end_by_signal_alone(worker: Any) -> None:
+    """Keep a gthread worker before 27.0.1 from breaking its loop off when its master is gone (gthread.py:427).
+
+    It would drop what it holds. The kernel sends it SIGTERM then, and it winds down.
+    """
+    if WindDown.needed_by(worker):
+        worker.is_parent_alive = lambda: True
+
+
 def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
     """Have `tell()` called when a gthread worker that was told to stop accepts no more (gthread.py:435).
 

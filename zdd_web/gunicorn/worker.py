@@ -63,6 +63,7 @@ class WorkerSide:
         self._wind_down: compat.WindDown | None = None
         self._limit = compat.take_max_requests(worker)
         compat.look_before_closing(worker)
+        compat.end_by_signal_alone(worker)
         self._obey: Callable[[int, Any], None] = worker.handle_exit
         self._beat: Callable[[], None] = worker.notify
         self._load: Callable[[], None] = worker.load_wsgi
