@@ -38,7 +38,7 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "keeper",
+        "probe_server", "service", "keeper",
     },
     "service": {"errors", "proc", "lifecycle", "board"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},

@@ -129,7 +129,7 @@ class UpgradeState(enum.IntEnum):
 class Header(Record):
     """The master's words. Times are monotonic nanoseconds."""
 
-    # Words 0-5 describe the layout itself and never move.
+    # Words 0-17 and the name never move: masters and commands of another version of zdd_web read them.
     magic = Word(0)
     layout = Word(1)
     slots_at = Word(2)
@@ -156,7 +156,6 @@ class Header(Record):
     upgrades_done = Word(22)
     upgrades_failed = Word(23)
     reload_number = Word(24)
-    reload_state = Word(25)
     name = Text(32, 128)
     upgrade_reason = Text(64, 1024)
     WORDS = 256

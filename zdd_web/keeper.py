@@ -20,9 +20,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from zdd_web import clock, proc, service
-from zdd_web.lifecycle import Phase
 
 FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN,
@@ -39,7 +39,7 @@ LOOK = 1.0
 LAST_REPLIES = 10.0
 
 
-def become(name: str, queued: Callable[[], list[int]]) -> None:
+def become(name: str, successor: int, queued: Callable[[], list[int]]) -> NoReturn:
     """Replace this process, a retired master of the service `name`, by its keeper. Does not return.
 
     `queued` returns the signals that were received and not handled: they wait, blocked, for the keeper to take them.
@@ -47,84 +47,11 @@ def become(name: str, queued: Callable[[], list[int]]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
     for sig in queued():
         os.kill(os.getpid(), sig)
-    own = service.generation_of(os.getpid())
-    successor = own.board.header.successor_pid if own is not None else 0
     try:
-        os.execv(sys.executable, [sys.executable, "-m", "zdd_web.keeper", name, str(successor)])
+        os.execv(sys.executable, [sys.executable, "-m", service.KEEPER, name, str(successor)])
     except OSError:
         # The virtualenv may have been deleted with its release: keep in this process, which is larger, that is all.
         os._exit(main(name, successor))
-
-
-def is_keeper(pid: int) -> bool:
-    """Tell whether a process is a keeper, which serves nobody and counts as no generation."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().split(b"\0")[1:3] == [b"-m", b"zdd_web.keeper"]
-    except OSError:
-        return False
-
-
-class Line:
-    """The generations after this process: whose turn it is."""
-
-    def __init__(self, name: str, successor: int) -> None:
-        self._names, self._pids = {name}, {successor}
-        self._current: service.Generation | None = None
-
-    def in_office(self) -> service.Generation | None:
-        """Return the generation that a signal must go to; None when all have ended."""
-        current = self._current
-        if current is not None and current.alive and _serves(current):
-            return current
-        ours = self._find()
-        if ours:
-            self._current = service.in_office(ours)
-            return self._current
-        # It cannot be looked at just now; to end here would end the service.
-        return current if current is not None and current.alive else None
-
-    def _find(self) -> list[service.Generation]:
-        strangers = [each for each in map(_look, descendants(os.getpid())) if each is not None]
-        ours: list[service.Generation] = []
-        while found := [each for each in strangers if self._belongs(each)]:
-            ours += found
-            strangers = [each for each in strangers if each not in found]
-            self._names.update(each.board.header.name for each in found)
-            self._pids.update(each.pid for each in found)
-            self._pids.update(each.board.header.successor_pid for each in found)
-        for stranger in strangers:
-            stranger.board.close()
-        return sorted(ours, key=lambda each: each.board.header.generation)
-
-    def _belongs(self, generation: service.Generation) -> bool:
-        header = generation.board.header
-        return header.name in self._names or not self._pids.isdisjoint((generation.pid, header.predecessor_pid))
-
-
-def _serves(generation: service.Generation) -> bool:
-    return generation.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)
-
-
-def _look(pid: int) -> service.Generation | None:
-    try:
-        return service.generation_of(pid)
-    except OSError:
-        return None
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the pids of a process's children, grandchildren and so on."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            children.setdefault(proc.parent(int(entry)), []).append(int(entry))
-    found, open_ends = [], [pid]
-    while open_ends:
-        born = children.pop(open_ends.pop(), [])
-        found += born
-        open_ends += born
-    return found
 
 
 def reap(statuses: dict[int, int]) -> None:
@@ -143,14 +70,14 @@ def main(name: str, successor: int) -> int:
     """Keep until the service is gone; return its exit status, 128 + N when signal N killed it."""
     proc.become_subreaper()
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
-    line = Line(name, successor)
+    line = service.Line(os.getpid(), name, successor)
     statuses: dict[int, int] = {}
     last, board = successor, None
     while True:
         generation = line.in_office()
         if generation is None:
             break
-        if _serves(generation):
+        if generation.serves:
             # One that still retires when the service was stopped is not who knows how the stop went.
             last = generation.pid
         board = generation.board

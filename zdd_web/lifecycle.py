@@ -1,10 +1,10 @@
 """The phases of a generation and what may follow what.
 
-Rule 1: everything that decides which phase comes next lives in this file, as data. The master (the only writer of the
-phase) asks `after()`; a pair that the table does not know raises `LifecycleError` and changes nothing.
+Everything that decides which phase comes next lives in this file, as data. The master (the only writer of the phase)
+asks `after()`; a pair that the table does not know raises `LifecycleError` and changes nothing.
 
-`LAME_DUCK` is always passed through on a stop, also when its length is zero, so that there is one way to a stop and
-not two.
+A stop of a generation that serves always passes through `LAME_DUCK`, also when its length is zero, so that there is
+one way to a stop and not two.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     Phase.STOPPED: {},
 }
 
-#: A generation that has not promised anything yet, or promises nothing any more, spawns no workers.
+#: A generation spawns workers in these: it is to serve, or serves.
 SPAWNING = frozenset({Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK})
 
 #: Work begun in these phases is the last of this generation: replies close their connection, `draining()` is true.

@@ -13,6 +13,9 @@ from zdd_web.lifecycle import Phase
 
 _LINK = f"/memfd:{MEMFD_PREFIX}"
 
+#: The module that a retired master runs where its pid must stay: `python -m zdd_web.keeper NAME PID`.
+KEEPER = "zdd_web.keeper"
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -29,6 +32,11 @@ class Generation:
     def alive(self) -> bool:
         """Whether the master still runs."""
         return proc.alive(self.pid, self.board.header.master_start)
+
+    @property
+    def serves(self) -> bool:
+        """Whether nobody has succeeded it yet, and it has not ended."""
+        return self.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)
 
     def open_descriptor(self, number: int) -> int:
         """Open what the master has open as descriptor `number`. Raises OSError."""
@@ -107,16 +115,19 @@ def _by_pid(pid: int) -> Generation:
         raise ServiceNotFound(f"process {pid} belongs to another user: run this as that user or as root") from None
     except OSError:
         raise ServiceNotFound(f"no process {pid}: is the service running?") from None
-    if generation is None:
-        raise ServiceNotFound(
-            f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?"
-        )
-    return generation
+    if generation is not None and generation.serves:
+        return generation
+    # With KEEP_PID the pid stays, and means the service: whoever is in office among those who came after it.
+    kept = (generation.board.header.name, generation.board.header.successor_pid) if generation else kept_by(pid)
+    found = (Line(pid, *kept).in_office() if kept is not None else None) or generation
+    if found is not None:
+        return found
+    raise ServiceNotFound(f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?")
 
 
 def in_office(candidates: list[Generation]) -> Generation:
-    """Return the generation that a signal to "the service" must go to: the youngest that nobody has succeeded yet."""
-    seniors = [each for each in candidates if each.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)]
+    """Return the generation that a signal to "the service" must go to: the oldest that nobody has succeeded yet."""
+    seniors = [each for each in candidates if each.serves]
     # During an upgrade both are here; until the commit the older one rules.
     return (seniors or candidates)[0]
 
@@ -125,3 +136,76 @@ def same_service(generation: Generation) -> list[Generation]:
     """Return all generations of a service, oldest first."""
     name = generation.board.header.name
     return [each for each in generations() if each.board.header.name == name] or [generation]
+
+
+class Line:
+    """The generations that descend from a process, a retired master or its keeper: whose turn it is.
+
+    By descent, which tells them from another service that happens to have the same NAME; and by their predecessors,
+    since a release may change its NAME.
+    """
+
+    def __init__(self, root: int, name: str, successor: int) -> None:
+        self._root = root
+        self._names, self._pids = {name}, {successor}
+        self._current: Generation | None = None
+
+    def in_office(self) -> Generation | None:
+        """Return the generation that a signal must go to; None when all have ended."""
+        current = self._current
+        if current is not None and current.alive and current.serves:
+            return current
+        ours = self._find()
+        if ours:
+            self._current = in_office(ours)
+            return self._current
+        # It cannot be looked at just now; to end here would end the service.
+        return current if current is not None and current.alive else None
+
+    def _find(self) -> list[Generation]:
+        strangers = [each for each in map(_look, descendants(self._root)) if each is not None]
+        ours: list[Generation] = []
+        while found := [each for each in strangers if self._belongs(each)]:
+            ours += found
+            strangers = [each for each in strangers if each not in found]
+            self._names.update(each.board.header.name for each in found)
+            self._pids.update(each.pid for each in found)
+            self._pids.update(each.board.header.successor_pid for each in found)
+        for stranger in strangers:
+            stranger.board.close()
+        return sorted(ours, key=lambda each: each.board.header.generation)
+
+    def _belongs(self, generation: Generation) -> bool:
+        header = generation.board.header
+        return header.name in self._names or not self._pids.isdisjoint((generation.pid, header.predecessor_pid))
+
+
+def kept_by(pid: int) -> tuple[str, int] | None:
+    """Return the name of the service that a keeper keeps and its first successor's pid; None when `pid` is none."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+    except OSError:
+        return None
+    return (os.fsdecode(words[3]), int(words[4])) if words[1:3] == [b"-m", KEEPER.encode()] else None
+
+
+def _look(pid: int) -> Generation | None:
+    try:
+        return generation_of(pid)
+    except OSError:
+        return None
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of a process's children, grandchildren and so on."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            children.setdefault(proc.parent(int(entry)), []).append(int(entry))
+    found, open_ends = [], [pid]
+    while open_ends:
+        born = children.pop(open_ends.pop(), [])
+        found += born
+        open_ends += born
+    return found

@@ -17,14 +17,14 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from zdd_web import proc
 from zdd_web import service as finder
-from zdd_web.board import Snapshot
+from zdd_web.board import Snapshot, WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
 
@@ -68,10 +68,7 @@ APP = """
     app = ProbeMiddleware(app)
 """
 
-CONF = """
-    from zdd_web.gunicorn import install
-    install(globals(), {settings})
-"""
+CONF = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})\n"
 
 
 def until(what: str, probe: Callable[[], T | None], service: Service | None = None, patience: float = PATIENCE) -> T:
@@ -115,6 +112,9 @@ class Service:
         self.marker = f"test-{uuid.uuid4().hex[:12]}"
         self.name = self.marker
         self.pid_file = directory / "service.pid"
+        #: False: the configuration says where the pid file is.
+        self.pid_option = True
+        self.control_socket: Path | None = None
         self.log_file = directory / "log"
         self.worker_class, self.workers, self.settings = worker_class, workers, settings
         self.arguments: list[str] = []
@@ -124,8 +124,10 @@ class Service:
         self.bind: str | None = "127.0.0.1:0"
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
+        #: Requests that a test keeps in hand, closed in `clean_up` at the latest.
+        self.held: list[Held] = []
         self.write_app(APP)
-        self.write_conf(CONF)
+        self.configure()
 
     # -- what runs
 
@@ -141,24 +143,33 @@ class Service:
         settings = ", ".join(f"{key}={value!r}" for key, value in {"name": self.name, **self.settings}.items())
         (self.directory / "gunicorn.conf.py").write_text(textwrap.dedent(text).replace("{settings}", settings))
 
+    def configure(self, before: str = "", **settings: Any) -> Service:
+        """Write the configuration: `before`, then install() with these settings and all that were given before."""
+        self.settings.update(settings)
+        self.write_conf(before + CONF)
+        return self
+
     def command(self) -> list[str]:
-        threads = ["--threads", "4"] if self.worker_class == "gthread" else []
-        return [
-            *self.launcher, *self.target, *(["--bind", self.bind] if self.bind else []), "--workers", str(self.workers),
-            "--worker-class", self.worker_class, *threads, "--pid", str(self.pid_file), "--no-control-socket",
-            *self.arguments,
-        ]  # fmt: skip
+        options = {
+            "--bind": self.bind,
+            "--workers": self.workers,
+            "--worker-class": self.worker_class,
+            "--threads": 4 if self.worker_class == "gthread" else None,
+            "--pid": self.pid_file if self.pid_option else None,
+            "--control-socket": self.control_socket,
+        }
+        words = [word for name, value in options.items() if value for word in (name, str(value))]
+        if _knows_control_socket() and not self.control_socket:
+            words.append("--no-control-socket")
+        return [*self.launcher, *self.target, *words, *self.arguments]
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start gunicorn and return at once."""
         environ = {**os.environ, "ZDD_TEST_MARKER": self.marker, "PYTHONDONTWRITEBYTECODE": "1", **self.environ}
         environ.pop("PWD", None)
-        command = self.command()
-        if not _knows_control_socket():
-            command.remove("--no-control-socket")
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.directory, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.command(), cwd=self.directory, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         return self.process
 
@@ -167,10 +178,13 @@ class Service:
         process = self.spawn()
         until("phase.serving", lambda: self.matches(r"event=phase\.serving") or process.poll() is not None, self)
         assert process.poll() is None, self.log()
+        self.learn_port()
+        return self
+
+    def learn_port(self) -> None:
         match = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", self.log())
         assert match, self.log()
         self.port = int(match[1])
-        return self
 
     # -- what it says
 
@@ -236,19 +250,38 @@ class Service:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @contextlib.contextmanager
-    def under_load(self, clients: int = 16, paths: tuple[str, ...] = ("/",)) -> Iterator[LoadThread]:
-        """Load with new and kept connections; every sample is in `load.samples` afterwards."""
-        load = LoadThread(Load("127.0.0.1", self.port, paths, clients, 0.5, 0.02, 20.0))
+    def under_load(self, clients: int = 16, *, may_lose: bool = False) -> Iterator[LoadThread]:
+        """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`."""
+        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, 0.02, 20.0))
         with load:
             answered_from(load, 50)
             yield load
+        assert may_lose or lost(load) == [], self.log()
 
     def stop(self, status: int | None = 0) -> None:
         """Send SIGTERM to the master in office and wait until the service is gone."""
         self.signal(signal.SIGTERM)
-        until("the end of all processes", lambda: not self.processes(), self)
+        self.ends(status)
+
+    def ends(self, status: int | None = 0, patience: float = PATIENCE) -> None:
+        """Wait until the service is gone, with that exit status unless it is None."""
+        until("the end of all processes", lambda: not self.processes(), self, patience)
         if status is not None and self.process is not None:
             assert self.process.wait() == status, self.log()
+
+    def leaves_no_trace(self) -> None:
+        """A service that has ended left no process, no port, no pid file, and nothing beside it."""
+        assert self.processes() == []
+        assert not self.is_open()
+        assert not self.pid_file.exists(), self.pid_file.read_text()
+        assert sorted(path.name for path in self.pid_file.parent.glob(".*.zdd_web")) == []
+
+    def until_alone(self) -> None:
+        """Wait until one master with its workers is all that runs."""
+        until("the others' end", lambda: len(self.processes()) == 1 + self.workers, self)
+
+    def until_one_generation(self) -> None:
+        until("one generation", lambda: len(self.generations()) == 1, self)
 
     def processes(self) -> list[int]:
         """The pids of everything this service has started and that still runs; zombies do not."""
@@ -267,7 +300,9 @@ class Service:
         return found
 
     def clean_up(self) -> None:
-        """Kill what is left."""
+        """Kill and close what is left."""
+        for held in self.held:
+            held.close()
         for _ in range(50):
             left = self.processes()
             if not left:
@@ -289,6 +324,11 @@ def answered_from(load: LoadThread, count: int) -> None:
 def lost(load: LoadThread) -> list[Sample]:
     """The requests that were not answered completely."""
     return [sample for sample in load.samples if sample.outcome.lost]
+
+
+def generations_of(load: LoadThread) -> set[int | None]:
+    """The generations that have answered; None is one that does not say which it is."""
+    return {sample.generation for sample in load.samples if sample.outcome.answered}
 
 
 def _knows_control_socket() -> bool:
@@ -327,9 +367,46 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def successor(service: Service, times: int = 1, event: str = "upgrade.started") -> int:
+    """Wait until that many upgrades have been started, or whatever `event` is; return the last new master's pid."""
+    match = re.search(r"successor=(\d+)", service.wait_for(f"event={re.escape(event)}", times))
+    assert match, service.log()
+    return int(match[1])
+
+
+def serving_workers(service: Service) -> list[int]:
+    """Return the pids of the workers in office that serve and have not been told to leave."""
+    return [w.pid for w in service.snapshot().workers if w.state is WorkerState.SERVING and not w.retiring]
+
+
+def settled(service: Service, count: int, without: Iterable[int] = ()) -> list[int]:
+    """Wait until exactly that many workers exist, all of them serving and none of `without`; return their pids."""
+
+    def found() -> list[int] | None:
+        pids = serving_workers(service)
+        whole = len(pids) == len(service.snapshot().workers) == count
+        return pids if whole and not set(pids) & set(without) else None
+
+    return until(f"{count} serving workers", found, service)
+
+
 def children(pid: int) -> list[int]:
     """Return the pids of a process's children, zombies among them."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and proc.parent(int(entry)) == pid]
+
+
+def zombies(pid: int) -> list[int]:
+    """Return the pids of a process's children that nobody has waited for."""
+    return [child for child in children(pid) if proc.state(child) == "Z"]
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """Return a process's open descriptors, and what is behind each."""
+    found = {}
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found[int(entry)] = os.readlink(f"/proc/{pid}/fd/{entry}")
+    return found
 
 
 def ask_unix(path: Path | str, target: str = "/", timeout: float = PATIENCE) -> Reply:
@@ -351,19 +428,20 @@ class Held:
 
     def __init__(self, service: Service, path: Path | str | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
+        service.held.append(self)
         self._socket.settimeout(PATIENCE)
-        try:
-            self._socket.connect(str(path) if path else ("127.0.0.1", service.port))
-            self._socket.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nfirst")
-            until("the held request", lambda: service.snapshot().in_flight >= 1, service)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket.connect(str(path) if path else ("127.0.0.1", service.port))
+        self._socket.sendall(b"POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nfirst")
+        # During the commit window either generation may have accepted it.
+        until("the held request", lambda: any(each.snapshot().in_flight for each in service.generations()), service)
 
     def __enter__(self) -> Held:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def finish(self) -> Reply:
@@ -372,3 +450,12 @@ class Held:
         response = http.client.HTTPResponse(self._socket)
         response.begin()
         return Reply(response.status, dict(response.getheaders()), response.read().decode())
+
+    def is_answered(self) -> bool:
+        """Send the rest and close; False when the connection was cut or closed before."""
+        try:
+            return self.finish().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            self.close()

@@ -8,14 +8,20 @@ import signal
 
 import pytest
 
-from tests.processes.harness import Service, answered_from, lost, until
-from tests.processes.test_faults import (
+from tests.processes.harness import (
+    Service,
+    answered_from,
+    descriptors,
+    generations_of,
+    successor,
+    until,
+)
+from tests.processes.trial import (
     HANG_SECOND,
     WIDE_COMMIT_WINDOW,
-    Held,
+    HeldBy,
     at_gate,
     configure,
-    descriptors,
     ends_without_a_trace,
     takes_over,
 )
@@ -25,10 +31,10 @@ from zdd_web.lifecycle import Phase
 
 def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service: Service):
     configure(service).start()
-    with service.under_load(clients=4) as load:
+    with service.under_load(clients=4):
         held = []
         for generation in (1, 2, 3):
-            held.append(Held(service, generation))
+            held.append(HeldBy(service, generation))
             service.upgrade()
         alive = [each.board.header.generation for each in service.generations()]
         assert alive == [1, 2, 3, 4]
@@ -38,9 +44,8 @@ def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service
         assert "MAX_GENERATIONS" in service.wait_for("event=refused")
         assert service.snapshot().generation == 4
         assert [each.release() for each in held] == [1, 2, 3]
-        until("their end", lambda: len(service.generations()) == 1, service)
+        service.until_one_generation()
         takes_over(service, 5, version="1")
-    assert lost(load) == []
     assert not service.matches("event=successor.lost")
     ends_without_a_trace(service, status=None)
 
@@ -55,33 +60,28 @@ def test_ten_upgrades_by_command_as_fast_as_they_go(service: Service):
             assert done.returncode == 0, (number, done.stderr, service.log())
             # Done means done: nobody answers with the old code any more.
             assert service.get().version == str(number)
-            until("one generation", lambda: len(service.generations()) == 1, service)
+            service.until_one_generation()
             seen.append(len(descriptors(service.pid)))
-    assert lost(load) == []
-    assert {sample.generation for sample in load.samples} - {None} == set(range(1, 12))
+    assert generations_of(load) == set(range(1, 12))
     # The channel to a predecessor is closed a turn of the loop after its end.
     until("no descriptor more than at first", lambda: len(descriptors(service.pid)) == min(seen), service)
-    until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     ends_without_a_trace(service, status=None)
 
 
 def test_usr2_the_moment_that_the_last_upgrade_is_committed(service: Service):
     configure(service).start()
     with service.under_load(clients=8) as load:
-        successor = service.pid
+        master = service.pid
         for times in range(1, 7):
-            os.kill(successor, signal.SIGUSR2)
-            line = service.wait_for(r"event=upgrade\.committed", times)
-            match = re.search(r"successor=(\d+)", line)
-            assert match
-            successor = int(match[1])
+            os.kill(master, signal.SIGUSR2)
+            master = successor(service, times, event="upgrade.committed")
         answered_from(load, 50)
-    assert lost(load) == []
     assert not service.matches("event=(refused|upgrade.failed|internal.error)")
-    until("one generation", lambda: len(service.generations()) == 1, service)
-    assert service.pid == successor
+    service.until_one_generation()
+    assert service.pid == master
     assert service.snapshot().generation == 7
-    assert service.pid_file.read_text() == f"{successor}\n"
+    assert service.pid_file.read_text() == f"{master}\n"
     ends_without_a_trace(service, status=None)
 
 
@@ -99,10 +99,9 @@ def test_a_storm_of_usr2_ends_serving(service: Service):
             until("calm", lambda: len(service.generations()) == 1 and not under_way(service), service)
         answered_from(load, 50)
         takes_over(service, service.snapshot().generation + 1, version="1")
-    assert lost(load) == []
     assert service.matches(r"event=upgrade\.committed")
     assert not service.matches(r"event=(upgrade\.failed|successor\.lost|internal\.error)")
-    until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     ends_without_a_trace(service, status=None)
 
 
@@ -114,7 +113,7 @@ def under_way(service: Service) -> bool:
 def test_an_upgrade_waits_for_background_work_of_the_old_generation(service: Service):
     configure(service).start()
     first = service.pid
-    with service.under_load(clients=6) as load:
+    with service.under_load(clients=6):
         assert service.get("/job?seconds=4").generation == 1
         service.deploy("2")
         done = service.run("upgrade", "--name", service.name)
@@ -123,7 +122,6 @@ def test_an_upgrade_waits_for_background_work_of_the_old_generation(service: Ser
         assert service.get().version == "2"
         service.wait_for("job finished")
         until("the old generation's end", lambda: first not in [each.pid for each in service.generations()], service)
-    assert lost(load) == []
     assert not service.matches("event=background.abandoned")
     ends_without_a_trace(service)
 
@@ -155,10 +153,8 @@ def test_a_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: 
         # systemd's KillMode=control-group
         for pid in service.processes():
             proc.kill(pid, proc.start_time(pid), signal.SIGTERM)
-    until("the end of all processes", lambda: not service.processes(), service)
-    assert not service.is_open()
-    assert not service.pid_file.exists()
-    assert sorted(service.directory.glob(".*.zdd_web")) == []
+    service.ends(status=None)
+    service.leaves_no_trace()
     assert not service.matches("event=(internal.error|drain.abandoned)")
 
 
@@ -170,24 +166,22 @@ def test_a_quick_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, s
     service.signal(signal.SIGUSR2)
     until(stage, lambda: re.search(STAGES[stage], service.log()), service)
     service.signal(sig)
-    until("the end of all processes", lambda: not service.processes(), service)
-    assert not service.is_open()
-    assert not service.pid_file.exists()
+    service.ends(status=None)
+    service.leaves_no_trace()
 
 
 def test_a_stop_in_the_commit_window_answers_what_both_generations_have_in_hand(service: Service):
     configure(service, WIDE_COMMIT_WINDOW).start()
-    first = Held(service, generation=1)
+    first = HeldBy(service, generation=1)
     service.signal(signal.SIGUSR2)
     service.wait_for(r"generation=2 event=phase\.serving")
-    second = Held(service, generation=2)
+    second = HeldBy(service, generation=2)
     service.signal(signal.SIGTERM)
     service.wait_for(r"generation=2 event=phase\.draining")
     assert first.release() == 1
     assert second.release() == 2
-    until("the end of all processes", lambda: not service.processes(), service)
-    assert not service.is_open()
-    assert not service.pid_file.exists()
+    service.ends(status=None)
+    service.leaves_no_trace()
 
 
 def test_a_stop_while_the_new_master_stands_still_leaves_nothing(make_service):
@@ -195,10 +189,9 @@ def test_a_stop_while_the_new_master_stands_still_leaves_nothing(make_service):
     configure(service, WIDE_COMMIT_WINDOW, grace_period=4).start()
     service.signal(signal.SIGUSR2)
     service.wait_for(r"generation=2 event=phase\.serving")
-    successor = service.generations()[-1].pid
-    os.kill(successor, signal.SIGSTOP)
+    os.kill(service.generations()[-1].pid, signal.SIGSTOP)
     service.signal(signal.SIGTERM)
-    until("the end of all processes", lambda: not service.processes(), service, patience=15)
+    service.ends(status=None, patience=15)
     assert not service.is_open()
 
 
@@ -206,10 +199,8 @@ def test_a_stop_while_a_worker_of_two_hangs_at_the_gate_leaves_nothing(service: 
     configure(service).start()
     service.deploy("2", at_import=HANG_SECOND)
     service.signal(signal.SIGUSR2)
-    line = service.wait_for(r"generation=1 event=upgrade\.started")
-    match = re.search(r"successor=(\d+)", line)
-    assert match
-    until("a worker at the gate", lambda: at_gate(service, int(match[1])), service)
+    master = successor(service)
+    until("a worker at the gate", lambda: at_gate(service, master), service)
     ends_without_a_trace(service)
     assert service.matches(r"event=upgrade\.cancelled")
 
@@ -218,13 +209,12 @@ def test_stopping_the_service_while_three_generations_are_alive_finishes_all_the
     configure(service).start()
     held = []
     for generation in (1, 2):
-        held.append(Held(service, generation))
+        held.append(HeldBy(service, generation))
         service.upgrade()
-    held.append(Held(service, 3))
+    held.append(HeldBy(service, 3))
     service.signal(signal.SIGTERM)
     service.wait_for(r"generation=3 event=phase\.draining")
     assert [each.release() for each in held] == [1, 2, 3]
-    until("the end of all processes", lambda: not service.processes(), service)
-    assert not service.is_open()
-    assert not service.pid_file.exists()
+    service.ends(status=None)
+    service.leaves_no_trace()
     assert not service.matches(r"event=successor\.lost")

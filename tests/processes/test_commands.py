@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import CONF, Service, until
+from tests.processes.harness import Service
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,9 +50,7 @@ def test_upgrade_to_a_broken_configuration_shows_what_it_printed(service: Servic
 
 
 def test_upgrade_is_refused_with_the_reason_when_the_service_is_stopping(service: Service):
-    service.settings.update(drain_delay=20, grace_period=30)
-    service.write_conf(CONF)
-    service.start()
+    service.configure(drain_delay=20, grace_period=30).start()
     service.signal(signal.SIGTERM)
     service.wait_for("event=phase.lame_duck")
     done = service.run("upgrade", "--name", service.name)
@@ -64,7 +62,7 @@ def test_upgrade_is_refused_with_the_reason_when_the_service_is_stopping(service
 def test_status_shows_generations_and_workers(service: Service):
     service.start()
     service.upgrade()
-    until("the first generation's end", lambda: len(service.generations()) == 1, service)
+    service.until_one_generation()
     shown = json.loads(service.run("status", "--name", service.name, "--json").stdout)
     (generation,) = shown["generations"]
     assert generation["generation"] == 2

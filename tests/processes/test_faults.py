@@ -1,8 +1,7 @@
 """What goes wrong in an upgrade, and what it must not cost: nothing.
 
 Every test injects one fault into a real gunicorn under load, and then holds the service to the same promises
-(`Trial`): the old generation serves, no answer of the new one was seen before it was ready, one log line and the
-command say why, no process is left, the pid file is true, and the next upgrade with good code works.
+(trial.py).
 """
 
 from __future__ import annotations
@@ -15,149 +14,37 @@ import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import Service, answered_from, lost, until
-from zdd_web import proc
+from tests.processes.harness import (
+    CONF,
+    Service,
+    answered_from,
+    descriptors,
+    serving_workers,
+    settled,
+    until,
+)
+from tests.processes.trial import (
+    HANG_SECOND,
+    WIDE_COMMIT_WINDOW,
+    HeldBy,
+    at_gate,
+    configure,
+    on_trial,
+    takes_over,
+)
 from zdd_web.board import WorkerState
 from zdd_web.lifecycle import Phase
 
-CONF = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})\n"
-
-#: Long enough to inject something in the commit window on a machine that is busy with other tests.
-WIDE_COMMIT_WINDOW = "import zdd_web.gunicorn.upgrade as limits\nlimits.COMMIT_WINDOW = 3.0\n"
 SHORT_PATIENCE = (
     "import zdd_web.gunicorn.upgrade as limits\n"
     "assert limits.STALE_AFTER and limits.STALE_AFTER_OFFICE\n"
     "limits.STALE_AFTER, limits.STALE_AFTER_OFFICE = 3.0, 4.0\n"
 )
-
-
-def configure(service: Service, before: str = "", **settings: object) -> Service:
-    """Write the configuration: the generation in every answer, and `before` install()."""
-    service.settings.update({"generation_header": "X-Zdd-Generation", **settings})
-    service.write_conf(before + CONF)
-    return service
-
-
-class Trial:
-    """A service under load, an upgrade that goes wrong, and the promises that hold all the same."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.master = service.pid
-        self.generation = service.snapshot().generation
-        self._pool = ThreadPoolExecutor(1)
-        self._command: Future[subprocess.CompletedProcess[str]] | None = None
-
-    def begin(self) -> None:
-        """Run `zdd-web upgrade` beside the test."""
-        self._command = self._pool.submit(self.service.run, "upgrade", "--name", self.service.name)
-
-    def successor(self) -> int:
-        """Wait for the new master's fork and return its pid."""
-        line = self.service.wait_for(rf"generation={self.generation} event=upgrade\.started")
-        match = re.search(r"successor=(\d+)", line)
-        assert match, line
-        return int(match[1])
-
-    def fails(self, *reasons: str, event: str = r"event=upgrade\.failed", shows: tuple[str, ...] = ()) -> str:
-        """Let the command end; it must have failed with all `reasons`, in one log line and on stderr."""
-        if self._command is None:
-            self.begin()
-        assert self._command is not None
-        done = self._command.result()
-        self._command = None
-        assert done.returncode == 1, (done.stdout, done.stderr, self.service.log())
-        lines = self.service.matches(event)
-        assert len(lines) == 1, self.service.log()
-        for reason in reasons:
-            assert re.search(reason, lines[0]), lines[0]
-            assert re.search(reason, done.stderr), done.stderr
-        for text in shows:
-            assert text in done.stderr, done.stderr
-        return lines[0]
-
-    def is_unharmed(self) -> None:
-        """The old generation is in office, whole, alone, and the pid file says so."""
-        service = self.service
-        until("the end of everybody else", lambda: len(service.processes()) == 1 + service.workers, service)
-        until("no zombie", lambda: not zombies_of(self.master), service)
-        assert service.pid == self.master, service.log()
-        snapshot = service.snapshot()
-        assert snapshot.phase is Phase.SERVING
-        assert [worker.state for worker in snapshot.workers] == [WorkerState.SERVING] * service.workers
-        assert service.pid_file.read_text() == f"{self.master}\n"
-        assert sorted(service.pid_file.parent.glob(".*.zdd_web")) == []
-
-    def recovers(self) -> None:
-        """Good code is taken over by the very next upgrade."""
-        self.service.deploy("good")
-        takes_over(self.service, self.generation + 1)
-
-
-def takes_over(service: Service, generation: int, version: str = "good") -> None:
-    done = service.run("upgrade", "--name", service.name)
-    assert done.returncode == 0, (done.stdout, done.stderr, service.log())
-    reply = service.get()
-    assert (reply.version, reply.generation) == (version, generation)
-    assert service.snapshot().phase is Phase.SERVING
-    until("the pid file", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
-
-
-def ends_without_a_trace(service: Service, status: int | None = 0) -> None:
-    service.stop(status=status)
-    assert not service.is_open()
-    assert not service.pid_file.exists()
-
-
-class Held:
-    """A request that a generation has in hand until the test lets it go."""
-
-    def __init__(self, service: Service, generation: int) -> None:
-        self._service, self._pool = service, ThreadPoolExecutor(1)
-        # Where two generations accept, chance decides which takes it: let the wrong one answer, and try again.
-        for _ in range(200):
-            self._key = service.directory / f"hold-{uuid.uuid4().hex[:12]}"
-            self._reply = self._pool.submit(service.get, f"/hold?{self._key.name}")
-            taker = until("a taker", self._taker, service)
-            if taker == generation:
-                return
-            self.release()
-        raise AssertionError(f"generation {generation} takes no request\n{service.log()}")
-
-    def _taker(self) -> int | None:
-        taken = list(self._key.parent.glob(f"{self._key.name}.held-by-*"))
-        return int(taken[0].name.rpartition("-")[2]) if taken else None
-
-    def release(self) -> int:
-        """Let it go, and return the generation that has answered."""
-        self._key.touch()
-        reply = self._reply.result()
-        assert reply.status == 200
-        return reply.generation
-
-
-def zombies_of(pid: int) -> list[int]:
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-    return [each for each in pids if proc.parent(each) == pid and proc.state(each) == "Z"]
-
-
-def generations_of(samples) -> set[int]:
-    return {sample.generation for sample in samples} - {None}
-
-
-def descriptors(pid: int) -> list[str]:
-    found = []
-    for entry in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
-    return sorted(found)
 
 
 # -- A. the new generation fails before it is ready
@@ -179,17 +66,11 @@ AT_IMPORT = {
 def test_an_app_that_ends_at_import_costs_nothing(service: Service, fault: str):
     statement, reasons, shows = AT_IMPORT[fault]
     configure(service).start()
-    trial = Trial(service)
     service.deploy("2", at_import=statement)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails(*reasons, shows=tuple(shows))
-        answered_from(load, 50)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 @pytest.mark.parametrize("fault", ["ImportError", "sys.exit(0)", "os._exit(0)", "segfault"])
@@ -198,18 +79,12 @@ def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_se
     service = make_service("gthread")
     service.arguments = ["--preload"]
     configure(service).start()
-    trial = Trial(service)
     service.deploy("2", at_import=statement)
     said = {"sys.exit(0)": "exit status 0", "os._exit(0)": "exit status 0"}.get(fault, reasons[0])
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails(said)
-        answered_from(load, 50)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 BOOM = "def {}:\n    raise RuntimeError('boom in a hook')\n"
@@ -232,37 +107,24 @@ IN_CONFIGURATION = {
 def test_a_configuration_that_fails_costs_nothing(make_service, fault: str):
     text, reason = IN_CONFIGURATION[fault]
     service = configure(make_service("sync")).start()
-    trial = Trial(service)
     service.write_conf(text + CONF)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails(reason)
-        answered_from(load, 50)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         configure(service)
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def test_a_configuration_without_install_costs_nothing(make_service):
     service = configure(make_service("sync")).start()
-    trial = Trial(service)
     service.write_conf("workers = 2\n")
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails("before it was ready")
-        answered_from(load, 50)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         configure(service)
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
-HANG_SECOND = "try:\n    os.mkdir('first')\nexcept FileExistsError:\n    time.sleep(600)"
 HANGS = {
     "at import": ("time.sleep(600)", "", {}, "2 booting"),
     "at import, deaf to SIGTERM": (
@@ -293,20 +155,15 @@ def warm(service: Service, statement: str) -> None:
 def test_a_generation_that_hangs_is_given_up_and_leaves_nobody(service: Service, where: str):
     at_import, before, settings, reason = HANGS[where]
     configure(service, upgrade_timeout=5).start()
-    trial = Trial(service)
     service.deploy("2", at_import=at_import)
     if "warmup" in settings:
         warm(service, "time.sleep(600)")
     configure(service, before, **settings)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails("UPGRADE_TIMEOUT = 5 s", reason)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         configure(service, warmup=[])
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 WARM_UPS = {
@@ -320,42 +177,25 @@ WARM_UPS = {
 def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
     statement, reason = WARM_UPS[fault]
     configure(service).start()
-    trial = Trial(service)
     service.deploy("2")
     warm(service, statement)
     configure(service, warmup=["/warm"])
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails(reason)
-        answered_from(load, 50)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def test_new_workers_that_are_killed_at_the_gate_cost_nothing(service: Service):
     configure(service).start()
-    trial = Trial(service)
     service.deploy("2", at_import=HANG_SECOND)
-    with service.under_load(clients=6) as load:
-        trial.begin()
-        successor = trial.successor()
+    with on_trial(service) as trial:
+        successor = trial.begin()
         ready = until("a worker at the gate", lambda: at_gate(service, successor), service)
         os.kill(ready, signal.SIGKILL)
         trial.fails("ended before it served", "SIGKILL")
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
-
-
-def at_gate(service: Service, master: int) -> int | None:
-    workers = [w for each in service.generations() if each.pid == master for w in each.snapshot().workers]
-    return next((w.pid for w in workers if w.state is WorkerState.READY), None)
 
 
 BEFORE_READY = {
@@ -371,22 +211,16 @@ BEFORE_READY = {
 def test_a_new_master_that_is_signalled_before_it_is_ready_costs_nothing(service: Service, fault: str):
     sig, timeout, reason = BEFORE_READY[fault]
     configure(service, upgrade_timeout=timeout).start()
-    trial = Trial(service)
     service.deploy("2", at_import=HANG_SECOND)
-    with service.under_load(clients=6) as load:
-        trial.begin()
-        successor = trial.successor()
+    with on_trial(service) as trial:
+        successor = trial.begin()
         service.wait_for(r"generation=2 event=boot\.started")
         os.kill(successor, sig)
         # An upgrade that never ends would keep the command for two minutes.
         service.wait_for(r"event=upgrade\.failed", patience=25)
         trial.fails(reason)
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 # -- A. the new generation fails when it already answers: its answers are good, and nobody loses one
@@ -403,13 +237,11 @@ IN_COMMIT_WINDOW = {
 def test_a_new_master_that_is_signalled_in_the_commit_window_loses_nothing(service: Service, fault: str):
     sig, reason = IN_COMMIT_WINDOW[fault]
     configure(service, WIDE_COMMIT_WINDOW + SHORT_PATIENCE).start()
-    trial = Trial(service)
     service.deploy("2")
-    with service.under_load(clients=6) as load:
-        trial.begin()
-        successor = trial.successor()
+    with on_trial(service) as trial:
+        successor = trial.begin()
         service.wait_for(r"generation=2 event=phase\.serving")
-        held = Held(service, generation=2)
+        held = HeldBy(service, generation=2)
         os.kill(successor, sig)
         service.wait_for(r"event=upgrade\.(failed|committed)", patience=15)
         # Its own workers had it in hand, and finish it.
@@ -418,8 +250,6 @@ def test_a_new_master_that_is_signalled_in_the_commit_window_loses_nothing(servi
         assert not service.matches(r"event=upgrade\.committed")
         trial.is_unharmed()
         trial.recovers()
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 WHILE_RETIRING = {
@@ -432,29 +262,23 @@ WHILE_RETIRING = {
 def test_the_old_generation_returns_when_the_new_master_fails_while_it_retires(service: Service, fault: str):
     sig, reason = WHILE_RETIRING[fault]
     configure(service, SHORT_PATIENCE).start()
-    first = service.pid
-    with service.under_load(clients=6) as load:
-        held = Held(service, generation=1)
+    with on_trial(service) as trial:
+        held = HeldBy(service, generation=1)
         service.deploy("2")
         assert service.run("upgrade", "--name", service.name).returncode == 0
         successor = service.pid
-        assert successor != first
+        assert successor != trial.master
         assert service.pid_file.read_text() == f"{successor}\n"
-        accepted = Held(service, generation=2)
+        accepted = HeldBy(service, generation=2)
         os.kill(successor, sig)
         assert re.search(reason, service.wait_for(r"event=successor\.lost", patience=15))
-        until("the office", lambda: service.pid_file.read_text() == f"{first}\n", service)
+        until("the office", lambda: service.pid_file.read_text() == f"{trial.master}\n", service)
         # Its own workers had it in hand, and finish it.
         assert accepted.release() == 2
         assert held.release() == 1
-        until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
-        assert service.pid == first
-        assert service.snapshot().phase is Phase.SERVING
-        answered_from(load, 50)
-        service.deploy("good")
-        takes_over(service, 2)
-    assert lost(load) == []
-    ends_without_a_trace(service)
+        trial.is_back()
+        trial.answers()
+        trial.recovers()
 
 
 WHEN_THE_OLD_ONE_IS_KILLED = {
@@ -466,41 +290,34 @@ WHEN_THE_OLD_ONE_IS_KILLED = {
 @pytest.mark.parametrize("when", WHEN_THE_OLD_ONE_IS_KILLED)
 def test_the_new_generation_takes_office_when_the_old_master_is_killed(service: Service, when: str):
     configure(service, WIDE_COMMIT_WINDOW).start()
-    first = service.pid
     service.deploy("2")
-    with service.under_load(clients=6) as load:
+    with on_trial(service, status=None) as trial:
         service.signal(signal.SIGUSR2)
         service.wait_for(WHEN_THE_OLD_ONE_IS_KILLED[when])
-        service.signal(signal.SIGKILL, first)
+        service.signal(signal.SIGKILL, trial.master)
         service.process.wait()
         service.wait_for(r"generation=2 event=predecessor\.lost")
         service.wait_for(r"generation=2 event=phase\.serving")
         until("the office", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
-        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
-        assert service.pid != first
+        service.until_alone()
+        assert service.pid != trial.master
         assert service.get().version == "2"
-        answered_from(load, 50)
+        trial.answers()
         service.deploy("good")
         takes_over(service, 3)
-    assert lost(load) == []
-    ends_without_a_trace(service, status=None)
 
 
 def test_requests_of_the_old_generation_are_finished_when_its_master_is_killed_while_it_retires(service: Service):
     configure(service).start()
-    first = service.pid
-    with service.under_load(clients=6) as load:
-        held = Held(service, generation=1)
+    with on_trial(service, status=None) as trial:
+        held = HeldBy(service, generation=1)
         service.upgrade()
-        os.kill(first, signal.SIGKILL)
+        os.kill(trial.master, signal.SIGKILL)
         service.process.wait()
         assert held.release() == 1
-        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
-        answered_from(load, 50)
+        service.until_alone()
+        trial.answers()
         takes_over(service, 3, version="1")
-    assert lost(load) == []
-    assert service.pid_file.read_text() == f"{service.pid}\n"
-    ends_without_a_trace(service, status=None)
 
 
 def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, small_disk: Path):
@@ -509,15 +326,15 @@ def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, smal
     service.pid_file = small_disk / "service.pid"
     configure(service).start()
     service.deploy("2", at_import="time.sleep(1)")
-    with service.under_load(clients=6) as load:
+    with on_trial(service, status=None, may_lose=True) as trial:
         service.signal(signal.SIGUSR2)
         service.wait_for(r"generation=2 event=boot\.started")
         fill(small_disk)
         service.signal(signal.SIGKILL, service.pid)
         service.process.wait()
         service.wait_for(r"generation=2 event=phase\.serving")
-        until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
-        answered_from(load, 50)
+        service.until_alone()
+        trial.answers()
         # A worker that comes and goes must find its descriptors its own.
         os.kill(service.get().pid, signal.SIGKILL)
         until("a replacement", lambda: [w.state for w in service.snapshot().workers] == [WorkerState.SERVING] * 2,
@@ -529,8 +346,7 @@ def test_an_office_that_cannot_write_its_pid_file_still_works(make_service, smal
         # A step that is tried again must not close what has got the descriptor's number since.
         assert not service.matches("Bad file descriptor")
         until("the pid file", lambda: service.pid_file.read_text() == f"{service.pid}\n", service)
-    assert service.get().version == "good"
-    ends_without_a_trace(service, status=None)
+        assert service.get().version == "good"
 
 
 # -- B. between fork and exec
@@ -541,16 +357,13 @@ def test_a_deleted_start_directory_is_refused_with_the_reason(service: Service):
     elsewhere.mkdir()
     service.pid_file, service.log_file = elsewhere / "service.pid", elsewhere / "log"
     configure(service).start()
-    trial = Trial(service)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         saved = service.directory.rename(elsewhere / "saved")
         trial.fails("directory", "gone", event="event=refused")
-        answered_from(load, 50)
+        trial.answers()
         saved.rename(service.directory)
-        trial.is_unharmed()
+        trial.cost_nothing()
         trial.recovers()
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def private_venv(directory: Path) -> Path:
@@ -579,17 +392,13 @@ def test_a_deleted_launcher_costs_nothing(service: Service, gone: str):
     service.launcher = [str(script)]
     service.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     configure(service).start()
-    trial = Trial(service)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         victim = script.parent / name
         saved = victim.rename(service.directory / "saved")
         trial.fails(reason, event=event)
-        answered_from(load, 50)
-        trial.is_unharmed()
+        trial.cost_nothing()
         saved.rename(victim)
         trial.recovers()
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 @contextlib.contextmanager
@@ -610,55 +419,40 @@ def descriptor_limit(pid: int, spare: int) -> Iterator[None]:
 @pytest.mark.parametrize("spare", range(4))
 def test_a_descriptor_limit_costs_nothing(make_service, spare: int):
     service = configure(make_service("sync"), upgrade_timeout=10).start()
-    trial = Trial(service)
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         with descriptor_limit(trial.master, spare):
             trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(?:upgrade\.failed|refused)")
-            answered_from(load, 50)
+            trial.answers()
             assert len(service.matches("event=internal.error")) == 0, service.log()
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def test_a_descriptor_limit_after_a_failed_upgrade_does_not_forbid_upgrades_for_ever(make_service):
     service = configure(make_service("sync")).start()
-    trial = Trial(service)
     service.deploy("2", at_import="raise RuntimeError('boom')")
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails("boom")
         before = resource.prlimit(trial.master, resource.RLIMIT_NOFILE)
         resource.prlimit(trial.master, resource.RLIMIT_NOFILE, (3, before[1]))
         trial.fails("Errno 24|Too many open files", event="event=refused")
         resource.prlimit(trial.master, resource.RLIMIT_NOFILE, before)
-        trial.is_unharmed()
+        trial.cost_nothing()
         trial.recovers()
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def test_a_generation_is_given_up_for_good_at_the_descriptor_limit(make_service):
     # Whoever cannot open /proc must not believe that the process it wants to kill is gone.
     service = configure(make_service("sync"), upgrade_timeout=5).start()
-    trial = Trial(service)
     service.deploy("2", at_import="while not os.path.exists('go'): time.sleep(0.05)")
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.begin()
-        trial.successor()
         service.wait_for(r"generation=2 event=boot\.started")
         with descriptor_limit(trial.master, 0):
             trial.fails("UPGRADE_TIMEOUT = 5 s")
             (service.directory / "go").touch()
-            answered_from(load, 50)
-            trial.is_unharmed()
-        seen = generations_of(load.samples)
+            trial.cost_nothing()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 @pytest.fixture
@@ -686,18 +480,13 @@ def fill(disk: Path) -> None:
 def test_a_full_disk_for_the_pid_file_costs_nothing(service: Service, small_disk: Path):
     service.pid_file = small_disk / "service.pid"
     configure(service).start()
-    trial = Trial(service)
     fill(small_disk)
     service.deploy("2")
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         trial.fails("pid file .* cannot be replaced: No space left on device")
-        trial.is_unharmed()
-        seen = generations_of(load.samples)
+        trial.cost_nothing()
         (small_disk / "filler").unlink()
         trial.recovers()
-    assert seen == {1}
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 def test_a_pid_file_that_vanishes_in_the_commit_window_does_not_hold_the_upgrade_for_ever(make_service):
@@ -707,17 +496,16 @@ def test_a_pid_file_that_vanishes_in_the_commit_window_does_not_hold_the_upgrade
     service.pid_file = run / "service.pid"
     configure(service, WIDE_COMMIT_WINDOW).start()
     service.deploy("2")
-    with service.under_load(clients=6) as load:
+    with service.under_load(clients=6):
         service.signal(signal.SIGUSR2)
         service.wait_for(r"generation=1 event=upgrade\.ready")
         shutil.rmtree(run)
         service.wait_for(r"event=upgrade\.(failed|committed)", patience=10)
         run.mkdir()
-        until("one generation", lambda: len(service.processes()) == 1 + service.workers, service)
+        service.until_alone()
         service.deploy("good")
         service.upgrade()
         until("the good code", lambda: service.get().version == "good", service)
-    assert lost(load) == []
     service.stop()
 
 
@@ -727,8 +515,8 @@ def test_failed_upgrades_leak_no_descriptor(make_service):
     seen = []
     for _ in range(3):
         service.upgrade(expect="upgrade.failed")
-        until("the end of everybody else", lambda: len(service.processes()) == 2, service)
-        seen.append(descriptors(service.pid))
+        service.until_alone()
+        seen.append(sorted(descriptors(service.pid).values()))
     assert seen[1] == seen[0]
     assert seen[2] == seen[0]
     service.stop()
@@ -746,10 +534,6 @@ MEETS = {
 }
 
 
-def serving(service: Service) -> list[int]:
-    return [w.pid for w in service.snapshot().workers if w.state is WorkerState.SERVING and not w.retiring]
-
-
 def retries(service: Service) -> list[float]:
     lines = service.matches(r"event=worker\.boot_failed")
     return [float(match[1]) for line in lines if (match := re.search(r"retry_in=([\d.]+)", line))]
@@ -758,61 +542,54 @@ def retries(service: Service) -> list[float]:
 @pytest.mark.parametrize("fault", MEETS)
 def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Service, fault: str):
     configure(service).start()
-    first = service.pid
-    before = serving(service)
-    with service.under_load(clients=6) as load:
+    before = serving_workers(service)
+    with on_trial(service) as trial:
         service.deploy("2", at_import=MEETS[fault])
         service.signal(signal.SIGTTIN)
         service.wait_for(r"event=worker\.boot_failed", times=3)
-        answered_from(load, 50)
-        assert serving(service) == before
+        trial.answers()
+        assert serving_workers(service) == before
         # What it waits grows, or it would burn the CPU that the others need.
         waits = retries(service)
         assert waits == sorted(set(waits)), waits
         service.deploy("good")
-        until("three workers", lambda: len(serving(service)) == 3, service)
-    assert lost(load) == []
-    assert service.pid == first
-    assert len(service.processes()) == 4
-    ends_without_a_trace(service)
+        until("three workers", lambda: len(serving_workers(service)) == 3, service)
+        assert service.pid == trial.master
+        assert len(service.processes()) == 4
 
 
 @pytest.mark.parametrize("fault", ["SyntaxError", "os._exit(3)"])
 def test_capacity_holds_while_workers_recycle_over_broken_code(service: Service, fault: str):
     service.arguments = ["--max-requests", "30"]
     configure(service).start()
-    before = serving(service)
-    with service.under_load(clients=6) as load:
+    before = serving_workers(service)
+    with on_trial(service) as trial:
         service.deploy("2", at_import=MEETS[fault])
         service.wait_for(r"event=worker\.recycled")
         service.wait_for(r"event=worker\.boot_failed", times=4)
-        answered_from(load, 100)
+        trial.answers(100)
         # Those that have answered max_requests go on until somebody can take their place.
-        assert serving(service) == before or len(serving(service)) == 2
+        assert serving_workers(service) == before or len(serving_workers(service)) == 2
         waits = retries(service)
         assert waits == sorted(set(waits)), waits
         service.deploy("good")
-        until("new workers", lambda: not set(before) & set(serving(service)) and len(serving(service)) == 2, service)
+        until("new workers", lambda: len(now := serving_workers(service)) == 2 and not set(before) & set(now), service)
         until("the good code", lambda: service.get().version == "good", service)
-    assert lost(load) == []
-    ends_without_a_trace(service)
 
 
 @pytest.mark.parametrize("fault", ["RuntimeError", "os._exit(4)"])
 def test_a_crash_over_broken_code_leaves_the_others_serving(service: Service, fault: str):
     configure(service).start()
-    before = until("two workers", lambda: pids if len(pids := serving(service)) == 2 else None, service)
+    before = settled(service, 2)
     service.deploy("2", at_import=MEETS[fault])
     os.kill(before[0], signal.SIGKILL)
     service.wait_for(r"event=worker\.boot_failed")
-    with service.under_load(clients=6) as load:
+    with on_trial(service) as trial:
         service.wait_for(r"event=worker\.boot_failed", times=3)
-        assert serving(service) == [before[1]]
+        assert serving_workers(service) == [before[1]]
         service.deploy("good")
-        until("two workers", lambda: len(serving(service)) == 2, service)
-        answered_from(load, 50)
-    assert lost(load) == []
-    ends_without_a_trace(service)
+        until("two workers", lambda: len(serving_workers(service)) == 2, service)
+        trial.answers()
 
 
 def test_a_worker_that_was_not_waited_for_may_fail_after_the_gate_opened(make_service):
@@ -847,11 +624,10 @@ def when_ready(server):
     from zdd_web.gunicorn import hooks
 
     def raise_in(owner, name):
-        original, left = getattr(owner, name), [1, 2, 3]
+        original, left = getattr(owner, name), iter(range({times}))
 
         def raising(*arguments, **fields):
-            if left and os.path.exists("raise_now"):
-                left.pop()
+            if os.path.exists("raise_now") and next(left, None) is not None:
                 raise RuntimeError("injected into " + name)
             return original(*arguments, **fields)
 
@@ -862,6 +638,14 @@ def when_ready(server):
         raise_in({owner}, {name!r})
 
 """
+
+
+def injected(service: Service, owner: str, name: str, times: int = 3) -> Path:
+    """Start a service whose first generation raises in a function, so many times, while the returned file exists."""
+    text = INJECT.replace("{owner}", owner).replace("{name!r}", repr(name)).replace("{times}", str(times))
+    configure(service, text).start()
+    return service.directory / "raise_now"
+
 
 INSIDE = {
     "tick": ("master.deploy", "follow", signal.SIGWINCH),
@@ -876,28 +660,23 @@ INSIDE = {
 @pytest.mark.parametrize("where", INSIDE)
 def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, where: str):
     owner, name, sig = INSIDE[where]
-    configure(service, INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))).start()
-    first = service.pid
-    with service.under_load(clients=6) as load:
-        (service.directory / "raise_now").touch()
+    raise_now = injected(service, owner, name)
+    with on_trial(service) as trial:
+        raise_now.touch()
         service.signal(sig)
         line = service.wait_for(rf"event=internal\.error.*where={where}\b")
         assert "generation=1" in line
         assert service.matches(f"injected into {name}")
-        answered_from(load, 50)
-        assert service.pid == first
-        assert service.snapshot().phase is Phase.SERVING
-        (service.directory / "raise_now").unlink()
-        service.deploy("good")
-        takes_over(service, 2)
-    assert lost(load) == []
-    ends_without_a_trace(service)
+        trial.answers()
+        trial.is_back()
+        raise_now.unlink()
+        trial.recovers()
 
 
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": ("__import__('zdd_web.gunicorn.compat').gunicorn.compat", "resume_control_server"),
-    "systemd": ("master.deploy", "_tell_systemd"),
+    "systemd": ("master.deploy._office", "_tell_systemd"),
 }
 
 
@@ -905,34 +684,30 @@ AFTER_THE_LOSS = {
 def test_the_old_generation_returns_even_if_something_in_its_return_raises(make_service, what: str):
     owner, name = AFTER_THE_LOSS[what]
     service = make_service("gthread")
-    inject = INJECT.replace("{owner}", owner).replace("{name!r}", repr(name))
-    configure(service, inject).start()
+    raise_now = injected(service, owner, name)
     first = service.pid
     with service.under_load(clients=6) as load:
-        held = Held(service, generation=1)
+        held = HeldBy(service, generation=1)
         service.upgrade()
-        (service.directory / "raise_now").touch()
+        raise_now.touch()
         os.kill(service.pid, signal.SIGKILL)
         service.wait_for(r"event=successor\.lost")
         assert held.release() == 1
-        until("the others' end", lambda: len(service.processes()) == 1 + service.workers, service)
+        service.until_alone()
         assert service.pid == first
         assert service.snapshot().phase is Phase.SERVING
         answered_from(load, 50)
-    assert lost(load) == []
     service.stop(status=None)
 
 
 def test_an_error_in_the_commit_does_not_hold_the_upgrade_for_ever(make_service):
     service = make_service("gthread")
-    inject = INJECT.replace("{owner}", "master.deploy").replace("{name!r}", repr("_tell_systemd"))
-    configure(service, inject.replace("[1, 2, 3]", "list(range(10**6))")).start()
-    (service.directory / "raise_now").touch()
+    raise_now = injected(service, "master.deploy._office", "_tell_systemd", times=10**6)
+    raise_now.touch()
     with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)
         service.wait_for(r"event=upgrade\.(failed|committed)", patience=10)
-        (service.directory / "raise_now").unlink()
-        until("one generation", lambda: len(service.processes()) == 1 + service.workers, service)
+        raise_now.unlink()
+        service.until_alone()
         answered_from(load, 50)
-    assert lost(load) == []
     service.stop(status=None)

@@ -111,7 +111,7 @@ def end_of_start(service: Service, status: int = 1) -> str:
     """Start what must not start; return its log."""
     process = service.spawn()
     assert process.wait(timeout=30) == status, service.log()
-    until("the end of all processes", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.pid_file.exists()
     return service.log()
 
@@ -386,8 +386,7 @@ def test_reload_takes_new_app_settings(make_django: Callable[..., Service], mast
 
 def test_reload_takes_new_app_settings_of_install(make_service: MakeService) -> None:
     service = make_service("gthread", workers=1, readiness_path="/old").start()
-    service.settings = {"readiness_path": "/new"}
-    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
+    service.configure(readiness_path="/new")
     service.signal(signal.SIGHUP)
     service.wait_for(r"event=reload\.done")
     until("the new worker", lambda: service.get("/new").body == "ok\n", service)
@@ -401,8 +400,7 @@ def test_reload_with_a_changed_master_setting_is_refused(make_django: Callable[.
         set_django(service, "{'GRACE_PERIOD': 20}")
         place = "ZDD_WEB in Django's settings module mysite.settings: GRACE_PERIOD = 20"
     else:
-        service.settings = {"grace_period": 20}
-        service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
+        service.configure(grace_period=20)
         place = "install(grace_period=20)"
     service.signal(signal.SIGHUP)
     line = service.wait_for("event=refused")
@@ -414,10 +412,8 @@ def test_reload_with_a_changed_master_setting_is_refused(make_django: Callable[.
 
 def test_reload_notices_a_variable_of_raw_env_that_is_gone(make_service: MakeService) -> None:
     service = make_service("gthread", workers=1)
-    conf = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})"
-    service.write_conf(f"raw_env = ['ZDD_WEB_GRACE_PERIOD=20']\n{conf}")
-    service.start()
-    service.write_conf(conf)
+    service.configure("raw_env = ['ZDD_WEB_GRACE_PERIOD=20']\n").start()
+    service.configure()
     service.signal(signal.SIGHUP)
     line = service.wait_for("event=refused")
     assert "GRACE_PERIOD changed from 20 (ZDD_WEB_GRACE_PERIOD=20) to 30 (the default GRACE_PERIOD = 30)" in line

@@ -60,9 +60,6 @@ def test_what_cannot_work_ends_the_start(make_service, case: str):
 
 
 def end_of_start(service: Service, said: list[str]) -> None:
-    if not service.worker_class:
-        command = service.command
-        service.command = lambda: [word for word in command() if word not in ("--worker-class", "")]  # type: ignore[method-assign]
     assert service.spawn().wait(timeout=30) == 1
     for words in said:
         assert words in service.log()
@@ -155,7 +152,7 @@ def test_a_first_start_with_broken_code_ends_as_gunicorn_ends_it(make_service):
     service.deploy("1", at_import="raise RuntimeError('boom at import')")
     assert service.spawn().wait(timeout=30) == 3
     assert 'error="RuntimeError: boom at import"' in service.log()
-    until("the end of all processes", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.pid_file.exists()
 
 

@@ -16,12 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import (
-    CONF,
     PATIENCE,
     Service,
     answered_from,
     ask_unix,
-    lost,
     serving,
     until,
 )  # fmt: skip
@@ -208,7 +206,6 @@ def test_release_without_install_costs_nothing(releases):
     with service.under_load(clients=4) as load:
         service.upgrade(expect="upgrade.failed")
         answered_from(load, 50)
-    assert lost(load) == []
     runs(service, releases, "r1", 1)
     assert len(service.processes()) == 1 + service.workers
 
@@ -274,7 +271,8 @@ def test_broken_environment_file_is_a_reason_to_refuse_that_names_file_and_line(
     path.write_text("CHANGED=two\nREMOVED here\n")
     done = service.run("upgrade", "--name", service.name)
     assert done.returncode == 1
-    assert f"{path}, line 2: must be KEY=VALUE" in done.stderr
+    assert f"{path}, line 2: no name before a '='" in done.stderr
+    assert "must be KEY=VALUE" in done.stderr
     assert "line 2: " in service.wait_for("event=refused")
     assert seen(service, 1)["CHANGED"] == "one"
     path.write_text(good)
@@ -310,7 +308,6 @@ def test_daemon_is_upgraded_and_stopped(make_service):
             service.upgrade()
             answered_from(load, 50)
             assert service.pid_file.read_text() == f"{serving(service, number)}\n"
-    assert lost(load) == []
     until("version 3", lambda: service.get().version == "3", service)
     service.deploy("4", at_import="raise RuntimeError('boom')")
     assert "boom" in service.upgrade(expect="upgrade.failed")
@@ -349,7 +346,6 @@ def test_workers_of_another_user_are_upgraded_and_stopped(unprivileged):
         for _ in (2, 3):
             service.upgrade()
             answered_from(load, 50)
-    assert lost(load) == []
     assert told(service, 3)["uid"] == nobody
     assert is_of(service.pid, 0)
     assert [is_of(worker.pid, nobody) for worker in service.snapshot().workers] == [True, True]
@@ -360,9 +356,7 @@ def test_workers_of_another_user_are_upgraded_and_stopped(unprivileged):
 
 def test_workers_of_another_user_that_hang_at_import_are_cleaned_up(unprivileged):
     service = unprivileged
-    service.settings["upgrade_timeout"] = 3
-    service.write_conf(CONF)
-    service.start()
+    service.configure(upgrade_timeout=3).start()
     before = sorted(service.processes())
     service.deploy("2", at_import="time.sleep(600)")
     assert "UPGRADE_TIMEOUT" in service.upgrade(expect="upgrade.failed")
@@ -375,7 +369,7 @@ def test_workers_of_another_user_end_with_a_killed_master(unprivileged):
     service = unprivileged
     service.start()
     service.signal(signal.SIGKILL)
-    until("the end of all processes", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.is_open()
 
 
@@ -388,7 +382,7 @@ def test_hung_worker_of_another_user_ends_with_a_killed_master(unprivileged):
     until("the new workers", lambda: len(service.processes()) == 2 + 2 * service.workers, service)
     for generation in service.generations():
         service.signal(signal.SIGKILL, generation.pid)
-    until("the end of all processes", lambda: not service.processes(), service)
+    service.ends(status=None)
 
 
 @pytest.fixture
@@ -406,7 +400,6 @@ def test_preloaded_app_is_upgraded_without_a_loss(preloading):
             service.deploy(str(number))
             service.upgrade()
             answered_from(load, 50)
-    assert lost(load) == []
     until("version 3", lambda: service.get().version == "3", service)
     service.stop()
 
@@ -429,9 +422,7 @@ def test_broken_code_under_preload_fails_the_upgrade_with_reason_and_traceback(p
 
 def test_code_that_hangs_under_preload_is_given_up(preloading):
     service = preloading
-    service.settings["upgrade_timeout"] = 3
-    service.write_conf(CONF)
-    service.start()
+    service.configure(upgrade_timeout=3).start()
     service.deploy("2", at_import="time.sleep(600)")
     assert "UPGRADE_TIMEOUT" in service.upgrade(expect="upgrade.failed")
     assert service.get().version == "1"
@@ -447,7 +438,6 @@ def test_reload_with_preload_loses_nothing_and_does_not_claim_new_code(preloadin
         line = service.wait_for(r"event=(?:reload\.done|refused)")
         answered_from(load, 100)
         until("settled workers", lambda: {w.state.label for w in service.snapshot().workers} == {"serving"}, service)
-    assert lost(load) == []
     assert service.get().generation == 1
     # The master has imported the code, and forks its workers with it: it must not be said to be the new one.
     assert service.get().version == "2" or "preload" in line
@@ -463,6 +453,5 @@ def test_broken_code_under_preload_costs_nothing_at_a_reload(preloading):
         service.wait_for(r"event=(?:reload\.done|refused)")
         answered_from(load, 100)
         until("settled workers", lambda: {w.state.label for w in service.snapshot().workers} == {"serving"}, service)
-    assert lost(load) == []
     assert service.get().version == "1"
     service.stop()

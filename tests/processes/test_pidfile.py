@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import (
-    CONF,
     Held,
     Service,
     answered_from,
     ask_unix,
     command_line,
-    lost,
+    generations_of,
     serving,
     until,
 )  # fmt: skip
@@ -93,7 +92,6 @@ def test_pid_file_names_a_living_master_at_every_instant_of_five_upgrades(make_s
     assert reader.wrong == []
     assert reader.pids == masters
     assert reader.reads > 1000
-    assert lost(load) == []
     service.stop()
     assert not service.pid_file.exists()
 
@@ -117,7 +115,7 @@ def test_pid_file_is_not_taken_away_by_a_predecessor_that_ends_late(make_service
         with read_all_the_time(service.pid_file) as reader:
             assert held.finish().generation == 1
             service.wait_for("generation=1 event=phase.stopped")
-            until("one generation", lambda: len(service.generations()) == 1, service)
+            service.until_one_generation()
     assert reader.wrong == []
     assert reader.pids[-1] == service.pid
 
@@ -183,18 +181,10 @@ def test_reload_moves_the_pid_file_and_the_next_generation_finds_it(make_service
     service = make_service()
     old, new = service.directory / "old.pid", service.directory / "new.pid"
     service.pid_file = old
-    command = service.command
-
-    def without_pid() -> list[str]:
-        words = command()
-        at = words.index("--pid")
-        return words[:at] + words[at + 2 :]
-
-    service.command = without_pid
-    service.write_conf(f"pidfile = {str(old)!r}\n{textwrap.dedent(CONF)}")
-    service.start()
+    service.pid_option = False
+    service.configure(f"pidfile = {str(old)!r}\n").start()
     assert old.read_text() == f"{service.pid}\n"
-    service.write_conf(f"pidfile = {str(new)!r}\n{textwrap.dedent(CONF)}")
+    service.configure(f"pidfile = {str(new)!r}\n")
     service.signal(signal.SIGHUP)
     service.wait_for(r"event=reload\.done")
     assert new.read_text() == f"{service.pid}\n"
@@ -210,20 +200,12 @@ def test_reload_moves_the_pid_file_and_the_next_generation_finds_it(make_service
 def test_upgrade_to_a_release_with_another_pid_file_leaves_the_new_one_alone(make_service):
     service = make_service()
     old, new = service.directory / "old.pid", service.directory / "new.pid"
-    command = service.command
-
-    def without_pid() -> list[str]:
-        words = command()
-        at = words.index("--pid")
-        return words[:at] + words[at + 2 :]
-
-    service.command = without_pid
-    service.write_conf(f"pidfile = {str(old)!r}\n{textwrap.dedent(CONF)}")
-    service.start()
-    service.write_conf(f"pidfile = {str(new)!r}\n{textwrap.dedent(CONF)}")
+    service.pid_option = False
+    service.configure(f"pidfile = {str(old)!r}\n").start()
+    service.configure(f"pidfile = {str(new)!r}\n")
     service.upgrade()
     service.wait_for("generation=1 event=phase.stopped")
-    until("one generation", lambda: len(service.generations()) == 1, service)
+    service.until_one_generation()
     assert new.read_text() == f"{service.pid}\n"
     assert not old.exists()
 
@@ -267,8 +249,7 @@ def test_pid_file_that_cannot_be_replaced_fails_the_upgrade_before_it_answers(ma
         line = service.upgrade(expect="upgrade.failed")
         answered_from(load, 50)
     assert "cannot be replaced" in line
-    assert lost(load) == []
-    assert {sample.generation for sample in load.samples if sample.outcome.answered} == {1}
+    assert generations_of(load) == {1}
 
 
 # -- gunicorn's control socket
@@ -296,12 +277,8 @@ def controlled(make_service, tmp_path) -> tuple[Service, Path]:
     if not HAS_CONTROL_SOCKET:
         pytest.skip("this gunicorn has no control socket")
     service = make_service()
-    path = tmp_path / "c.sock"
-    command = service.command
-    service.command = lambda: [
-        *(word for word in command() if word != "--no-control-socket"), "--control-socket", str(path)
-    ]  # fmt: skip
-    return service, path
+    service.control_socket = tmp_path / "c.sock"
+    return service, service.control_socket
 
 
 def test_control_socket_belongs_to_the_new_master_after_an_upgrade(controlled):
@@ -311,7 +288,7 @@ def test_control_socket_belongs_to_the_new_master_after_an_upgrade(controlled):
     for number in (2, 3):
         service.upgrade()
         service.wait_for(rf"generation={number - 1} event=phase\.stopped")
-        until("one generation", lambda: len(service.generations()) == 1, service)
+        service.until_one_generation()
         assert serving(service, number) == service.pid
         until("the new master's answer", lambda: master_by_control(path) == service.pid, service)
     service.stop()
@@ -361,7 +338,7 @@ def test_unix_socket_leads_to_the_new_generation_and_is_gone_after_the_stop(on_u
     for number in (2, 3):
         service.upgrade()
         service.wait_for(rf"generation={number - 1} event=phase\.stopped")
-        until("the old generation's end", lambda: len(service.generations()) == 1, service)
+        service.until_one_generation()
         assert ask_unix(path).generation == number
     assert path.stat().st_ino == inode
     service.stop()
@@ -377,7 +354,7 @@ def test_unix_socket_is_left_to_the_third_generation_when_the_first_ends_last(on
         until("the second's end", lambda: [g.board.header.generation for g in service.generations()] == [1, 3], service)
         assert held.finish().generation == 1
     service.wait_for(r"generation=1 event=phase\.stopped")
-    until("one generation", lambda: len(service.generations()) == 1, service)
+    service.until_one_generation()
     assert path.exists()
     assert ask_unix(path).generation == 3
 
@@ -389,7 +366,7 @@ def test_unix_socket_still_leads_to_the_old_generation_after_a_failed_upgrade(on
     service.upgrade(expect="upgrade.failed")
     assert ask_unix(path).generation == 1
     assert ask_unix(path).generation == 1
-    until("the failed generation's end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
 
 
 def test_unix_socket_still_leads_to_the_old_generation_when_the_new_one_is_killed(on_unix):
@@ -423,8 +400,7 @@ def test_dirty_apps_are_a_reason_to_refuse(make_service):
         pytest.skip("this gunicorn has no dirty apps")
     service = make_service()
     (service.directory / "jobs.py").write_text(textwrap.dedent(DIRTY))
-    service.write_conf(f"dirty_apps = ['jobs:Jobs']\ndirty_workers = 1\n{textwrap.dedent(CONF)}")
-    service.start()
+    service.configure("dirty_apps = ['jobs:Jobs']\ndirty_workers = 1\n").start()
     dirty = [pid for pid in service.processes() if pid != service.pid]
     service.signal(signal.SIGUSR2)
     line = service.wait_for(r"event=(?:refused|upgrade\.started)")

@@ -13,20 +13,18 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from tests.processes.harness import Service, answered_from, lost, until
+from tests.processes.harness import Held, Service, answered_from, settled, successor, until
 from zdd_web import proc
 from zdd_web import service as finder
-from zdd_web.board import UpgradeState, WorkerState
+from zdd_web.board import UpgradeState
 from zdd_web.cli.rehearse.load import LoadThread
 from zdd_web.lifecycle import SPAWNING, Phase
 
@@ -42,50 +40,15 @@ for _ in range(3000):
 """
 
 #: The commit window lasts until the test says so.
-CONF = """
+COMMIT_WAITS = """
 import os
-from zdd_web.gunicorn import install, upgrade
+from zdd_web.gunicorn import upgrade
 _committed = upgrade.Upgrade.committed
 upgrade.Upgrade.committed = property(lambda self: os.path.exists("commit") and _committed.fget(self))
-install(globals(), {settings})
 """
 
 
 # -- ways into a phase
-
-
-class Upload:
-    """A request whose body is not complete, so that a worker has it in hand for as long as the test wants."""
-
-    begun: ClassVar[list[Upload]] = []
-
-    def __init__(self, service: Service) -> None:
-        self.begun.append(self)
-        self._client = socket.create_connection(("127.0.0.1", service.port), timeout=30)
-        self._client.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nx")
-        # During the commit window either generation may have accepted it.
-        until("the upload", lambda: any(each.snapshot().in_flight for each in service.generations()), service)
-
-    def finish(self) -> bytes:
-        """Send the rest; return the reply, b"" when the connection was cut."""
-        reply = b""
-        with self._client, contextlib.suppress(OSError):
-            self._client.sendall(b"x")
-            while data := self._client.recv(4096):
-                reply += data
-        return reply
-
-    @classmethod
-    def close_all(cls) -> None:
-        """Close what a failed test has left open."""
-        while cls.begun:
-            cls.begun.pop()._client.close()
-
-
-@pytest.fixture(autouse=True)
-def no_upload_left_open() -> Iterator[None]:
-    yield
-    Upload.close_all()
 
 
 @dataclass
@@ -95,7 +58,7 @@ class Scene:
     service: Service
     master: int
     other: int = 0
-    upload: Upload | None = None
+    upload: Held | None = None
     load: LoadThread | None = None
     masters: set[int] = field(default_factory=set)
 
@@ -129,7 +92,7 @@ class Scene:
         service = self.service
         self.release()
         if self.upload is not None:
-            self.upload.finish()
+            self.upload.is_answered()
         told: set[int] = set()
 
         def stopped() -> bool:
@@ -141,15 +104,8 @@ class Scene:
             return not service.processes()
 
         until("the end of all processes", stopped, service)
-        assert_nothing_left(service)
-
-
-def assert_nothing_left(service: Service) -> None:
-    assert service.processes() == []
-    assert not service.is_open()
-    assert not service.pid_file.exists(), service.pid_file.read_text()
-    assert sorted(path.name for path in service.directory.glob(".*.zdd_web")) == []
-    assert not service.matches("internal.error"), service.log()
+        service.leaves_no_trace()
+        assert not service.matches("internal.error"), service.log()
 
 
 def turns(service: Service, generation: finder.Generation, count: int) -> None:
@@ -159,14 +115,8 @@ def turns(service: Service, generation: finder.Generation, count: int) -> None:
         until("a turn of the loop", lambda at=seen: generation.board.header.tick_at != at, service)
 
 
-def configured(service: Service, **settings: object) -> Service:
-    service.settings.update(settings)
-    service.write_conf(CONF)
-    return service
-
-
 def started(service: Service, **settings: object) -> Scene:
-    configured(service, **settings).start()
+    service.configure(COMMIT_WAITS, **settings).start()
     return Scene(service, service.pid)
 
 
@@ -186,30 +136,18 @@ def upgrading(service: Service, *, held_at: str) -> Scene:
     return scene
 
 
-def successor(service: Service, times: int = 1) -> int:
-    match = re.search(r"successor=(\d+)", service.wait_for("event=upgrade.started", times))
-    assert match
-    return int(match[1])
-
-
 def first_boot(service: Service) -> Scene:
-    configured(service)
+    service.configure(COMMIT_WAITS)
     service.deploy("1", at_import=IMPORT_WAITS)
     process = service.spawn()
     importing(service)
-    learn_port(service)
+    service.learn_port()
     return Scene(service, process.pid)
 
 
 def importing(service: Service) -> None:
     """Wait until all workers of a generation are held at import."""
     until("imports", lambda: len(list(service.directory.glob("importing-*"))) >= service.workers, service)
-
-
-def learn_port(service: Service) -> None:
-    match = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", service.log())
-    assert match, service.log()
-    service.port = int(match[1])
 
 
 def swapped(scene: Scene) -> Scene:
@@ -226,7 +164,7 @@ def lame_duck(service: Service) -> Scene:
 
 def draining(service: Service) -> Scene:
     scene = started(service)
-    scene.upload = Upload(service)
+    scene.upload = Held(service)
     scene.send(signal.SIGTERM)
     service.wait_for("event=phase.draining")
     return scene
@@ -234,7 +172,7 @@ def draining(service: Service) -> Scene:
 
 def retiring(service: Service) -> Scene:
     scene = started(service)
-    scene.upload = Upload(service)
+    scene.upload = Held(service)
     scene.release()
     scene.send(signal.SIGUSR2)
     scene.other = successor(service)
@@ -287,22 +225,21 @@ def no_effect(scene: Scene, sig: signal.Signals) -> None:
     if before.phase in SPAWNING:
         assert len(after.workers) == len(before.workers) == scene.service.workers
     if scene.upload is not None:
-        assert scene.upload.finish().startswith(b"HTTP/1.1 200")
+        assert scene.upload.is_answered()
         scene.gone(scene.master)
 
 
 def ends_in_3_s_at_most(scene: Scene, sig: signal.Signals) -> None:
     scene.send(sig)
     scene.gone(scene.master)
-    until("the workers' end", lambda: not scene.service.processes(), scene.service)
+    scene.service.ends(status=None)
     # Nothing was promised and nothing is lost: no reason for a supervisor to call it a failure.
     assert scene.service.process.wait() == 0, scene.service.log()
 
 
 def ends_now(scene: Scene, sig: signal.Signals) -> None:
     scene.send(sig)
-    until("the end of all processes", lambda: not scene.service.processes(), scene.service)
-    assert scene.service.process.wait() == 0, scene.service.log()
+    scene.service.ends()
 
 
 def ends_and_the_old_one_serves(scene: Scene, sig: signal.Signals) -> None:
@@ -313,30 +250,26 @@ def ends_and_the_old_one_serves(scene: Scene, sig: signal.Signals) -> None:
     assert old.phase is Phase.SERVING
     assert service.get().generation == 1
     assert service.pid_file.read_text() == f"{old.master}\n"
-    until("the new workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     scene.release()
     service.upgrade()
     assert until("generation 2", lambda: service.get().generation == 2, service)
 
 
 def lame_duck_drain_end(scene: Scene, sig: signal.Signals) -> None:
-    upload = Upload(scene.service)
+    upload = Held(scene.service)
     scene.send(sig)
     scene.service.wait_for("event=phase.lame_duck")
-    scene.service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not scene.service.processes(), scene.service)
-    assert scene.service.process.wait() == 0
+    drains(scene, upload)
 
 
 def kills_it_drain_end(scene: Scene, sig: signal.Signals) -> None:
-    upload = Upload(scene.service)
+    upload = Held(scene.service)
     scene.send(sig)
     scene.gone(scene.other)
     scene.service.wait_for("event=upgrade.cancelled")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not scene.service.processes(), scene.service)
-    assert scene.service.process.wait() == 0
+    assert upload.is_answered()
+    scene.service.ends()
 
 
 def kills_it_ends_now(scene: Scene, sig: signal.Signals) -> None:
@@ -345,12 +278,11 @@ def kills_it_ends_now(scene: Scene, sig: signal.Signals) -> None:
 
 
 def both_drain_and_end(scene: Scene, sig: signal.Signals) -> None:
-    upload = Upload(scene.service)
+    upload = Held(scene.service)
     scene.send(sig)
     scene.service.wait_for("event=phase.draining", times=2)
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not scene.service.processes(), scene.service)
-    assert scene.service.process.wait() == 0
+    assert upload.is_answered()
+    scene.service.ends()
 
 
 def both_end_now(scene: Scene, sig: signal.Signals) -> None:
@@ -366,7 +298,7 @@ def ends_now_the_new_one_serves(scene: Scene, sig: signal.Signals) -> None:
 
 def successor_serves_on(scene: Scene) -> None:
     service = scene.service
-    until("the old workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     assert service.get().generation == 2
     assert service.pid_file.read_text() == f"{scene.other}\n"
     assert service.pid == scene.other
@@ -374,13 +306,17 @@ def successor_serves_on(scene: Scene) -> None:
     assert until("generation 3", lambda: service.get().generation == 3, service)
 
 
-def drains_now(scene: Scene, sig: signal.Signals) -> None:
-    upload = Upload(scene.service)
-    scene.send(sig)
+def drains(scene: Scene, upload: Held) -> None:
+    """What is in hand is answered; then all processes end, with status 0."""
     scene.service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not scene.service.processes(), scene.service)
-    assert scene.service.process.wait() == 0
+    assert upload.is_answered()
+    scene.service.ends()
+
+
+def drains_now(scene: Scene, sig: signal.Signals) -> None:
+    upload = Held(scene.service)
+    scene.send(sig)
+    drains(scene, upload)
 
 
 def gets_a_deadline(scene: Scene, sig: signal.Signals) -> None:
@@ -393,7 +329,7 @@ def gets_a_deadline(scene: Scene, sig: signal.Signals) -> None:
     turns(scene.service, scene.generation, 2)
     assert scene.generation.snapshot().deadline == deadline
     assert scene.upload is not None
-    assert scene.upload.finish().startswith(b"HTTP/1.1 200")
+    assert scene.upload.is_answered()
     scene.gone(scene.master)
     successor_serves_on(scene)
 
@@ -406,18 +342,6 @@ def reloads(scene: Scene, sig: signal.Signals) -> None:
     settled(scene.service, scene.service.workers, before)
     assert scene.service.get().version == "2"
     assert scene.service.get().generation == 1
-
-
-def settled(service: Service, count: int, without: list[int]) -> list[int]:
-    """Wait until exactly that many workers exist, all of them serving and none of `without`; return their pids."""
-
-    def found() -> list[int] | None:
-        workers = service.snapshot().workers
-        states = [worker.state for worker in workers]
-        pids = [worker.pid for worker in workers]
-        return pids if states == [WorkerState.SERVING] * count and not set(pids) & set(without) else None
-
-    return until(f"{count} serving workers", found, service)
 
 
 def upgrades(scene: Scene, sig: signal.Signals) -> None:
@@ -559,7 +483,6 @@ def test_the_page_says_what_a_signal_does(cell: Cell, make_service) -> None:
         with service.under_load(clients=4) as load:
             OUTCOMES[cell.outcome](scene, sig)
             answered_from(load, 20)
-        assert lost(load) == []
     else:
         OUTCOMES[cell.outcome](scene, sig)
     scene.finish()
@@ -572,7 +495,7 @@ def test_the_page_says_what_a_signal_does(cell: Cell, make_service) -> None:
 def test_a_worker_that_is_signalled_ends_and_is_replaced(make_service, name: str) -> None:
     scene = started(make_service())
     service = scene.service
-    before = settled(service, 2, [])
+    before = settled(service, 2)
     os.kill(before[0], signal.Signals[f"SIG{name}"])
     after = settled(service, 2, before[:1])
     assert before[1] in after
@@ -584,13 +507,13 @@ def test_a_worker_that_is_signalled_ends_and_is_replaced(make_service, name: str
 def test_a_worker_that_is_told_to_leave_finishes_its_request(service: Service) -> None:
     service.workers = 1
     scene = started(service)
-    worker = settled(service, 1, [])[0]
-    upload = Upload(service)
+    worker = settled(service, 1)[0]
+    upload = Held(service)
     os.kill(worker, signal.SIGTERM)
     if service.worker_class == "gthread":
         # A sync worker hears the signal when its request is done.
         until("a replacement", lambda: len(service.snapshot().workers) == 2, service)
-    assert upload.finish().startswith(b"HTTP/1.1 200")
+    assert upload.is_answered()
     settled(service, 1, [worker])
     scene.finish()
 
@@ -599,12 +522,12 @@ def test_a_worker_that_is_told_to_leave_finishes_its_request(service: Service) -
 def test_a_worker_that_is_ended_cuts_its_request(service: Service, name: str) -> None:
     service.workers = 1
     scene = started(service)
-    worker = settled(service, 1, [])[0]
-    upload = Upload(service)
+    worker = settled(service, 1)[0]
+    upload = Held(service)
     os.kill(worker, signal.Signals[f"SIG{name}"])
     # The upload does not end: nor may the worker wait for the thread that reads it.
     settled(service, 1, [worker])
-    assert not upload.finish().startswith(b"HTTP/1.1 200")
+    assert not upload.is_answered()
     scene.finish()
 
 
@@ -612,11 +535,11 @@ def test_a_worker_that_is_ended_cuts_its_request(service: Service, name: str) ->
 def test_a_signal_that_only_a_master_knows_does_nothing_to_a_worker(service: Service, name: str) -> None:
     service.workers = 1
     scene = started(service)
-    worker = settled(service, 1, [])[0]
-    upload = Upload(service)
+    worker = settled(service, 1)[0]
+    upload = Held(service)
     os.kill(worker, signal.Signals[f"SIG{name}"])
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    assert settled(service, 1, []) == [worker]
+    assert upload.is_answered()
+    assert settled(service, 1) == [worker]
     scene.finish()
 
 
@@ -624,7 +547,7 @@ def test_a_replacement_that_hangs_at_import_is_given_up_and_tried_again(make_ser
     # gunicorn's `timeout` begins with a worker's first heartbeat: one that never gets there is never missed.
     scene = started(make_service(), upgrade_timeout=2)
     service = scene.service
-    before = settled(service, 2, [])
+    before = settled(service, 2)
     service.deploy("2", at_import=IMPORT_WAITS)
     os.kill(before[0], signal.SIGKILL)
     until("an import that hangs", lambda: list(service.directory.glob("importing-*")), service)
@@ -638,24 +561,23 @@ def test_usr1_to_a_worker_reopens_its_logs(make_service) -> None:
     service = make_service()
     service.arguments = ["--access-logfile", str(service.directory / "access")]
     scene = started(service)
-    before = settled(service, 2, [])
+    before = settled(service, 2)
     access = service.directory / "access"
     access.rename(f"{access}.1")
     os.kill(before[0], signal.SIGUSR1)
     until("a new access log", access.exists, service)
-    assert settled(service, 2, []) == before
+    assert settled(service, 2) == before
     scene.finish()
 
 
 def test_all_workers_signalled_at_once_lose_nothing(service: Service) -> None:
     scene = started(service)
-    before = settled(service, 2, [])
+    before = settled(service, 2)
     with service.under_load(clients=4) as load:
         for pid in before:
             os.kill(pid, signal.SIGTERM)
         settled(service, 2, before)
         answered_from(load, 50)
-    assert lost(load) == []
     scene.finish()
 
 
@@ -664,24 +586,21 @@ def test_all_workers_signalled_at_once_lose_nothing(service: Service) -> None:
 
 def test_term_to_the_whole_group_finishes_what_is_in_hand(service: Service) -> None:
     scene = started(service)
-    upload = Upload(service)
+    upload = Held(service)
     for pid in service.processes():
         os.kill(pid, signal.SIGTERM)
-    service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    drains(scene, upload)
     scene.finish()
 
 
 def test_term_to_the_whole_group_during_an_upgrade_ends_both_generations(service: Service) -> None:
     scene = upgrading(service, held_at="import")
-    upload = Upload(service)
+    upload = Held(service)
     for pid in service.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
+    assert upload.is_answered()
+    service.ends(status=None)
     scene.finish()
 
 
@@ -690,8 +609,7 @@ def test_int_to_the_whole_group_ends_everything(service: Service) -> None:
     scene = started(service)
     for pid in service.processes():
         os.kill(pid, signal.SIGINT)
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    service.ends()
     scene.finish()
 
 
@@ -700,10 +618,10 @@ def test_a_stop_now_takes_no_longer_than_a_stop_that_finishes_work(make_service,
     # Python joins the threads of a gthread worker that exits, and gunicorn waits for `graceful_timeout`, 30 s.
     service = make_service()
     scene = started(service, grace_period=2)
-    upload = Upload(service)
+    upload = Held(service)
     scene.send(signal.Signals[f"SIG{name}"])
-    until("the end", lambda: not service.processes(), service, patience=15)
-    assert not upload.finish().startswith(b"HTTP/1.1 200")
+    service.ends(status=None, patience=15)
+    assert not upload.is_answered()
     scene.finish()
 
 
@@ -716,44 +634,37 @@ def test_usr2_twice_at_once_is_one_upgrade_and_loses_nothing(service: Service) -
         service.wait_for("event=upgrade.committed")
         scene.gone(scene.master)
         answered_from(load, 50)
-    assert lost(load) == []
     assert service.get().generation == 2
     scene.finish()
 
 
 def test_usr2_then_term_stops(service: Service) -> None:
     scene = started(service)
-    upload = Upload(service)
+    upload = Held(service)
     scene.send(signal.SIGUSR2)
     scene.send(signal.SIGTERM)
-    service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    drains(scene, upload)
     scene.finish()
 
 
 def test_term_then_usr2_stops(service: Service) -> None:
     scene = started(service)
-    upload = Upload(service)
+    upload = Held(service)
     scene.send(signal.SIGTERM)
     service.wait_for("event=phase.draining")
     scene.send(signal.SIGUSR2)
     assert "the generation is draining" in service.wait_for("event=refused signal=USR2")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
+    assert upload.is_answered()
+    service.ends(status=None)
     scene.finish()
 
 
 def test_term_twice_at_once_is_one_stop(service: Service) -> None:
     scene = started(service)
-    upload = Upload(service)
+    upload = Held(service)
     scene.send(signal.SIGTERM)
     scene.send(signal.SIGTERM)
-    service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    drains(scene, upload)
     scene.finish()
 
 
@@ -771,7 +682,6 @@ def test_usr2_during_the_proof_of_a_reload_is_refused(make_service) -> None:
         until("version 2", lambda: service.get().version == "2", service)
         service.upgrade()
         answered_from(load, 50)
-    assert lost(load) == []
     scene.finish()
 
 
@@ -787,7 +697,6 @@ def test_usr2_while_a_reload_replaces_workers_upgrades(make_service) -> None:
         service.wait_for("event=upgrade.committed")
         scene.gone(scene.master)
         answered_from(load, 50)
-    assert lost(load) == []
     assert service.get().generation == 2
     scene.finish()
 
@@ -796,21 +705,18 @@ def test_term_during_the_proof_of_a_reload_stops_and_blames_nobody(make_service)
     scene = started(make_service())
     service = scene.service
     service.deploy("2", at_import=IMPORT_WAITS)
-    upload = Upload(service)
+    upload = Held(service)
     scene.send(signal.SIGHUP)
     service.wait_for("event=reload.started")
     scene.send(signal.SIGTERM)
-    service.wait_for("event=phase.draining")
-    assert upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    drains(scene, upload)
     assert not service.matches("event=refused"), service.log()
     scene.finish()
 
 
 def test_a_storm_of_hup_reloads_and_loses_nothing(service: Service) -> None:
     scene = started(service)
-    before = settled(service, 2, [])
+    before = settled(service, 2)
     service.deploy("2")
     with service.under_load(clients=4) as load:
         for number in range(1, 21):
@@ -821,7 +727,6 @@ def test_a_storm_of_hup_reloads_and_loses_nothing(service: Service) -> None:
         settled(service, 2, before)
         until("version 2", lambda: service.get().version == "2", service)
         answered_from(load, 50)
-    assert lost(load) == []
     assert len(service.matches("event=reload.started")) + len(service.matches("event=refused signal=HUP")) == 20
     scene.finish()
 
@@ -836,9 +741,8 @@ def test_a_storm_of_ttin_and_ttou_ends_where_it_began(service: Service) -> None:
             scene.send(signal.SIGTTOU)
             service.wait_for("Handling signal: ttou", times=number)
         until("the number", lambda: service.snapshot().workers_wanted == 2, service)
-        settled(service, 2, [])
+        settled(service, 2)
         answered_from(load, 50)
-    assert lost(load) == []
     scene.finish()
 
 
@@ -847,7 +751,7 @@ def test_ttou_keeps_the_last_worker(make_service) -> None:
     for number in range(1, 5):
         scene.send(signal.SIGTTOU)
         scene.service.wait_for("Handling signal: ttou", times=number)
-    assert len(settled(scene.service, 1, [])) == 1
+    assert len(settled(scene.service, 1)) == 1
     scene.finish()
 
 
@@ -855,10 +759,10 @@ def test_a_successor_has_the_number_of_workers_of_the_configuration(make_service
     scene = started(make_service())
     scene.release()
     scene.send(signal.SIGTTIN)
-    settled(scene.service, 3, [])
+    settled(scene.service, 3)
     scene.service.upgrade()
     until("generation 2", lambda: scene.service.snapshot().generation == 2, scene.service)
-    settled(scene.service, 2, [])
+    settled(scene.service, 2)
     scene.finish()
 
 
@@ -869,8 +773,8 @@ def test_an_old_master_with_a_deadline_does_not_return_to_office(make_service) -
     until("a deadline", lambda: scene.generation.snapshot().deadline, service)
     scene.send(signal.SIGKILL, scene.other)
     assert scene.upload is not None
-    assert scene.upload.finish().startswith(b"HTTP/1.1 200")
-    until("the end", lambda: not service.processes(), service)
+    assert scene.upload.is_answered()
+    service.ends(status=None)
     assert not service.matches("event=successor.lost")
     # SIGKILL leaves no one to remove it.
     service.pid_file.unlink(missing_ok=True)
@@ -911,9 +815,9 @@ def test_the_command_ends_when_the_successor_is_told_to_stop(make_service) -> No
 def test_a_retiring_master_whose_pid_must_stay_sends_signals_on(make_service, name: str) -> None:
     service = make_service()
     service.arguments = ["--access-logfile", str(service.directory / "access")]
-    configured(service, keep_pid=True).start()
+    service.configure(COMMIT_WAITS, keep_pid=True).start()
     scene = Scene(service, service.pid)
-    scene.upload = Upload(service)
+    scene.upload = Held(service)
     scene.release()
     scene.send(signal.SIGUSR2)
     scene.other = successor(service)
@@ -922,15 +826,14 @@ def test_a_retiring_master_whose_pid_must_stay_sends_signals_on(make_service, na
     scene.send(sig)
     service.wait_for(rf"\[{scene.other}\] \[INFO\] Handling signal: {name.lower()}")
     if name not in ("TERM", "INT", "QUIT"):
-        assert scene.upload.finish().startswith(b"HTTP/1.1 200")
+        assert scene.upload.is_answered()
         service.wait_for("event=keeper.started")
-    scene.upload.finish()
+    scene.upload.is_answered()
     # The keeper has the pid, and ends when the service does.
     if name not in ("TERM", "INT", "QUIT"):
         until("the master in office", lambda: service.generations()[0].pid == scene.other, service)
         os.kill(scene.master, signal.SIGTERM)
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    service.ends()
     scene.finish()
 
 
@@ -939,12 +842,12 @@ def test_a_retiring_master_whose_pid_must_stay_sends_signals_on(make_service, na
 
 def daemon(service: Service) -> Scene:
     service.arguments = ["--daemon", "--error-logfile", str(service.log_file)]
-    configured(service)
+    service.configure(COMMIT_WAITS)
     process = service.spawn()
     service.wait_for("event=phase.serving")
     process.wait()
     service.process = None
-    learn_port(service)
+    service.learn_port()
     return Scene(service, service.pid)
 
 
@@ -966,12 +869,12 @@ def test_winch_takes_a_daemons_workers_away_until_others_are_asked_for(make_serv
 def test_winch_does_not_have_a_booting_daemon_serve_without_workers(make_service) -> None:
     service = make_service()
     service.arguments = ["--daemon", "--error-logfile", str(service.log_file)]
-    configured(service)
+    service.configure(COMMIT_WAITS)
     service.deploy("1", at_import=IMPORT_WAITS)
     service.spawn().wait()
     service.process = None
     importing(service)
-    learn_port(service)
+    service.learn_port()
     scene = Scene(service, service.pid)
     scene.send(signal.SIGWINCH)
     scene.handled(signal.SIGWINCH)
@@ -1012,7 +915,7 @@ def test_a_successor_that_stands_still_in_the_commit_window_does_not_outlive_a_s
     with stopped(scene.other):
         scene.send(signal.SIGTERM)
         scene.gone(scene.master)
-        until("the new master's end", lambda: not scene.service.processes(), scene.service)
+        scene.service.ends(status=None)
     scene.finish()
 
 

@@ -9,13 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.processes.harness import Service, answered_from, lost, until
-
-
-def configure(service: Service, **settings: object) -> Service:
-    service.settings.update(settings)
-    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
-    return service
+from tests.processes.harness import Service, answered_from, until
 
 
 def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
@@ -25,8 +19,7 @@ def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
         until("the request", lambda: service.snapshot().in_flight == 1, service)
         service.signal(signal.SIGTERM)
         assert reply.result().status == 200
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    service.ends()
     assert not service.is_open()
     assert not service.pid_file.exists()
 
@@ -43,7 +36,7 @@ def test_what_waits_in_the_accept_queue_is_answered(service: Service):
         )
         service.signal(signal.SIGTERM)
         assert [reply.result().status for reply in replies] == [200] * 20
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
 
 
 def connected_to(port: int) -> int:
@@ -58,7 +51,7 @@ def connected_to(port: int) -> int:
 def test_background_work_is_finished(service: Service, sig: signal.Signals):
     # Longer than gunicorn's own patience with a silent worker, so the heartbeat must go on.
     service.arguments = ["--timeout", "2"]
-    configure(service, recycle_timeout=20).start()
+    service.configure(recycle_timeout=20).start()
     worker = service.get("/job?seconds=5").pid
     service.signal(sig)
     service.wait_for("event=background.waiting")
@@ -66,25 +59,23 @@ def test_background_work_is_finished(service: Service, sig: signal.Signals):
     until("the worker's end", lambda: worker not in service.processes(), service)
     assert not service.matches("WORKER TIMEOUT")
     if sig is signal.SIGTERM:
-        until("the end", lambda: not service.processes(), service)
-        assert service.process.wait() == 0
+        service.ends()
     else:
         service.stop()
 
 
 def test_background_work_past_the_deadline_is_named_and_the_status_tells(service: Service):
-    configure(service, grace_period=3).start()
+    service.configure(grace_period=3).start()
     service.get("/job?seconds=600")
     service.signal(signal.SIGTERM)
     line = service.wait_for("event=background.abandoned")
     assert "name=job" in line
     assert "age=" in line
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 1
+    service.ends(1)
 
 
 def test_a_request_past_the_deadline_is_cut_and_the_status_tells(service: Service):
-    configure(service, grace_period=2).start()
+    service.configure(grace_period=2).start()
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(service.get, "/slow?seconds=600")
         until("the request", lambda: service.snapshot().in_flight == 1, service)
@@ -93,12 +84,11 @@ def test_a_request_past_the_deadline_is_cut_and_the_status_tells(service: Servic
         with pytest.raises((ConnectionError, OSError)):
             reply.result()
     assert "requests=1" in line
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 1
+    service.ends(1)
 
 
 def test_lame_duck_accepts_everything_while_readiness_is_503(service: Service):
-    configure(service, drain_delay=20, grace_period=30).start()
+    service.configure(drain_delay=20, grace_period=30).start()
     with service.under_load() as load:
         service.signal(signal.SIGTERM)
         service.wait_for("event=phase.lame_duck")
@@ -109,16 +99,14 @@ def test_lame_duck_accepts_everything_while_readiness_is_503(service: Service):
         assert service.get("/livez").status == 200
         answered_from(load, 100)
         assert service.get("/").headers["Connection"] == "close"
-    assert lost(load) == []
     # The second one skips the rest.
     service.signal(signal.SIGTERM)
     service.wait_for("event=phase.draining")
-    until("the end", lambda: not service.processes(), service)
-    assert service.process.wait() == 0
+    service.ends()
 
 
 def test_a_worker_that_dies_in_the_lame_duck_is_replaced(service: Service):
-    configure(service, drain_delay=20, grace_period=30).start()
+    service.configure(drain_delay=20, grace_period=30).start()
     service.signal(signal.SIGTERM)
     service.wait_for("event=phase.lame_duck")
     victim = service.get().pid
@@ -129,11 +117,11 @@ def test_a_worker_that_dies_in_the_lame_duck_is_replaced(service: Service):
         service,
     )
     service.signal(signal.SIGTERM)
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
 
 
 def test_workers_signalled_with_the_group_leave_when_their_master_says_so(service: Service):
-    configure(service, drain_delay=20, grace_period=30).start()
+    service.configure(drain_delay=20, grace_period=30).start()
     workers = [worker.pid for worker in service.snapshot().workers]
     with service.under_load() as load:
         for pid in [service.pid, *workers]:
@@ -141,9 +129,8 @@ def test_workers_signalled_with_the_group_leave_when_their_master_says_so(servic
         service.wait_for("event=phase.lame_duck")
         answered_from(load, 200)
         assert [worker.pid for worker in service.snapshot().workers] == workers
-    assert lost(load) == []
     service.signal(signal.SIGTERM)
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
 
 
 def test_a_worker_that_alone_is_signalled_leaves_and_is_replaced(service: Service):
@@ -153,7 +140,6 @@ def test_a_worker_that_alone_is_signalled_leaves_and_is_replaced(service: Servic
         os.kill(victim, signal.SIGTERM)
         until("the worker's end", lambda: victim not in service.processes(), service)
         answered_from(load, 50)
-    assert lost(load) == []
     until("two workers", lambda: [w.state.label for w in service.snapshot().workers] == ["serving"] * 2, service)
     service.stop()
 
@@ -161,7 +147,7 @@ def test_a_worker_that_alone_is_signalled_leaves_and_is_replaced(service: Servic
 def test_a_killed_master_leaves_no_port_open(service: Service):
     service.start()
     service.signal(signal.SIGKILL)
-    until("the workers' end", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.is_open()
 
 
@@ -172,7 +158,7 @@ def test_a_killed_master_leaves_no_worker_that_hangs_at_import(service: Service)
     until("boards", service.generations, service)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    until("the workers' end", lambda: not service.processes(), service)
+    service.ends(status=None)
 
 
 def test_stop_while_booting_ends_soon(service: Service):
@@ -181,7 +167,7 @@ def test_stop_while_booting_ends_soon(service: Service):
     service.wait_for("Booting worker", times=2)
     os.kill(process.pid, signal.SIGTERM)
     service.wait_for("event=phase.draining")
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.pid_file.exists()
 
 
@@ -189,7 +175,7 @@ def test_stop_while_booting_ends_soon(service: Service):
 def test_sigint_and_sigquit_stop_now(service: Service, sig: signal.Signals):
     service.start()
     service.signal(sig)
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.is_open()
     assert not service.pid_file.exists()
 
@@ -207,4 +193,4 @@ def test_an_upload_in_hand_is_finished(service: Service):
             answer += data
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"Connection: close" in answer
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
-from tests.processes.harness import Service, answered_from, lost, until
+from tests.processes.harness import Service, answered_from, generations_of, until
 from zdd_web.lifecycle import Phase
 
 
-def generations_of(load):
-    return {sample.status and sample.generation for sample in load.samples} - {None}
-
-
 def test_new_code_takes_over_without_a_lost_request(service: Service):
-    service.settings["generation_header"] = "X-Zdd-Generation"
-    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
-    service.start()
+    service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
     with service.under_load() as load:
         for number in (2, 3):
             service.deploy(str(number))
             service.upgrade()
             answered_from(load, 100)
-    assert lost(load) == []
     assert generations_of(load) == {1, 2, 3}
     assert service.get().version == "3"
     assert service.pid != first
@@ -35,9 +31,7 @@ def test_new_code_takes_over_without_a_lost_request(service: Service):
 
 def test_no_answer_of_the_new_generation_before_it_is_ready(service: Service):
     # One worker of the two takes its time; the quick one must wait for it.
-    service.settings["generation_header"] = "X-Zdd-Generation"
-    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
-    service.start()
+    service.configure(generation_header="X-Zdd-Generation").start()
     slow_once = """
     try:
         os.mkdir("first")
@@ -49,7 +43,6 @@ def test_no_answer_of_the_new_generation_before_it_is_ready(service: Service):
         service.upgrade()
         answered_from(load, 100)
     ready_at = service.in_office().board.header.ready_at / 1e9
-    assert lost(load) == []
     assert [sample for sample in load.samples if sample.generation == 2 and sample.ended < ready_at] == []
     assert generations_of(load) == {1, 2}
 
@@ -62,7 +55,6 @@ def test_code_that_raises_at_import_costs_nothing(service: Service):
         line = service.upgrade(expect="upgrade.failed")
         answered_from(load, 100)
     assert "boom at import" in line
-    assert lost(load) == []
     assert service.pid == before
     assert service.get().version == "1"
     assert len(service.processes()) == 1 + service.workers
@@ -74,47 +66,44 @@ def test_code_that_raises_at_import_costs_nothing(service: Service):
 
 
 def test_code_that_hangs_at_import_is_given_up(service: Service):
-    service.settings["upgrade_timeout"] = 3
-    service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
-    service.start()
+    service.configure(upgrade_timeout=3).start()
     service.deploy("2", at_import="time.sleep(600)")
     with service.under_load() as load:
         line = service.upgrade(expect="upgrade.failed")
         answered_from(load, 100)
     assert "UPGRADE_TIMEOUT = 3 s" in line
     assert "2 booting" in line
-    assert lost(load) == []
     assert service.get().version == "1"
-    until("the hung workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     service.stop()
     assert not service.is_open()
 
 
-def test_a_slow_request_outlives_its_generation(service: Service):
-    from concurrent.futures import ThreadPoolExecutor
-
-    service.start()
+@contextmanager
+def answered_by_the_first(service: Service, seconds: int) -> Iterator[None]:
+    """A slow request to the first generation, which answers it whatever is done meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(service.get, "/slow?seconds=4")
+        reply = pool.submit(service.get, f"/slow?seconds={seconds}")
         until("the request", lambda: service.snapshot().in_flight == 1, service)
+        yield
+        assert reply.result().generation == 1
+
+
+def test_a_slow_request_outlives_its_generation(service: Service):
+    service.start()
+    with answered_by_the_first(service, seconds=4):
         service.upgrade()
         until("the new generation", lambda: service.get().generation == 2, service)
-        assert reply.result().generation == 1
     service.wait_for("generation=1 event=phase.stopped")
     service.stop()
 
 
 def test_a_third_generation_starts_while_the_first_still_drains(service: Service):
-    from concurrent.futures import ThreadPoolExecutor
-
     service.start()
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(service.get, "/slow?seconds=6")
-        until("the request", lambda: service.snapshot().in_flight == 1, service)
+    with answered_by_the_first(service, seconds=6):
         service.upgrade()
         service.upgrade()
         assert [each.board.header.generation for each in service.generations()][-1] == 3
-        assert reply.result().generation == 1
     service.wait_for("generation=1 event=phase.stopped")
     assert service.get().generation == 3
     assert not service.matches("successor.lost")
@@ -122,37 +111,27 @@ def test_a_third_generation_starts_while_the_first_still_drains(service: Service
 
 
 def test_stopping_the_new_generation_does_not_bring_the_old_one_back(service: Service):
-    from concurrent.futures import ThreadPoolExecutor
-
     service.start()
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(service.get, "/slow?seconds=4")
-        until("the request", lambda: service.snapshot().in_flight == 1, service)
+    with answered_by_the_first(service, seconds=4):
         service.upgrade()
         service.signal(signal.SIGTERM)
         service.wait_for("generation=2 event=phase.stopped")
-        assert reply.result().generation == 1
-    until("the end", lambda: not service.processes(), service)
+    service.ends(status=None)
     assert not service.matches("successor.lost")
     assert not service.is_open()
 
 
 def test_the_old_generation_returns_when_the_new_one_is_killed_while_it_retires(service: Service):
-    from concurrent.futures import ThreadPoolExecutor
-
     service.start()
     first = service.pid
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(service.get, "/slow?seconds=5")
-        until("the request", lambda: service.snapshot().in_flight == 1, service)
+    with answered_by_the_first(service, seconds=5):
         service.upgrade()
         service.wait_for("generation=1 event=phase.retiring")
         service.signal(signal.SIGKILL, service.pid)
         service.wait_for("event=successor.lost")
         until("the old one's office", lambda: service.pid_file.read_text() == f"{first}\n", service)
-        assert reply.result().generation == 1
     until("an answer", lambda: service.get().generation == 1, service)
-    until("the new workers' end", lambda: len(service.processes()) == 1 + service.workers, service)
+    service.until_alone()
     service.upgrade()
     until("an answer", lambda: service.get().generation == 2, service)
     service.stop(status=0)

@@ -130,9 +130,9 @@ def test_successor_under_another_name_is_found() -> None:
 def test_master_that_cannot_be_looked_at_for_a_moment_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def child() -> int:
         pid = master(on_signal=leave(2))
-        line = keeper.Line(NAME, pid)
+        line = service.Line(os.getpid(), NAME, pid)
         assert line.in_office() is not None
-        monkeypatch.setattr(keeper.service, "generation_of", lambda pid: (_ for _ in ()).throw(OSError("EMFILE")))
+        monkeypatch.setattr(service, "generation_of", lambda pid: (_ for _ in ()).throw(OSError("EMFILE")))
         line._current.board.header  # noqa: B018 - still mapped
         found = line.in_office()
         os.kill(pid, signal.SIGTERM)
@@ -167,7 +167,7 @@ def test_descendants_are_children_and_theirs_and_nobody_else() -> None:
 
         outer = spawn(parent)
         inner = int(os.read(reader, 32))
-        found = keeper.descendants(os.getpid())
+        found = service.descendants(os.getpid())
         os.kill(inner, signal.SIGKILL)
         os.kill(outer, signal.SIGKILL)
         os.waitpid(outer, 0)
@@ -189,8 +189,8 @@ def test_every_ended_child_is_reaped_with_its_status() -> None:
 
 
 def test_keeper_is_known_by_its_command_line() -> None:
-    assert not keeper.is_keeper(os.getpid())
-    assert not keeper.is_keeper(999_999_999)
+    assert service.kept_by(os.getpid()) is None
+    assert service.kept_by(999_999_999) is None
 
 
 def test_retired_master_keeps_in_its_own_process_where_the_interpreter_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_retired_master_keeps_in_its_own_process_where_the_interpreter_is_gone(m
         own.header.master_pid, own.header.phase = os.getpid(), Phase.STOPPED
         own.header.successor_pid = spawn(lambda: os._exit(12))
         eventually(lambda: proc.state(own.header.successor_pid) == "Z")
-        keeper.become(NAME, list)
+        keeper.become(NAME, own.header.successor_pid, list)
 
     pid = spawn(child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 12

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 import zdd_web
+from tests.unit.threads import at_once
 from zdd_web import process, waitgroup
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.lifecycle import Phase
@@ -108,24 +107,13 @@ def test_background_work_of_a_worker_stands_in_its_slot(worker: Process) -> None
 
 def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Process) -> None:
     assert worker.slot is not None
-    together = threading.Barrier(8)
 
     def serve() -> None:
-        together.wait(60)
         for _ in range(500):
             worker.request_started()
             worker.request_finished()
 
-    threads = [threading.Thread(target=serve) for _ in range(8)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(8, serve)
     worker.request_started()
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
     worker.request_finished()

@@ -6,7 +6,6 @@ import contextvars
 import gc
 import logging
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.unit.forks import in_child
+from tests.unit.threads import at_once
 from zdd_web import waitgroup
 from zdd_web.waitgroup import Entry, WaitGroup, all_entries
 
@@ -265,24 +265,12 @@ def test_observer_hears_every_change_over_all_groups(group: WaitGroup, lane: Wai
 
 
 def test_observer_ends_at_zero_whatever_twenty_threads_do(group: WaitGroup, counts: list[int]) -> None:
-    together = threading.Barrier(20)
-
     def work() -> None:
-        together.wait(PATIENCE)
         for _ in range(50):
             with group.track():
                 pass
 
-    threads = [threading.Thread(target=work) for _ in range(20)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(20, work)
     assert counts[-1] == 0
     assert set(counts) <= set(range(21))
 

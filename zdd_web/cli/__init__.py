@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from zdd_web.board import Snapshot, UpgradeState, WorkerView
 from zdd_web.cli import follow
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.command import rehearse
-from zdd_web.errors import ServiceNotFound
+from zdd_web.errors import BoardError, ServiceNotFound
 
 #: The end of a failed generation's log that `upgrade` prints.
 LOG_LINES = 60
@@ -57,7 +58,8 @@ def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
     click.echo(
         f"{generation.board.header.name}: generation {generation.board.header.generation} (pid {generation.pid})"
     )
-    result = follow.upgrade(generation, lambda snapshot: click.echo(f"  {_PROGRESS[snapshot.upgrade_state]}"))
+    with _another_version():
+        result = follow.upgrade(generation, lambda snapshot: click.echo(f"  {_PROGRESS[snapshot.upgrade_state]}"))
     if result.ok:
         click.echo(f"generation {result.generation} serves, after {result.seconds:.1f} s")
         return
@@ -66,8 +68,17 @@ def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
     if lines:
         click.echo(f"the new generation's last {len(lines)} log lines:", err=True)
         click.echo("\n".join(f"  | {line}" for line in lines), err=True)
-    click.echo(f"generation {generation.board.header.generation} serves on", err=True)
+    if result.serves_on:
+        click.echo(f"generation {generation.board.header.generation} serves on", err=True)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def _another_version() -> Iterator[None]:
+    try:
+        yield
+    except BoardError as error:
+        raise CannotHelp(str(error)) from None
 
 
 _PROGRESS = {
@@ -90,7 +101,8 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
             _find(name, pid, pid_file)
     else:
         generations = service.same_service(_find(name, pid, pid_file))
-    snapshots = [generation.snapshot() for generation in generations]
+    with _another_version():
+        snapshots = [generation.snapshot() for generation in generations]
     if as_json:
         click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
         return

@@ -8,19 +8,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zdd_web import proc
+from zdd_web import clock, proc
 from zdd_web.board import Snapshot, UpgradeState
 from zdd_web.gunicorn import bootlog
 from zdd_web.service import Generation
 
 #: A master in its loop answers a signal at its next turn, at the latest after a second.
 ANSWER_WITHIN = 10.0
+#: One that has not been round its loop for so long is stopped or stuck, seconds.
+STANDS_STILL = 60.0
 POLL = 0.02
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How an upgrade ended; `log` is the end of what the new generation had said when it failed."""
+class UpgradeResult:
+    """How an upgrade ended; `log` is the end of what the new generation had said when it failed.
+
+    `serves_on` is true when the master itself has said that it does.
+    """
 
     ok: bool
     reason: str
@@ -28,20 +33,22 @@ class Outcome:
     seconds: float
     requested_at: float
     generation: int
+    serves_on: bool
 
 
-def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> Outcome:
+def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> UpgradeResult:
     """Send SIGUSR2 and wait until the new generation is in office, or the upgrade was refused or has failed.
 
-    Bounded by the service's own UPGRADE_TIMEOUT, which ends every upgrade one way or the other.
+    The master ends every upgrade within its UPGRADE_TIMEOUT, one way or the other; one that stands still itself is
+    waited for until `STANDS_STILL`. Raises `BoardError` when the service runs another version of zdd_web.
     """
     board = generation.board
     before = board.header.upgrade_number
     began = time.monotonic()
     expected = board.header.generation + 1
 
-    def outcome(ok: bool, reason: str, log: str = "") -> Outcome:
-        return Outcome(ok, reason, log, time.monotonic() - began, began, expected)
+    def outcome(ok: bool, reason: str, log: str = "", serves_on: bool = False) -> UpgradeResult:
+        return UpgradeResult(ok, reason, log, time.monotonic() - began, began, expected, serves_on)
 
     try:
         os.kill(generation.pid, signal.SIGUSR2)
@@ -60,9 +67,11 @@ def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambd
                 return outcome(True, "")
             if last in (UpgradeState.FAILED, UpgradeState.REFUSED):
                 log = _boot_log(generation, snapshot) if last is UpgradeState.FAILED else ""
-                return outcome(False, f"{last.name.lower()}: {snapshot.upgrade_reason}", log)
+                return outcome(False, f"{last.name.lower()}: {snapshot.upgrade_reason}", log, serves_on=True)
         elif time.monotonic() - began > ANSWER_WITHIN:
             return outcome(False, f"the master {generation.pid} did not answer SIGUSR2 within {ANSWER_WITHIN:g} s")
+        if snapshot.tick_at and clock.since(snapshot.tick_at) > STANDS_STILL:
+            return outcome(False, f"the master {generation.pid} has stood still for {STANDS_STILL:g} s")
         if not proc.alive(generation.pid, snapshot.master_start):
             # Its last words are on the board, which outlives it.
             if generation.snapshot().upgrade_state is UpgradeState.DONE:

@@ -59,6 +59,24 @@ class Handler(logging.Handler):
         if os.fstat(self.fd).st_size < LIMIT_BYTES:
             os.write(self.fd, f"{text}\n".encode(errors="replace"))
 
+    def end(self) -> None:
+        """Copy no more, and close this process's descriptor of the boot log."""
+        logging.getLogger("gunicorn.error").removeHandler(self)
+        os.close(self.fd)
+
+
+def last_line(fd: int) -> str:
+    """Return the last line of a boot log that holds anything; "" when there is none.
+
+    >>> fd = create()
+    >>> count = os.write(fd, b"Traceback ...\\nImportError: no module named shop\\n\\n")
+    >>> last_line(fd)
+    'ImportError: no module named shop'
+    >>> os.close(fd)
+    """
+    lines = [line.strip() for line in tail(fd).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
 
 def give_back_stderr(stderr: int, boot_log: int) -> None:
     """Make descriptor 2 the real stderr again, and say there what was said meanwhile."""

@@ -1,10 +1,10 @@
 """The predecessor's side of a deploy: from SIGUSR2 to the end of this master.
 
 `Upgrade` (upgrade.py) knows one successor, and judges it; here stands what the judgement means for this master: its
-phase, its pid file, systemd, the control socket, and what the operator is told.
+phase, its office (office.py), and what the operator is told.
 
-An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the pid file,
-systemd, the successor's office, then the phase, whose change has the roster retire the workers.
+An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the office, the
+word to the successor, then the phase, whose change has the roster retire the workers.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from zdd_web import clock, keeper, proc
+from zdd_web import clock, log, proc
 from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog, compat
-from zdd_web.gunicorn.boundary import guarded
+from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
+from zdd_web.gunicorn.office import Office
 from zdd_web.gunicorn.parentage import Parentage
-from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.lifecycle import Event, Phase
-from zdd_web.listeners.notify import notify
+from zdd_web.service import Line, kept_by
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -49,9 +47,9 @@ class Deploy:
         #: A successor that was told to stop, together with this generation, when it had requests in hand already.
         self.cancelled: Upgrade | None = None
         self._boot_log = -1
-        self._prepared = ""
+        self._office = Office(master.server, keep_pid=master.settings.keep_pid)
         self._when_in_office = False
-        self._line: keeper.Line | None = None
+        self._line: Line | None = None
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
@@ -81,13 +79,13 @@ class Deploy:
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrade_number += 1
-            self._master.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
+            log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
         self._outcome(UpgradeState.BOOTING, "")
         self._header.upgrade_number += 1
-        self._master.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
+        log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(launch.command), directory=launch.directory,)  # fmt: skip
 
     def _refuse_unless_possible(self) -> None:
@@ -114,7 +112,7 @@ class Deploy:
                 raise UpgradeError(obstacle)
 
     def _alive_ancestors(self) -> list[tuple[int, int]]:
-        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start) and not keeper.is_keeper(pid)]
+        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start) and kept_by(pid) is None]
 
     def _next_launch(self) -> Launch:
         launch = self._launch.following(self._settings.release_dir)
@@ -162,28 +160,18 @@ class Deploy:
 
     def _let_go(self, upgrade: Upgrade, workers: int) -> None:
         try:
-            # A full disk shall be found out now, while nothing has been promised.
-            self._prepared = self._prepare_pid_file(upgrade)
+            self._office.prepare(upgrade.pid, upgrade.pid_file)
         except OSError as error:
             self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
             return
-        self._master.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
+        log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
         self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
 
-    def _prepare_pid_file(self, upgrade: Upgrade) -> str:
-        pid_file = self._server.pidfile
-        if pid_file is None or os.path.abspath(pid_file.fname) != upgrade.pid_file:
-            return ""
-        prepared: str = pid_file.prepare(upgrade.pid)
-        return prepared
-
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
         upgrade.end(now=upgrade.stage is Stage.BOOTING)
-        self._discard_prepared()
-        if self._server.pidfile is not None:
-            # A release without install() writes one, as gunicorn does in an upgrade of its own, and leaves it behind.
-            PidFile(f"{self._server.pidfile.fname}.2", upgrade.pid).unlink()
+        self._office.discard()
+        self._office.forget_attempt(upgrade.pid)
         self._forget_successor()
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
@@ -192,15 +180,7 @@ class Deploy:
                 os.write(2, said.encode())
         self._header.upgrades_failed += 1
         self._outcome(UpgradeState.FAILED, reason)
-        self._master.emit(
-            "upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason
-        )
-
-    def _discard_prepared(self) -> None:
-        if self._prepared:
-            with contextlib.suppress(OSError):
-                os.unlink(self._prepared)
-            self._prepared = ""
+        log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _forget_successor(self) -> None:
         self.upgrade = None
@@ -209,42 +189,17 @@ class Deploy:
 
     def _commit(self, upgrade: Upgrade) -> None:
         try:
-            if self._prepared:
-                self._server.pidfile.commit(self._prepared)
-                self._prepared = ""
-            compat.suspend_control_server(self._server)
-            self._tell_systemd(upgrade.pid)
+            self._office.hand_over(upgrade.pid)
         except Exception as error:
             # Each step once: tried again at every tick, an error that lasts would hold the upgrade for ever.
             self._fail(upgrade, f"the office cannot be handed over: {type(error).__name__}: {error}")
-            self._take_back()
+            self._office.take_back()
             return
         self._header.successor_pid = upgrade.pid
         upgrade.hand_over_office()
         self._master.release_predecessor()
-        self._master.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
+        log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
         self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
-
-    def _take_back(self) -> None:
-        """Make the pid file, systemd and the control socket this master's again; to serve without is better."""
-        steps: list[tuple[str, Callable[[], object]]] = [
-            ("systemd", lambda: self._tell_systemd(os.getpid())),
-            ("control socket", lambda: compat.resume_control_server(self._server)),
-        ]
-        if self._server.pidfile is not None:
-            steps.append(("pid file", lambda: self._server.pidfile.create(os.getpid())))
-        for where, step in steps:
-            guarded(where, step)()
-
-    def _tell_systemd(self, main_pid: int) -> None:
-        # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
-        if not self._settings.keep_pid:
-            try:
-                notify(f"MAINPID={main_pid}")
-            except OSError as error:
-                self._master.emit(
-                    "refused", logging.ERROR, signal="USR2", reason=f"systemd was not told MAINPID: {error}"
-                )
 
     def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
         upgrade.end(now=False)
@@ -253,26 +208,31 @@ class Deploy:
             self._outcome(UpgradeState.FAILED, reason)
         if self._header.deadline:
             return  # a stop was asked for meanwhile: nobody shall serve
-        self._master.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
+        log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
         # First of all: whatever fails below, there is nobody else to serve.
         self._master.move(Event.SUCCESSOR_LOST)
-        self._take_back()
+        self._office.take_back()
 
     def forwards(self, sig: signal.Signals) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self._settings.keep_pid and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         if self._line is None:
-            self._line = keeper.Line(self._header.name, self.upgrade.pid)
+            self._line = Line(os.getpid(), self._header.name, self.upgrade.pid)
         current = self._line.in_office()
         if current is not None:
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
 
-    def somebody_serves(self) -> bool:
-        """Tell whether a generation after this one is alive."""
+    def services_status(self) -> int | None:
+        """Return the exit status of the service that this master's successors were; None while one of them lives."""
         upgrade = self.upgrade
-        return upgrade is not None and keeper.Line(self._header.name, upgrade.pid).in_office() is not None
+        if upgrade is None or upgrade.status is None:
+            return None
+        if Line(os.getpid(), self._header.name, upgrade.pid).in_office() is not None:
+            return None
+        code = os.waitstatus_to_exitcode(upgrade.status)
+        return 128 - code if code < 0 else code
 
     def cancel(self, sig: signal.Signals) -> None:
         """End an upgrade under way, because the service is being stopped by this signal."""
@@ -286,10 +246,10 @@ class Deploy:
             self.cancelled = upgrade
         else:
             upgrade.end(now=True)
-        self._discard_prepared()
+        self._office.discard()
         self._forget_successor()
         self._outcome(UpgradeState.FAILED, reason)
-        self._master.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
+        log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
     def waits_for_cancelled(self) -> bool:
         """Tell whether a cancelled successor is still here; one that stands still, or takes too long, is killed."""

@@ -155,7 +155,6 @@ def on_starting(server: Any) -> None:
     try:
         if succession is not None:
             succession.speak()
-        check(server)
         hook = _then_users("on_starting")
         if hook is not None:
             hook(server)

@@ -26,7 +26,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
@@ -87,10 +87,6 @@ class Master:
         """The phase of this generation."""
         return Phase(self.header.phase)
 
-    def emit(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
-        """Write an event line of this generation."""
-        log.emit(event, level, **fields)
-
     # -- start
 
     def take_over(self) -> None:
@@ -124,7 +120,7 @@ class Master:
         elif server.pidfile is not None:
             server.pidfile = PidFile(server.pidfile.fname, os.getpid())
         self.header.workers_wanted = server.num_workers
-        self.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
+        log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
                   name=self.header.name)  # fmt: skip
 
     def _interval(self) -> float:
@@ -156,14 +152,16 @@ class Master:
         """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
         since = self.header.phase_since
         phase = lifecycle.after(self.phase, event)
+        if phase is self.phase:
+            return
         self.header.phase_since = clock.now_ns()
         self.header.phase = phase
-        self.emit(f"phase.{phase.label}", after=round(clock.since(since), 3), workers=len(self.roster), **fields)
+        log.emit(f"phase.{phase.label}", after=round(clock.since(since), 3), workers=len(self.roster), **fields)
 
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
-            self._abandoned += gone.abandoned
             if self.phase in lifecycle.WORKERS_LEAVE:
+                self._abandoned += gone.abandoned
                 self._cut += gone.in_flight
             if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
@@ -176,7 +174,7 @@ class Master:
                 raise HaltServer(reason, gone.exit_status)
             if self.phase in lifecycle.SPAWNING and self.gate.opened:
                 wait = self.roster.boot_failed()
-                self.emit(
+                log.emit(
                     "worker.boot_failed",
                     logging.ERROR,
                     pid=gone.pid,
@@ -221,7 +219,8 @@ class Master:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
         if self.deploy.forwards(signal.SIGTERM):
             # The whole service is asked to end: this generation's part of it has the same time.
-            self.header.deadline = self.header.deadline or clock.after_ns(self.settings.stop_budget().work)
+            budget = self.settings.stop_budget()
+            self.header.deadline = self.header.deadline or clock.after_ns(budget.lame_duck + budget.work)
             return
         phase = self.phase
         self._cancel(signal.SIGTERM)
@@ -237,8 +236,6 @@ class Master:
             self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
         self._stopping_since = self._stopping_since or clock.now_ns()
         self.move(Event.STOP)
-        if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
-            self.move(Event.LAME_DUCK_OVER)
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
@@ -267,7 +264,7 @@ class Master:
         """SIGWINCH to a daemon takes all workers away, until others are asked for; to anybody else it means nothing."""
         reason = self.not_now()
         if self.server.cfg.daemon and reason:
-            self.emit("refused", logging.WARNING, signal="WINCH", reason=reason,
+            log.emit("refused", logging.WARNING, signal="WINCH", reason=reason,
                       remedy="an upgrade takes the old workers away by itself")  # fmt: skip
             return
         self._gunicorn_winch()
@@ -296,9 +293,12 @@ class Master:
         if self.gate.opened:
             self.roster.give_up_boots(self.settings.upgrade_timeout)
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
-            self._end_if_finished()
+            if not self.server.WORKERS:
+                self._end_when_nobody_is_left()
+            else:
+                self._end_at_the_deadline()
         decision = plan(self.roster.members(), self.server.num_workers, self.phase)
-        if self.phase in lifecycle.SPAWNING and (self.phase is Phase.BOOTING or self.roster.may_spawn()):
+        if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self.server.spawn_worker()
         deadline = self.header.deadline
@@ -319,22 +319,21 @@ class Master:
                 self.succession.fail(f"{type(error).__name__}: {error}")
             raise
 
-    def _end_if_finished(self) -> None:
-        if not self.server.WORKERS:
-            if self.deploy.waits_for_cancelled():
-                return
-            if self.header.upgrade_state == UpgradeState.COMMITTING:
-                self.deploy.follow_last_accepts()
-            if self.header.successor_pid:
-                # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
-                self.server.reexec_pid = self.header.successor_pid
-            self.move(Event.FINISHED, seconds=self._leaving_for())
-            if (self._abandoned or self._cut) and clock.passed(self.header.deadline):
-                self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
-                raise HaltServer("work was abandoned at the deadline", 1)
-            if self.settings.keep_pid and self.header.successor_pid and not self.header.predecessor_pid:
-                self._become_keeper()
-            raise StopIteration
+    def _end_when_nobody_is_left(self) -> None:
+        if self.deploy.waits_for_cancelled():
+            return
+        if self.header.upgrade_state == UpgradeState.COMMITTING:
+            self.deploy.follow_last_accepts()
+        if self.header.successor_pid:
+            # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
+            self.server.reexec_pid = self.header.successor_pid
+        self.move(Event.FINISHED, seconds=self._leaving_for())
+        abandoned = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
+        if abandoned:
+            self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
+        self._leave(abandoned=abandoned)
+
+    def _end_at_the_deadline(self) -> None:
         # Workers name what they abandon at the deadline; they get half of the margin to say so and to exit.
         deadline = self.header.deadline
         if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin / 2:
@@ -342,26 +341,37 @@ class Master:
         snapshot = self.board.snapshot()
         served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())
         killed = self.roster.kill()
-        if not (served or snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned):
-            raise StopIteration
-        self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
-        raise HaltServer("work was abandoned at the deadline", 1)
+        abandoned = bool(served or snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned)
+        if abandoned:
+            self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
+        self._leave(abandoned=abandoned)
 
     def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:
-        fields = {"workers": workers, "requests": requests, "tasks": tasks, "seconds": self._leaving_for()}
-        self.emit("drain.abandoned", logging.ERROR, **fields)
+        seconds = self._leaving_for()
+        log.emit("drain.abandoned", logging.ERROR, workers=workers, requests=requests, tasks=tasks, seconds=seconds)
 
-    def _become_keeper(self) -> None:
-        # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
-        compat.suspend_control_server(self.server)
-        self.server.stop()
+    def _leave(self, *, abandoned: bool) -> NoReturn:
+        if self.settings.keep_pid and self.header.successor_pid and not self.header.predecessor_pid:
+            self._end_with_the_service()
+            # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
+            compat.suspend_control_server(self.server)
+            self.server.stop()
+            # stop() reaps: nobody could ask the kernel again how a service went that ended meanwhile.
+            self._end_with_the_service()
+            self._become_keeper()
+        if abandoned:
+            raise HaltServer("work was abandoned at the deadline", 1)
+        raise StopIteration
+
+    def _end_with_the_service(self) -> None:
+        status = self.deploy.services_status()
+        if status is not None:
+            raise HaltServer("the service was stopped", status)
+
+    def _become_keeper(self) -> NoReturn:
         self.server.cfg.on_exit(self.server)
-        upgrade = self.deploy.upgrade
-        if upgrade is not None and upgrade.status is not None and not self.deploy.somebody_serves():
-            code = os.waitstatus_to_exitcode(upgrade.status)
-            raise HaltServer("the service was stopped", 128 - code if code < 0 else code)
-        self.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
-        keeper.become(self.header.name, lambda: compat.take_queued_signals(self.server))
+        log.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
+        keeper.become(self.header.name, self.header.successor_pid, lambda: compat.take_queued_signals(self.server))
 
     def _leaving_for(self) -> float:
         return clock.since(self._stopping_since or self.header.phase_since)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
 
-from zdd_web import clock, proc
+from zdd_web import clock, log, proc
 from zdd_web.errors import ZddError
 from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.pidfile import PidFile
-from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ class Proof:
             return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"
         if self.status == 0:
             return ""
-        said = [line.strip() for line in bootlog.tail(self._output).splitlines() if line.strip()]
-        return said[-1] if said else f"the child that tried it ended with status {self.status}"
+        return bootlog.last_line(self._output) or f"the child that tried it ended with status {self.status}"
 
     def end(self) -> None:
         """Kill the child if it still tries."""
@@ -98,7 +96,7 @@ class Reload:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
         self.proof = Proof.begin(self._server, self._master.settings)
-        self._master.emit("reload.started", child=self.proof.pid)
+        log.emit("reload.started", child=self.proof.pid)
 
     def follow(self) -> None:
         """Put the new configuration in force when the child has proved it; the tick's call."""
@@ -108,18 +106,15 @@ class Reload:
             return
         self.proof = None
         said = proof.close()
-        if not reason and self._master.phase is Phase.SERVING:
-            try:
-                apply(self._server)
-            except ZddError as error:
-                reason = str(error)
+        if not reason:
+            reason = apply(self._server)
         if reason:
             with contextlib.suppress(OSError):
                 os.write(2, said.encode())
             self._refuse(logging.ERROR, reason, "mend it and send SIGHUP again; the old workers serve on")
             return
         self._master.reloaded()
-        self._master.emit("reload.done", workers=self._server.num_workers)
+        log.emit("reload.done", workers=self._server.num_workers)
 
     def cancel(self) -> None:
         """End a proof under way, because the service is being stopped."""
@@ -129,7 +124,7 @@ class Reload:
             self.proof = None
 
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
-        self._master.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
+        log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
 def _try(server: Any, settings: Settings, output: int) -> None:
@@ -177,18 +172,31 @@ def _unchangeable(before: Any, after: Any) -> str:
     return ""
 
 
-def apply(server: Any) -> None:
+def apply(server: Any) -> str:
     """Put the new configuration in force; the workers are the roster's business.
 
-    Raises `ZddError`, with the old configuration still in force, when it no longer loads.
+    Returns why that cannot be done, with the old configuration in force again, or "".
     """
-    before = server.app.cfg
+    before, environ = server.app.cfg, dict(os.environ)
     _reset_environ(before)
     try:
-        server.app.reload()
-    except SystemExit:
+        try:
+            server.app.reload()
+        except SystemExit:
+            # gunicorn's word for a file that raises, which has printed it (app/base.py:113).
+            server.app.cfg = before
+            raise ZddError("the configuration loaded a moment ago and does not now: see stderr") from None
+        _put_in_force(server, before)
+    except Exception as error:
         server.app.cfg = before
-        raise ZddError("the configuration loaded a moment ago and does not now: see stderr") from None
+        os.environ.clear()
+        os.environ.update(environ)
+        server.setup(server.app)
+        return str(error) if isinstance(error, ZddError) else f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _put_in_force(server: Any, before: Any) -> None:
     server.setup(server.app)
     server.log.reopen_files()
     server.cfg.on_reload(server)

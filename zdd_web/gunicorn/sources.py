@@ -146,8 +146,8 @@ def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
         if said:
             found: dict[str, Any] = json.loads(said)
             return found
-        last = [line.strip() for line in bootlog.tail(output).splitlines() if line.strip()][-1:]
-        return {"raised": "; ".join([f"the process that tried it ended with status {status}", *last])}
+        said_last = bootlog.last_line(output)
+        return {"raised": f"the process that tried it ended with status {status}" + (said_last and f"; {said_last}")}
     finally:
         os.close(answer)
         os.close(output)

@@ -25,12 +25,12 @@ class Succession:
     def __init__(self, heir: Inheritance, server: Any, board: Board) -> None:
         self.heir, self._server, self._board = heir, server, board
         self._channel = heir.open_channel()
-        self.handler = bootlog.Handler(heir.boot_log)
+        #: Copies what this generation says to the boot log, until it is in office.
+        self.handler: bootlog.Handler | None = bootlog.Handler(heir.boot_log)
         self.alone = False
         self.in_office = False
         self._asked = False
         self._told = False
-        self._log_closed = False
         self._ended_at = clock.NEVER
         self._pid_file = ""
 
@@ -41,6 +41,7 @@ class Succession:
 
     def speak(self) -> None:
         """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
+        assert self.handler is not None
         logging.getLogger("gunicorn.error").addHandler(self.handler)
         bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
         self._channel.send("speaks")
@@ -123,10 +124,9 @@ class Succession:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
         self.in_office = True
         self._server.master_pid = 0
-        logging.getLogger("gunicorn.error").removeHandler(self.handler)
-        if not self._log_closed:
-            self._log_closed = True
-            os.close(self.heir.boot_log)
+        if self.handler is not None:
+            self.handler.end()
+            self.handler = None
         if self._pid_file:
             pid_file = self._server.pidfile = PidFile(self._pid_file, os.getpid())
             try:

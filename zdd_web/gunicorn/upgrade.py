@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 `Upgrade.begin()` forks; the child makes the inherited descriptors inheritable and execs the recorded command line.
 Between fork and exec it is a copy of the live master: whatever fails there ends in `os._exit`, because an exception
-that reached gunicorn's loop would stop the live service from inside the copy (reference: headline 6 of the map).
+that reached gunicorn's loop would stop the live service from inside the copy.
 
 The master then calls `poll()` from its tick. It returns nothing while all goes its way, and a `Verdict` when the
 successor asks to serve, or has failed. What to do about it is the master's business.
@@ -58,8 +58,8 @@ class Verdict:
 class Upgrade:
     """One successor, from its fork to the end of this master."""
 
-    def __init__(self, pid: int, generation: int, channel: Channel, boot_log: int, timeout: float) -> None:
-        self.pid, self.generation, self.boot_log = pid, generation, boot_log
+    def __init__(self, pid: int, channel: Channel, boot_log: int, timeout: float) -> None:
+        self.pid, self.boot_log = pid, boot_log
         self.start = proc.start_time(pid)
         self.began = clock.now_ns()
         self.deadline = clock.after_ns(timeout)
@@ -105,7 +105,7 @@ class Upgrade:
         if pid == 0:
             _exec(launch, inheritance, theirs)
         theirs.close()
-        return cls(pid, generation, ours, boot_log, timeout)
+        return cls(pid, ours, boot_log, timeout)
 
     @property
     def seconds(self) -> float:
@@ -247,7 +247,7 @@ class Upgrade:
     def _errors(self) -> list[str]:
         if self.board is None:
             # The last thing that a broken configuration file had printed.
-            return [line.strip() for line in bootlog.tail(self.boot_log).splitlines() if line.strip()][-1:]
+            return [line for line in [bootlog.last_line(self.boot_log)] if line]
         try:
             return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:1]
         except BoardError:

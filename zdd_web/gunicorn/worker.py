@@ -30,7 +30,7 @@ from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.warmup import warm_up
-from zdd_web.lifecycle import SPAWNING, WORKERS_LEAVE, Phase
+from zdd_web.lifecycle import WORKERS_LEAVE, Phase
 from zdd_web.settings import Settings
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.
@@ -135,7 +135,8 @@ class WorkerSide:
         self.gate.wait(self.board, self.notify, interval)
         self._at_gate = False
         if self.boot_log is not None:
-            logging.getLogger("gunicorn.error").removeHandler(self.boot_log)
+            self.boot_log.end()
+            self.boot_log = None
         self.gate.leave()
         self.process.say(WorkerState.SERVING)
         # From here on requests may be in hand: the master's death means "finish and go".
@@ -163,7 +164,7 @@ class WorkerSide:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
             self._signalled_at = 0.0
-            if phase in SPAWNING and phase is not Phase.LAME_DUCK:
+            if phase is not Phase.LAME_DUCK:
                 self.leave()
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
@@ -241,7 +242,7 @@ class WorkerSide:
             sys.exit(self._status_now)
         self._left = self.process.going = True
         self.note_leaving()
-        # The HUP and TTOU of other days may still be re-sending it.
+        # The roster repeats it each second.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._finish_background()
 
@@ -269,7 +270,7 @@ class WorkerSide:
             return own
         if self.board.header.phase in (Phase.RETIRING, Phase.DRAINING):
             return self.board.header.deadline
-        return max(own, self.slot.retire_deadline)
+        return self.slot.retire_deadline or own
 
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""

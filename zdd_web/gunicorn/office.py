@@ -1,0 +1,70 @@
+"""The office: what tells the world which master is the service.
+
+Three things name it: the pid file, systemd's MAINPID, and gunicorn's control socket. They change hands in the commit,
+and come back to a master that lost its successor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web.gunicorn import compat
+from zdd_web.gunicorn.boundary import guarded
+from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.listeners.notify import notify
+
+
+class Office:
+    """What this master holds of it, or hands over."""
+
+    def __init__(self, server: Any, *, keep_pid: bool) -> None:
+        self._server, self._keep_pid = server, keep_pid
+        self._prepared = ""
+
+    def prepare(self, pid: int, pid_file: str) -> None:
+        """Write the pid file of a successor that has this one as well: a full disk shall be found out in time.
+
+        Raises OSError, while nothing has been promised yet.
+        """
+        ours = self._server.pidfile
+        if ours is not None and os.path.abspath(ours.fname) == pid_file:
+            self._prepared = ours.prepare(pid)
+
+    def discard(self) -> None:
+        """Remove what was prepared for a successor that will not come."""
+        if self._prepared:
+            with contextlib.suppress(OSError):
+                os.unlink(self._prepared)
+            self._prepared = ""
+
+    def hand_over(self, pid: int) -> None:
+        """Give everything to a successor; raises whatever stands in the way, with some of it done."""
+        if self._prepared:
+            self._server.pidfile.commit(self._prepared)
+            self._prepared = ""
+        compat.suspend_control_server(self._server)
+        self._tell_systemd(pid)
+
+    def take_back(self) -> None:
+        """Make everything this master's again, each for itself: to serve without is better than not to serve."""
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("systemd", lambda: self._tell_systemd(os.getpid())),
+            ("control socket", lambda: compat.resume_control_server(self._server)),
+        ]
+        if self._server.pidfile is not None:
+            steps.append(("pid file", lambda: self._server.pidfile.create(os.getpid())))
+        for where, step in steps:
+            guarded(where, step)()
+
+    def forget_attempt(self, pid: int) -> None:
+        """Remove the pid file that a release without install() writes, as gunicorn does in an upgrade of its own."""
+        if self._server.pidfile is not None:
+            PidFile(f"{self._server.pidfile.fname}.2", pid).unlink()
+
+    def _tell_systemd(self, main_pid: int) -> None:
+        # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
+        if not self._keep_pid:
+            notify(f"MAINPID={main_pid}")
