@@ -36,6 +36,7 @@ EVENTS = {
     "reload.started": "SIGHUP: a child process tries config and app",
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
+    "warmup.cold": "a WARMUP path was refused by the app: what it should have warmed is cold",
     "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
     "background.waiting": "a leaving worker waits for its background work",
@@ -67,7 +68,8 @@ def format_event(event: str, fields: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".") or "0"
-    text = str(value)
+    # A file name that is no UTF-8 comes as lone surrogates, which no handler can write.
+    text = str(value).encode("utf-8", "backslashreplace").decode()
     return text if _BARE.match(text) else json.dumps(text, ensure_ascii=False)
 
 

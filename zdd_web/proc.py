@@ -48,12 +48,18 @@ def name(pid: int) -> str:
 
 
 def words(pid: int) -> tuple[str, ...]:
-    """Return the base names of the first two words of a process's command line: a script is the second."""
+    """Return the base names of the words of a command line that may name its program: a script is the second.
+
+    After `-m` it is the last part of the module's name: `python -m supervisor.supervisord`.
+    """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return tuple(os.path.basename(os.fsdecode(word)) for word in file.read().split(b"\0")[:2])
+            first = [os.fsdecode(word) for word in file.read().split(b"\0")[:3]]
     except OSError:
         return ()
+    if first[1:2] == ["-m"]:
+        return (os.path.basename(first[0]), *(module.rpartition(".")[2] for module in first[2:]))
+    return tuple(os.path.basename(word) for word in first[:2])
 
 
 def alive(pid: int, start: int) -> bool:

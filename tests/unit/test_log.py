@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import logging.config
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,6 +198,11 @@ def test_logging_config_of_the_app_swallows_no_line(
     assert error_log.disabled
     emit("phase.draining", generation=1)
     assert stream.getvalue().endswith("[INFO] generation=1 event=phase.draining\n")
+
+
+def test_file_name_that_is_no_utf_8_can_be_written() -> None:
+    line = log.format_event("refused", {"reason": os.fsdecode(b"/srv/\xff")})
+    assert line.encode() == b'event=refused reason="/srv/\\\\udcff"'
 
 
 def test_logging_config_of_the_app_for_gunicorn_is_followed(error_log: logging.Logger, stream: io.StringIO) -> None:

@@ -104,6 +104,18 @@ def test_script_is_the_second_word_of_its_interpreter(tmp_path: Path) -> None:
         child.communicate(b"\n")
 
 
+def test_module_that_is_run_is_named_by_its_last_part() -> None:
+    child = subprocess.Popen([sys.executable, "-m", "timeit", "-s", "import time", "time.sleep(60)"])
+    try:
+        eventually_named = time.monotonic() + 10
+        while proc.words(child.pid)[1:] != ("timeit",):
+            assert time.monotonic() < eventually_named, proc.words(child.pid)
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_nobody_has_no_name_no_words_and_no_state() -> None:
     assert (proc.name(NOBODY), proc.words(NOBODY), proc.state(NOBODY)) == ("", (), "")
 

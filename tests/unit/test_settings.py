@@ -53,7 +53,7 @@ IMPOSSIBLE: list[Any] = [
     ("health_path", "/healthz#top", PATH),
     ("warmup", "index", "'index' is no path: each must begin with '/'"),
     ("warmup", "/,search", "'search' is no path: each must begin with '/'"),
-    ("warmup", "/a b", "'/a b' is no path: each must begin with '/' and hold no space"),
+    ("warmup", "/a b", "'/a b' is no path: each must begin with '/' or http(s)://HOST/ and hold no space"),
     ("generation_header", "X Generation", "must be a header name of letters, digits and '-'"),
     ("generation_header", "X-Generation:", "must be a header name of letters, digits and '-'"),
     ("name", "my shop", "must be at most 100 letters, digits or any of"),
@@ -127,7 +127,7 @@ def test_settings_made_directly_are_as_strict(key: str, value: Any, remedy: str)
         (
             {},
             {"ZDD_WEB_HEALTHPATH": "/up"},
-            "environment variable ZDD_WEB_HEALTHPATH: no such setting 'healthpath'; did you mean health_path?",
+            "environment variable ZDD_WEB_HEALTHPATH: no such setting 'healthpath'; did you mean ZDD_WEB_HEALTH_PATH?",
         ),
     ],
 )

@@ -53,6 +53,23 @@ def test_request_is_one_that_any_wsgi_app_may_get() -> None:
     assert environ["wsgi.input"].read(10) == b""
 
 
+def test_url_names_host_and_scheme() -> None:
+    seen: list[dict[str, Any]] = []
+    warm_up(validator(answering("200 OK", seen)), ["https://shop.example:8443/search?q=warm", "http://[::1]/"], quiet)
+    keys = ("wsgi.url_scheme", "HTTP_HOST", "SERVER_NAME", "SERVER_PORT", "PATH_INFO", "QUERY_STRING")
+    assert [[environ[key] for key in keys] for environ in seen] == [
+        ["https", "shop.example:8443", "shop.example", "8443", "/search", "q=warm"],
+        ["http", "[::1]", "::1", "80", "/", ""],
+    ]
+
+
+def test_answer_that_refuses_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    warm_up(answering("400 Bad Request"), ["/"], quiet)
+    warm_up(answering("302 Found"), ["/"], quiet)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "event=warmup.cold" in caplog.text and 'status="400 Bad Request"' in caplog.text
+
+
 def test_nothing_to_warm_up_asks_for_nothing() -> None:
     warm_up(answering("500 never asked"), [], quiet)
 

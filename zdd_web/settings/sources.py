@@ -147,7 +147,7 @@ def collect(
         if not variable.startswith(ENV_PREFIX) or variable == HANDOVER:
             continue
         key = variable[len(ENV_PREFIX) :].lower()
-        check_name(key, f"environment variable {variable}")
+        check_name(key, f"environment variable {variable}", lambda name: f"{ENV_PREFIX}{name.upper()}")
         values[key], origin[key] = text, Origin(Source.ENVIRONMENT, f"{variable}={text}")
     for key, value in values.items():
         try:

@@ -13,10 +13,12 @@ LISTENERS = ("fd", "reuseport", "systemd")
 LISTENERS_AVAILABLE = ("fd",)
 
 
-def check_name(key: str, source: str) -> None:
-    """Raise `SettingsError` for a name that is none."""
+def check_name(key: str, source: str, spell: Callable[[str], str] = str) -> None:
+    """Raise `SettingsError` for a name that is none; `spell` is how names are written in that source."""
     if key not in NORMALISE:
-        raise SettingsError(f"{source}: no such setting {key!r}; {hint(key, NORMALISE)}")
+        raise SettingsError(
+            f"{source}: no such setting {key!r}; {hint(spell(key), [spell(name) for name in NORMALISE])}"
+        )
 
 
 def hint(key: str, known: Collection[str]) -> str:
@@ -69,8 +71,8 @@ def _paths(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError("must be a list of paths, such as ['/', '/search?q=warm']")
     for path in value:
-        if not isinstance(path, str) or not re.fullmatch(r"/[^\s#]*", path):
-            raise ValueError(f"{path!r} is no path: each must begin with '/' and hold no space")
+        if not isinstance(path, str) or not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+)?/[^\s#]*", path):
+            raise ValueError(f"{path!r} is no path: each must begin with '/' or http(s)://HOST/ and hold no space")
     return tuple(value)
 
 
