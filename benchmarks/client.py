@@ -1,7 +1,7 @@
-"""A load generator for where there is no `wrk`: `python -m benchmarks.client PORT SECONDS CONNECTIONS`.
+"""A load generator that can be turned from one server to another many times a second.
 
-One thread, a few kept connections, the next request as soon as the reply is complete. Prints requests per second.
-It reads no more of a reply than its length, so that it is not the slower of the two.
+One thread, a few kept connections to each server, the next request as soon as the reply is complete. It reads no more
+of a reply than its length, so that it is not the slower of the two.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import selectors
 import socket
-import sys
 import time
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -30,34 +29,50 @@ def reply_length(head: bytes) -> int:
     return end + 4 + int(found[1])
 
 
-def requests_per_second(port: int, seconds: float, connections: int) -> float:
-    """Ask for `seconds` over `connections` kept connections; a connection that the server closes is an error."""
-    selector = selectors.DefaultSelector()
-    pending: dict[socket.socket, bytes] = {}
-    for _ in range(connections):
-        sock = socket.create_connection(("127.0.0.1", port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.sendall(REQUEST)
-        pending[sock] = b""
-        selector.register(sock, selectors.EVENT_READ)
-    count = 0
-    began = time.monotonic()
-    while (now := time.monotonic()) < began + seconds:
-        for key, _ in selector.select(1.0):
-            sock = key.fileobj  # type: ignore[assignment]
-            data = sock.recv(4096)
-            if not data:
-                raise ConnectionError("the server closed a kept connection")
-            pending[sock] += data
-            length = reply_length(pending[sock])
-            if length and len(pending[sock]) >= length:
-                count += 1
-                pending[sock] = b""
-                sock.sendall(REQUEST)
-    for sock in pending:
-        sock.close()
-    return count / (now - began)
+class Load:
+    """Kept connections to one server."""
 
+    def __init__(self, port: int, connections: int) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._received: dict[socket.socket, bytes] = {}
+        for _ in range(connections):
+            sock = socket.create_connection(("127.0.0.1", port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._received[sock] = b""
+            self._selector.register(sock, selectors.EVENT_READ)
 
-if __name__ == "__main__":
-    print(requests_per_second(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
+    def ask(self, seconds: float) -> tuple[int, float]:
+        """Ask for so long over all connections; return how many replies came, and the seconds until the last one.
+
+        Raises ConnectionError when the server closes a connection.
+        """
+        began = time.monotonic()
+        for sock in self._received:
+            sock.sendall(REQUEST)
+        asked, answered = len(self._received), 0
+        while answered < asked:
+            more = time.monotonic() < began + seconds
+            for key, _ in self._selector.select(1.0):
+                sock = key.fileobj  # type: ignore[assignment]
+                if self._is_answered(sock):
+                    answered += 1
+                    if more:
+                        sock.sendall(REQUEST)
+                        asked += 1
+        return answered, time.monotonic() - began
+
+    def _is_answered(self, sock: socket.socket) -> bool:
+        data = sock.recv(4096)
+        if not data:
+            raise ConnectionError("the server closed a kept connection")
+        received = self._received[sock] + data
+        length = reply_length(received)
+        complete = 0 < length <= len(received)
+        self._received[sock] = b"" if complete else received
+        return complete
+
+    def close(self) -> None:
+        """Close all connections."""
+        for sock in self._received:
+            sock.close()
+        self._selector.close()

@@ -1,31 +1,31 @@
 """What zdd_web costs per request: requests per second with it, divided by those without.
 
-`python -m benchmarks.overhead`. Pairs of runs, one with and one without, in alternating order, so that a machine that
-gets slower or faster meanwhile does so for both. The result is the median of the pairs' ratios with its interval.
+`python -m benchmarks.overhead`. In each pair two fresh servers, one with and one without, stand side by side on one
+core and are loaded in turns of a tenth of a second: without, with, with, without, and so on. A machine that gets
+slower or faster meanwhile, for a second or two as shared ones do, does so for both. The result is the median of the
+pairs' ratios with its interval.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
 import click
 import gunicorn as gunicorn_package
 
+from benchmarks.client import Load
 from benchmarks.interval import Interval, median_interval, verdict
-from benchmarks.servers import ROOT, ServerError, cores, gunicorn, pinned
+from benchmarks.servers import ServerError, cores, gunicorn, pinned
 
 #: The project's own bar for the ratio.
 BAR = 0.97
 #: Seconds of load before a run that nobody measures.
 WARM_UP = 1.0
+#: Seconds of one turn.
+TURN = 0.1
 
 WITHOUT = ["benchmarks.apps:plain"]
 WITH = ["-c", "benchmarks/with_zdd_web.py", "benchmarks.apps:probed"]
@@ -59,44 +59,30 @@ class Pair:
         return self.without.cpu / self.with_zdd_web.cpu
 
 
-def parse_wrk(output: str) -> float:
-    """Return the requests per second that `wrk` has printed.
-
-    Raises `ValueError` when there was an error: a rate with failures in it is none.
-
-    >>> parse_wrk("Requests/sec:   4321.09")
-    4321.09
-    """
-    rate = re.search(r"^Requests/sec:\s*([\d.]+)", output, re.MULTILINE)
-    errors = re.search(r"(Socket errors|Non-2xx)[^\n]*", output)
-    if rate is None or errors is not None:
-        raise ValueError(f"wrk: {errors[0] if errors else output[-500:]}")
-    return float(rate[1])
-
-
-def _wrk(port: int, seconds: float, connections: int) -> float:
-    # `wrk` takes whole seconds only.
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"http://127.0.0.1:{port}/"]
-    return parse_wrk(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _python_client(port: int, seconds: float, connections: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.client", str(port), str(seconds), str(connections)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
-
-
-def _pair(number: int, measure: Callable[[int, float], float], seconds: float, arguments: dict[str, list[str]]) -> Pair:
+def _pair(number: int, seconds: float, connections: int, arguments: dict[str, list[str]]) -> Pair:
     order = ["without", "with"] if number % 2 else ["with", "without"]
     server_cpus, client_cpus = cores()
-    runs = {}
-    for which in order:
-        with gunicorn([*arguments[which], *SAME], cpus=server_cpus) as server, pinned(client_cpus):
-            measure(server.port, WARM_UP)
-            before, began = server.cpu_seconds(), time.monotonic()
-            rate = measure(server.port, seconds)
-            # The generator's own start and end count too, in both alike.
-            requests = rate * (time.monotonic() - began)
-            runs[which] = Run(rate, (server.cpu_seconds() - before) / requests * 1e6)
+    replies, taken, cpu = dict.fromkeys(order, 0), dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
+    with contextlib.ExitStack() as stack:
+        servers = {
+            which: stack.enter_context(gunicorn([*arguments[which], *SAME], cpus=server_cpus)) for which in order
+        }
+        stack.enter_context(pinned(client_cpus))
+        loads = {
+            which: stack.enter_context(contextlib.closing(Load(servers[which].port, connections))) for which in order
+        }
+        for load in loads.values():
+            load.ask(WARM_UP)
+        before = {which: servers[which].cpu_seconds() for which in order}
+        for turn in range(round(seconds / TURN)):
+            # ABBA: what changes steadily over four turns is the same for both.
+            for which in order if turn % 2 == 0 else reversed(order):
+                count, took = loads[which].ask(TURN)
+                replies[which] += count
+                taken[which] += took
+        for which in order:
+            cpu[which] = servers[which].cpu_seconds() - before[which]
+    runs = {which: Run(replies[which] / taken[which], cpu[which] / replies[which] * 1e6) for which in order}
     return Pair(runs["without"], runs["with"], order[0])
 
 
@@ -113,29 +99,27 @@ def _interval_text(interval: Interval | None, pairs: int) -> str:
 
 @click.command()
 @click.option("--pairs", default=11, show_default=True, type=click.IntRange(1), help="How many; six for an interval.")
-@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(1), help="Length of each run.")
+@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(1), help="Of each server in a pair.")
 @click.option("--connections", default=16, show_default=True, type=click.IntRange(1), help="Kept connections.")
 @click.option("--same", is_flag=True, help="Run the server without zdd_web on both sides: the noise of this machine.")
 @click.option("--json", "json_file", type=click.File("w"), help="Write the result to FILE ('-' for stdout) too.")
 def main(pairs: int, seconds: float, connections: int, same: bool, json_file: TextIO | None) -> None:
     """Measure requests per second with zdd_web divided by without, on a trivial view under gthread."""
-    generator = "wrk" if shutil.which("wrk") else "benchmarks.client"
-    run = _wrk if generator == "wrk" else _python_client
     server_cpus, client_cpus = cores()
     apart = "pinned to different cores" if server_cpus != client_cpus else "NOT pinned: this machine has one core"
-    click.echo(f"gunicorn {gunicorn_package.__version__}, gthread, 1 worker, 4 threads; {generator}, "
-               f"{connections} kept connections, {seconds:g} s a run; server and client {apart}")  # fmt: skip
+    click.echo(f"gunicorn {gunicorn_package.__version__}, gthread, 1 worker, 4 threads; {connections} kept "
+               f"connections, {seconds:g} s each in turns of {TURN:g} s; server and client {apart}")  # fmt: skip
     if same:
         click.echo("both sides run WITHOUT zdd_web")
     arguments = {"without": WITHOUT, "with": WITHOUT if same else WITH}
     done: list[Pair] = []
     try:
         for number in range(1, pairs + 1):
-            done.append(_pair(number, lambda port, length: run(port, length, connections), seconds, arguments))
+            done.append(_pair(number, seconds, connections, arguments))
             pair = done[-1]
             click.echo(f"pair {number:2}  without {_text(pair.without)}  with {_text(pair.with_zdd_web)}  "
                        f"ratio {pair.ratio:.4f}, by CPU time {pair.cpu_ratio:.4f}  ({pair.first} first)")  # fmt: skip
-    except (ServerError, ValueError, subprocess.CalledProcessError) as error:
+    except (ServerError, ValueError, ConnectionError) as error:
         raise click.ClickException(str(error)) from None
     interval = median_interval([pair.ratio for pair in done])
     cpu_interval = median_interval([pair.cpu_ratio for pair in done])
@@ -145,7 +129,7 @@ def main(pairs: int, seconds: float, connections: int, same: bool, json_file: Te
     click.echo(verdict(interval, BAR))
     if json_file is not None:
         result = {
-            "generator": generator, "gunicorn": gunicorn_package.__version__, "seconds": seconds,
+            "gunicorn": gunicorn_package.__version__, "seconds": seconds,
             "connections": connections, "same": same, "bar": BAR, "verdict": verdict(interval, BAR),
             "pairs": [{**asdict(pair), "ratio": pair.ratio, "cpu_ratio": pair.cpu_ratio} for pair in done],
             "interval": asdict(interval) if interval else None,

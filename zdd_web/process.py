@@ -29,7 +29,6 @@ class Process:
         self.fixed = fixed
         #: This worker alone is on its way out.
         self.going = False
-        self._lock = threading.Lock()
         # Bound once: these run on every request.
         self._words = board.header.words
         self._at = slot.base if slot is not None else -1
@@ -59,19 +58,26 @@ class Process:
             return header.deadline
         return self.slot.retire_deadline if self.slot is not None else clock.NEVER
 
-    def request_started(self) -> None:
-        """Count a request in; threads of one worker share its words, hence the lock."""
-        at = self._at
-        with self._lock:
-            self._words[at + _IN_FLIGHT] += 1
+    def request_counters(self) -> tuple[Callable[[], None], Callable[[], int]]:
+        """Return what counts a request in, and what counts it out and returns how many that makes.
 
-    def request_finished(self) -> int:
-        """Count a request out; return how many that makes."""
-        at, words = self._at, self._words
-        with self._lock:
-            words[at + _IN_FLIGHT] -= 1
-            words[at + _REQUESTS] += 1
-            return words[at + _REQUESTS]
+        Closures, since they run on every request; with a lock, since threads of one worker share its words.
+        """
+        assert self.slot is not None
+        words, lock = self._words, threading.Lock()
+        in_flight, requests = self._at + Slot.in_flight.index, self._at + Slot.requests.index
+
+        def started() -> None:
+            with lock:
+                words[in_flight] += 1
+
+        def finished() -> int:
+            with lock:
+                words[in_flight] -= 1
+                total = words[requests] = words[requests] + 1
+            return total
+
+        return started, finished
 
     def say(self, state: WorkerState) -> None:
         """Write this worker's state on the board."""
@@ -82,8 +88,6 @@ class Process:
 
 _PHASE = Header.phase.index
 _RETIRE = Slot.retire.index
-_IN_FLIGHT = Slot.in_flight.index
-_REQUESTS = Slot.requests.index
 
 _current: Process | None = None
 

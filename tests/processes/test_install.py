@@ -71,7 +71,11 @@ def end_of_start(service: Service, said: list[str]) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("ZDD_WEB_GRACE_PERIODE", "5", ["environment variable ZDD_WEB_GRACE_PERIODE", "did you mean ZDD_WEB_GRACE_PERIOD"]),
+        (
+            "ZDD_WEB_GRACE_PERIODE",
+            "5",
+            ["environment variable ZDD_WEB_GRACE_PERIODE", "did you mean ZDD_WEB_GRACE_PERIOD"],
+        ),
         ("ZDD_WEB_UPGRADE_TIMEOUT", "soon", ["ZDD_WEB_UPGRADE_TIMEOUT=soon", "number of seconds"]),
         ("ZDD_WEB_LISTENER", "tcp", ["ZDD_WEB_LISTENER=tcp", "'reuseport'"]),
         ("ZDD_WEB_HANDOVER", "{}", ["ZDD_WEB_HANDOVER={}", "unset the variable"]),

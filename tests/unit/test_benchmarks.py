@@ -11,16 +11,9 @@ import pytest
 from benchmarks.client import reply_length
 from benchmarks.handover import row
 from benchmarks.interval import Interval, median_interval, verdict
-from benchmarks.overhead import Pair, Run, parse_wrk
+from benchmarks.overhead import Pair, Run
 from zdd_web.cli.rehearse.report import Handover, Sample, build
 from zdd_web.cli.rehearse.report import Outcome as Result
-
-WRK = """Running 5s test @ http://127.0.0.1:40001/
-  1 threads and 16 connections
-  25012 requests in 5.00s, 3.46MB read
-{}Requests/sec:   5002.31
-Transfer/sec:    708.24KB
-"""
 
 
 def test_the_interval_of_eleven_values_leaves_out_the_outermost_ones() -> None:
@@ -64,23 +57,6 @@ def test_too_few_pairs_give_no_verdict() -> None:
 def test_both_ratios_are_below_one_when_zdd_web_costs_something() -> None:
     pair = Pair(without=Run(1000.0, 100.0), with_zdd_web=Run(980.0, 102.0), first="with")
     assert (pair.ratio, pair.cpu_ratio) == (pytest.approx(0.98), pytest.approx(100 / 102))
-
-
-def test_the_rate_is_read_from_wrk() -> None:
-    assert parse_wrk(WRK.format("")) == 5002.31
-
-
-@pytest.mark.parametrize(
-    "trouble", ["  Socket errors: connect 0, read 3, write 0, timeout 0\n", "  Non-2xx or 3xx responses: 12\n"]
-)
-def test_a_run_with_errors_has_no_rate(trouble: str) -> None:
-    with pytest.raises(ValueError, match=trouble.strip().split(":")[0]):
-        parse_wrk(WRK.format(trouble))
-
-
-def test_what_is_no_output_of_wrk_has_no_rate() -> None:
-    with pytest.raises(ValueError, match="unable to connect"):
-        parse_wrk("unable to connect to 127.0.0.1:1 Connection refused")
 
 
 def test_a_reply_is_as_long_as_its_head_and_its_content_length() -> None:

@@ -107,16 +107,17 @@ def test_background_work_of_a_worker_stands_in_its_slot(worker: Process) -> None
 
 def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Process) -> None:
     assert worker.slot is not None
+    started, finished = worker.request_counters()
 
     def serve() -> None:
         for _ in range(500):
-            worker.request_started()
-            worker.request_finished()
+            started()
+            finished()
 
     at_once(8, serve)
-    worker.request_started()
+    started()
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
-    worker.request_finished()
+    finished()
 
 
 def test_worker_says_its_state_and_since_when(worker: Process) -> None:

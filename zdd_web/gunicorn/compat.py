@@ -17,6 +17,7 @@ from typing import Any
 import gunicorn
 from gunicorn import sock
 from gunicorn.config import make_settings
+from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
 from gunicorn.workers.gthread import ThreadWorker
 from gunicorn.workers.sync import SyncWorker
@@ -225,26 +226,18 @@ def take_max_requests(worker: Any) -> int:
     return limit
 
 
-class _Decision:
-    """A truth value that is made when it is first asked for, and stays."""
+def close_connections_when(leaving: Callable[[], bool]) -> None:
+    """Have a reply carry `Connection: close` if `leaving()` is true when its headers are written, in this process.
 
-    __slots__ = ("_ask", "_made")
-
-    def __init__(self, ask: Callable[[], bool]) -> None:
-        self._ask = ask
-        self._made: bool | None = None
-
-    def __bool__(self) -> bool:
-        if self._made is None:
-            self._made = self._ask()
-        return self._made
-
-
-def close_if(request: Any, leaving: Callable[[], bool]) -> None:
-    """Have the reply carry `Connection: close` if `leaving()` is true when its headers are written.
-
-    That is when gunicorn first looks at `must_close` (wsgi.py:328), which every worker class has had since 22. A
-    later look (gthread.py:786) must find the same, or a connection that was announced as kept is closed.
+    Not decided when the request begins: the reply may come a minute later. And once for each reply: a later look
+    (gthread.py:786) must find what the headers have announced.
     """
-    if not request.must_close:
-        request.must_close = _Decision(leaving)
+    reply: Any = Response
+    default_headers = reply.default_headers
+
+    def headers(response: Any) -> Any:
+        if not response.must_close and leaving():
+            response.force_close()
+        return default_headers(response)
+
+    reply.default_headers = headers

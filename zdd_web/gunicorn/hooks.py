@@ -204,6 +204,10 @@ def post_fork(server: Any, worker: Any) -> None:
     master.after_fork()
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log)
     state.worker.enter()
+    # On every request: where the user has no hook there is nothing in between either.
+    for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):
+        if name not in state.users:
+            worker.cfg.set(name, ours)
     hook = _then_users("post_fork")
     if hook is not None:
         with state.worker.boot_step():
@@ -221,21 +225,17 @@ def post_worker_init(worker: Any) -> None:
 
 
 def pre_request(worker: Any, req: Any) -> None:
-    """Count the request in."""
-    state.worker.request_started(req)  # type: ignore[union-attr]
-    hook = state.users.get("pre_request")  # type: ignore[union-attr]
-    if hook is not None:
-        hook(worker, req)
+    """Count the request in; only called where the user has such a hook, see `post_fork`."""
+    state.worker.request_started(worker, req)  # type: ignore[union-attr]
+    state.users["pre_request"](worker, req)  # type: ignore[union-attr]
 
 
 def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
-    """Count the request out, also when the user's hook raises."""
+    """Count the request out, also when the user's hook raises; only called where there is one, see `post_fork`."""
     try:
-        hook = state.users.get("post_request")  # type: ignore[union-attr]
-        if hook is not None:
-            hook(worker, req, environ, resp)
+        state.users["post_request"](worker, req, environ, resp)  # type: ignore[union-attr]
     finally:
-        state.worker.request_finished()  # type: ignore[union-attr]
+        state.worker.request_finished(worker, req, environ, resp)  # type: ignore[union-attr]
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -62,6 +62,8 @@ class WorkerSide:
         self._status_now: int | None = None
         self._wind_down: compat.WindDown | None = None
         self._limit = compat.take_max_requests(worker)
+        self._count_in, self._count_out = self.process.request_counters()
+        compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
         compat.end_by_signal_alone(worker)
         self._obey: Callable[[int, Any], None] = worker.handle_exit
@@ -74,7 +76,7 @@ class WorkerSide:
         self.slot.start = proc.start_time(os.getpid())
         self.slot.pid = os.getpid()
         worker = self.worker
-        worker.handle_exit, worker.notify = self.handle_exit, self.notify
+        worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.load_wsgi, worker.run = self.load, self.run
 
@@ -126,13 +128,13 @@ class WorkerSide:
                 self.worker.wsgi = _name_generation(
                     self.worker.wsgi, self.settings.generation_header, self.board.header.generation
                 )
-            warm_up(self.worker.wsgi, self.settings.warmup, self.notify)
+            warm_up(self.worker.wsgi, self.settings.warmup, self._beat)
         self.process.say(WorkerState.READY)
         self._at_gate = True
         if not self.worker.alive or self.slot.retire:
             sys.exit(0)
         interval = min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
-        self.gate.wait(self.board, self.notify, interval)
+        self.gate.wait(self.board, self._beat, interval)
         self._at_gate = False
         if self.boot_log is not None:
             self.boot_log.end()
@@ -159,6 +161,7 @@ class WorkerSide:
             if phase is Phase.DRAINING and not self.board.header.successor_pid:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
+                self.worker.notify = self.notify
                 compat.wake(self.worker)
             else:
                 self.leave()
@@ -191,7 +194,7 @@ class WorkerSide:
         sys.exit(status)
 
     def notify(self) -> None:
-        """Beat gunicorn's heartbeat; between two turns of the loop, emptying and winding down come to their end."""
+        """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
         self._beat()
         if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
             self._emptying = False
@@ -214,6 +217,7 @@ class WorkerSide:
         self._left = self.process.going = True
         if compat.WindDown.needed_by(self.worker):
             self._wind_down = compat.WindDown(self.worker)
+            self.worker.notify = self.notify
         else:
             self._end_loop()
 
@@ -281,14 +285,13 @@ class WorkerSide:
 
     # -- requests
 
-    def request_started(self, request: Any) -> None:
-        """Count a request in, and make it its connection's last if this worker is on its way out by its reply."""
-        self.process.request_started()
-        compat.close_if(request, self.process.is_leaving)
+    def request_started(self, worker: Any, request: Any) -> None:
+        """Count a request in."""
+        self._count_in()
 
-    def request_finished(self) -> None:
+    def request_finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
-        if self.process.request_finished() >= self._limit and not self.slot.weary:
+        if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
 
