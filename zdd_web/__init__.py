@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         ZddError,
     )
     from zdd_web.lifecycle import Phase
-    from zdd_web.process import deadline, draining, generation, phase
+    from zdd_web.process import deadline, drain_event, draining, generation, phase
     from zdd_web.waitgroup import WaitGroup, background
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "ZddError",
     "background",
     "deadline",
+    "drain_event",
     "draining",
     "generation",
     "phase",
@@ -51,7 +52,7 @@ _HOME = {
         "zdd_web.errors",
     ),
     "Phase": "zdd_web.lifecycle",
-    **dict.fromkeys(("deadline", "draining", "generation", "phase"), "zdd_web.process"),
+    **dict.fromkeys(("deadline", "drain_event", "draining", "generation", "phase"), "zdd_web.process"),
     **dict.fromkeys(("WaitGroup", "background"), "zdd_web.waitgroup"),
 }  # fmt: skip
 

@@ -156,6 +156,11 @@ class Header(Record):
     upgrades_done = Word(22)
     upgrades_failed = Word(23)
     reload_number = Word(24)
+    #: When SIGTERM came.
+    stop_since = Word(26)
+    #: The listeners' door (listeners/backlog.py), and since when it is what it is.
+    door = Word(27)
+    door_since = Word(28)
     name = Text(32, 128)
     upgrade_reason = Text(64, 1024)
     WORDS = 256
@@ -180,7 +185,11 @@ class Slot(Record):
     age = Word(8)
     retire = Word(9)
     retire_deadline = Word(10)
+    #: Requests that came after SIGTERM; how late the last of them, nanoseconds, and from where.
+    late = Word(13)
+    late_by = Word(14)
     error = Text(16, 512)
+    late_peer = Text(82, 88)
     WORDS = 96
 
 
@@ -337,7 +346,7 @@ class Board:
                 words = slot.words
                 for word in range(slot.base, slot.base + Slot.error.index):
                     words[word] = 0
-                slot.error = ""
+                slot.error = slot.late_peer = ""
                 slot.age = age
                 slot.state = WorkerState.BOOTING
                 return slot

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from typing import Any
 
@@ -103,6 +104,20 @@ def emit(event: str, level: int = logging.INFO, *, exc_info: bool | BaseExceptio
     record = _sink.makeRecord(_sink.name, level, __file__, 0, message, (), _exc_info(exc_info), "emit", extra)
     # Not `handle()`, which a disabled logger ignores; the handlers above it count for one that propagates.
     _sink.callHandlers(record)
+
+
+def leave_a_message(path: str, text: str) -> None:
+    """Write why the process ends where the platform shows it, if there is such a place.
+
+    Kubernetes makes the file for each container and shows its content as the reason of the last termination.
+    """
+    try:
+        # Not created: elsewhere than in a pod it would be a stray file.
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    except OSError:
+        return
+    with os.fdopen(fd, "w") as file:
+        file.write(text[:4096])
 
 
 def _exc_info(exc_info: bool | BaseException) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
 
 App = TypeVar("App")
+
+#: How often a waiting `DrainEvent` looks, seconds.
+LOOK = 0.05
 
 
 class Process:
@@ -148,6 +152,42 @@ def draining() -> bool:
     False
     """
     return current().is_leaving()
+
+
+class DrainEvent:
+    """Is set once this process is on its way out; looks at the board, and starts no thread.
+
+    >>> drain_event().wait(timeout=0)
+    False
+    """
+
+    def is_set(self) -> bool:
+        """Tell whether the process is on its way out."""
+        return current().is_leaving()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is, at most `timeout` seconds; tell whether it is."""
+        ends = clock.NEVER if timeout is None else clock.after_ns(timeout)
+        while not self.is_set() and not clock.passed(ends):
+            left = clock.remaining(ends)
+            time.sleep(LOOK if left is None else min(LOOK, left))
+        return self.is_set()
+
+    async def wait_async(self) -> None:
+        """Wait until it is, in asyncio code."""
+        import asyncio
+
+        while not self.is_set():
+            await asyncio.sleep(LOOK)
+
+
+def drain_event() -> DrainEvent:
+    """Return what streaming handlers and loops wait on: `while not zdd_web.drain_event().wait(5): poll()`.
+
+    >>> drain_event().is_set()
+    False
+    """
+    return DrainEvent()
 
 
 def deadline() -> float | None:

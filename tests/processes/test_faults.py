@@ -542,7 +542,7 @@ def retries(service: Service) -> list[float]:
 @pytest.mark.parametrize("fault", MEETS)
 def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Service, fault: str):
     configure(service).start()
-    before = serving_workers(service)
+    before = settled(service, 2)
     with on_trial(service) as trial:
         service.deploy("2", at_import=MEETS[fault])
         service.signal(signal.SIGTTIN)
@@ -562,7 +562,7 @@ def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Serv
 def test_capacity_holds_while_workers_recycle_over_broken_code(service: Service, fault: str):
     service.arguments = ["--max-requests", "30"]
     configure(service).start()
-    before = serving_workers(service)
+    before = settled(service, 2)
     with on_trial(service) as trial:
         service.deploy("2", at_import=MEETS[fault])
         service.wait_for(r"event=worker\.recycled")

@@ -53,7 +53,7 @@ def test_value_that_cannot_work_is_refused(key: str, value: Any, remedy: str) ->
     [
         ({"GRACE_PERIODE": 5}, "no such setting 'GRACE_PERIODE'; did you mean GRACE_PERIOD?"),
         ({"grace_period": 5}, "no such setting 'grace_period'; did you mean GRACE_PERIOD?"),
-        ({5: 5}, "no such setting 5; known: DRAIN_DELAY, "),
+        ({5: 5}, "no such setting 5; known: ABANDON_STATUS, "),
         ([("NAME", "shop")], "[('NAME', 'shop')] is no dictionary: write ZDD_WEB = {'GRACE_PERIOD': 30}"),
         (None, "None is no dictionary"),
     ],

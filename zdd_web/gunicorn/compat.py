@@ -6,6 +6,7 @@ Everything here is a difference between releases, or a name inside gunicorn that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -84,6 +85,18 @@ def adopt_listeners(server: Any, fds: Iterable[int]) -> list[Any]:
     """Wrap inherited descriptors in gunicorn's socket objects (sock.py:180)."""
     listeners: list[Any] = sock.create_sockets(server.cfg, server.log, list(fds))
     return listeners
+
+
+def close_listeners(server: Any, *, unlink: bool) -> None:
+    """Close the master's own listeners; `unlink` removes the paths of Unix sockets."""
+    listeners, server.LISTENERS = server.LISTENERS, []
+    with contextlib.suppress(FileNotFoundError):
+        sock.close_sockets(listeners, unlink)
+
+
+def is_kept_by_somebody_else(server: Any) -> bool:
+    """Tell whether a listener outlives this service: systemd's, or one that was inherited as a descriptor."""
+    return bool(server.systemd) or any(bind.startswith("fd://") for bind in server.cfg.bind)
 
 
 def suspend_control_server(server: Any) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from zdd_web import clock, log, proc
 from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.office import Office
@@ -139,6 +139,9 @@ class Deploy:
         if upgrade.board is not None:
             self._header.successor_phase = upgrade.board.header.phase
         verdict = upgrade.poll()
+        if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
+            # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
+            compat.close_listeners(self._server, unlink=False)
         if verdict is not None and verdict.ready:
             self._let_go(upgrade, verdict.workers)
         elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:

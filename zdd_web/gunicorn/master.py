@@ -40,10 +40,11 @@ from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.reload import Reload
-from zdd_web.gunicorn.roster import Roster, plan
+from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.lifecycle import Event, Phase
-from zdd_web.settings import Settings
+from zdd_web.listeners.backlog import Door, close_door
+from zdd_web.settings import IN_KUBERNETES, Settings
 
 #: How often the loop turns while something is under way, seconds.
 BUSY_TICK = 0.02
@@ -78,7 +79,7 @@ class Master:
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
-        self._stopping_since = clock.NEVER
+        self._late = LateArrivals()
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
 
@@ -121,7 +122,8 @@ class Master:
             server.pidfile = PidFile(server.pidfile.fname, os.getpid())
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
-                  name=self.header.name)  # fmt: skip
+                 grace_period=self.settings.grace_period, drain_delay=self.settings.drain_delay,
+                 kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name)  # fmt: skip
 
     def _interval(self) -> float:
         return IDLE_TICK if self.phase is Phase.SERVING and self._settled() else BUSY_TICK
@@ -160,6 +162,7 @@ class Master:
 
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
+            self._late.add(gone)
             if self.phase in lifecycle.WORKERS_LEAVE:
                 self._abandoned += gone.abandoned
                 self._cut += gone.in_flight
@@ -234,7 +237,7 @@ class Master:
             self.header.deadline = clock.after_ns(lame_duck + budget.work)
         elif phase is Phase.LAME_DUCK:
             self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
-        self._stopping_since = self._stopping_since or clock.now_ns()
+        self.header.stop_since = self.header.stop_since or clock.now_ns()
         self.move(Event.STOP)
 
     def handle_int(self) -> None:
@@ -292,6 +295,8 @@ class Master:
         self._bury_workers()
         if self.gate.opened:
             self.roster.give_up_boots(self.settings.upgrade_timeout)
+        if self.phase is Phase.DRAINING and not self.header.door_since and self._nobody_comes_after():
+            self._close_door()
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             if not self.server.WORKERS:
                 self._end_when_nobody_is_left()
@@ -319,6 +324,20 @@ class Master:
                 self.succession.fail(f"{type(error).__name__}: {error}")
             raise
 
+    def _nobody_comes_after(self) -> bool:
+        return not (
+            self.header.successor_pid
+            or (self.succession is not None and not self.succession.alone)
+            or compat.is_kept_by_somebody_else(self.server)
+        )
+
+    def _close_door(self) -> None:
+        doors = [close_door(listener.sock) for listener in self.server.LISTENERS]
+        self.header.door = min(doors, default=Door.CLOSED)
+        self.header.door_since = clock.now_ns()
+        # The workers have their own: the last of them closes the queue, right after it has found it empty.
+        compat.close_listeners(self.server, unlink=True)
+
     def _end_when_nobody_is_left(self) -> None:
         if self.deploy.waits_for_cancelled():
             return
@@ -327,7 +346,8 @@ class Master:
         if self.header.successor_pid:
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self.server.reexec_pid = self.header.successor_pid
-        self.move(Event.FINISHED, seconds=self._leaving_for())
+        late = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
+        self.move(Event.FINISHED, seconds=self._leaving_for(), **late)
         abandoned = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
         if abandoned:
             self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
@@ -349,6 +369,11 @@ class Master:
     def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:
         seconds = self._leaving_for()
         log.emit("drain.abandoned", logging.ERROR, workers=workers, requests=requests, tasks=tasks, seconds=seconds)
+        log.leave_a_message(
+            self.settings.termination_log,
+            f"zdd_web: {requests} requests and {tasks} background tasks were abandoned after {seconds:.0f} s, when "
+            f"GRACE_PERIOD = {self.settings.grace_period:g} was over; see event=background.abandoned in the log",
+        )
 
     def _leave(self, *, abandoned: bool) -> NoReturn:
         if self.settings.keep_pid and self.header.successor_pid and not self.header.predecessor_pid:
@@ -360,7 +385,7 @@ class Master:
             self._end_with_the_service()
             self._become_keeper()
         if abandoned:
-            raise HaltServer("work was abandoned at the deadline", 1)
+            raise HaltServer("work was abandoned at the deadline", self.settings.abandon_status)
         raise StopIteration
 
     def _end_with_the_service(self) -> None:
@@ -374,7 +399,7 @@ class Master:
         keeper.become(self.header.name, self.header.successor_pid, lambda: compat.take_queued_signals(self.server))
 
     def _leaving_for(self) -> float:
-        return clock.since(self._stopping_since or self.header.phase_since)
+        return clock.since(self.header.stop_since or self.header.phase_since)
 
     def reap_workers(self) -> None:
         """Note the exit status of our own children, then have gunicorn reap the rest."""

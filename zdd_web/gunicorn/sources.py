@@ -224,7 +224,7 @@ def _remedy(master: Sourced, app: FrameworkSettings, name: str) -> str:
     remove = f"take {upper} out of ZDD_WEB"
     if master.django is not None and master.django.source == app.source:
         return f"it has changed since the master read it; {remove}, or upgrade (SIGUSR2), which reads it again"
-    if name not in master.origin:
+    if name not in master.origin or master.origin[name].source is Source.KUBERNETES:
         return f"{write}, or export {MODULE}={app.module} for gunicorn's master" if app.module else write
     if master.origin[name].source is Source.INSTALL:
         return f"{write}, or {remove}"

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import math
 import os
-import select
 import signal
 import sys
 import threading
@@ -26,15 +25,23 @@ from typing import Any
 from gunicorn.errors import AppImportError
 
 from zdd_web import clock, log, proc, process, waitgroup
-from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.warmup import warm_up
-from zdd_web.lifecycle import WORKERS_LEAVE, Phase
+from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
+from zdd_web.listeners import backlog
+from zdd_web.listeners.backlog import Door
 from zdd_web.settings import Settings
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.
 PATIENCE = 1.0
+
+#: How long a closed door waits for handshakes that were under way, seconds: a long round trip.
+SETTLE = 0.25
+
+#: Where the door cannot be closed the queue may never be found empty under load, seconds.
+NARROW_AT_MOST = 2.0
 
 #: With no deadline, a drain that gunicorn itself bounds (`graceful_timeout`) gets a day.
 NO_LIMIT = 86_400
@@ -62,6 +69,7 @@ class WorkerSide:
         self._status_now: int | None = None
         self._wind_down: compat.WindDown | None = None
         self._limit = compat.take_max_requests(worker)
+        self._words, self._late_lock = board.header.words, threading.Lock()
         self._count_in, self._count_out = self.process.request_counters()
         compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
@@ -163,6 +171,7 @@ class WorkerSide:
                 self._emptying = True
                 self.worker.notify = self.notify
                 compat.wake(self.worker)
+                _later(SETTLE, compat.wake, self.worker)
             else:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
@@ -171,9 +180,7 @@ class WorkerSide:
                 self.leave()
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
-            timer = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.daemon = True
-            timer.start()
+            _later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
@@ -196,21 +203,25 @@ class WorkerSide:
     def notify(self) -> None:
         """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
         self._beat()
-        if self._emptying and (self._queue_is_empty() or clock.passed(self.board.header.deadline)):
+        if self._emptying and self._has_emptied():
             self._emptying = False
             self.leave()
         if self._wind_down is not None:
             over = self._wind_down.over()
-            self.note_leaving()
+            self.accepts_no_more()
             if over:
                 self._wind_down = None
                 self._end_loop()
 
-    def _queue_is_empty(self) -> bool:
-        poller = select.poll()
-        for listener in self.worker.sockets:
-            poller.register(listener.fileno(), select.POLLIN)
-        return not poller.poll(0)
+    def _has_emptied(self) -> bool:
+        header = self.board.header
+        since = header.door_since
+        if clock.passed(header.deadline):
+            return True
+        if header.door == Door.NARROW and clock.since(since) >= NARROW_AT_MOST:
+            return True
+        # With the door closed, those whose handshake was under way are still to come.
+        return backlog.is_empty(self.worker.sockets) and not (since and clock.since(since) < SETTLE)
 
     def leave(self) -> None:
         """Have the worker finish what it has and end its loop."""
@@ -226,10 +237,16 @@ class WorkerSide:
         left = clock.remaining(self.process.deadline_ns)
         self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, math.ceil(left)))
         self._obey(signal.SIGTERM, None)
-        if not compat.tell_when_not_accepting(self.worker, self.note_leaving) and self.slot.in_flight:
+        if not compat.tell_when_not_accepting(self.worker, self.accepts_no_more) and self.slot.in_flight:
             # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
             self.note_leaving()
         compat.wake(self.worker)
+
+    def accepts_no_more(self) -> None:
+        """Say so, and close this worker's listeners: a queue that somebody still holds is not refused but waits."""
+        self.note_leaving()
+        for listener in self.worker.sockets:
+            listener.close()
 
     def note_leaving(self) -> None:
         """Say on the board that this worker accepts nothing more: the master may replace it, an upgrade may be done."""
@@ -245,7 +262,7 @@ class WorkerSide:
         if self._status_now is not None:
             sys.exit(self._status_now)
         self._left = self.process.going = True
-        self.note_leaving()
+        self.accepts_no_more()
         # The roster repeats it each second.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._finish_background()
@@ -288,12 +305,31 @@ class WorkerSide:
     def request_started(self, worker: Any, request: Any) -> None:
         """Count a request in."""
         self._count_in()
+        if self._words[_PHASE] in STOPPING:
+            self._count_late(request.peer_addr)
+
+    def _count_late(self, peer: Any) -> None:
+        slot, by = self.slot, clock.now_ns() - self.board.header.stop_since
+        with self._late_lock:
+            slot.late += 1
+            if by > slot.late_by:
+                slot.late_by = by
+                slot.late_peer = ":".join(map(str, peer[:2])) if isinstance(peer, tuple) else str(peer or "unix")
 
     def request_finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
         if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
+
+
+_PHASE = Header.phase.index
+
+
+def _later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
 
 
 def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:

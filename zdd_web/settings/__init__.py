@@ -6,6 +6,7 @@ from zdd_web.settings.model import APP_SETTINGS, Settings, StopBudget
 from zdd_web.settings.sources import (
     ENV_PREFIX,
     HANDOVER,
+    IN_KUBERNETES,
     FrameworkSettings,
     Origin,
     Source,
@@ -22,6 +23,7 @@ __all__ = [
     "APP_SETTINGS",
     "ENV_PREFIX",
     "HANDOVER",
+    "IN_KUBERNETES",
     "LISTENERS",
     "LISTENERS_AVAILABLE",
     "FrameworkSettings",

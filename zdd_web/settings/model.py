@@ -32,6 +32,8 @@ class Settings:
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
     recycle_timeout: float = 10.0
+    abandon_status: int = 1
+    termination_log: str = "/dev/termination-log"
     warmup: tuple[str, ...] = ()
     max_generations: int = 4
     keep_pid: bool = False

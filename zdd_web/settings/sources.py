@@ -1,6 +1,7 @@
 """Where settings come from, which source wins, and what to call each in an error.
 
-`merge()` puts the sources in their order: defaults, Django's settings module, `install()`, environment. Every error
+`merge()` puts the sources in their order: defaults (one more inside Kubernetes), Django's settings module, `install()`,
+environment. Every error
 names its source: an operator must be able to tell from the message alone which file or variable to edit, and what to
 write there.
 """
@@ -14,16 +15,22 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zdd_web.errors import SettingsError
-from zdd_web.settings.model import APP_SETTINGS, Settings
+from zdd_web.settings.model import APP_SETTINGS, DEFAULT_GRACE_PERIOD, Settings
 from zdd_web.settings.values import NORMALISE, check_name, hint, spelled
 
 ENV_PREFIX = "ZDD_WEB_"
 HANDOVER = "ZDD_WEB_HANDOVER"
 
+#: Kubernetes sets it in every container. It removes a stopping pod from its Services while the pod is told to stop, and
+#: not before: load balancers go on sending for some seconds.
+IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+DRAIN_DELAY_IN_KUBERNETES = 10.0
+
 
 class Source(enum.Enum):
     """Who may set something, the weakest first."""
 
+    KUBERNETES = "the default inside Kubernetes"
     DJANGO = "Django's settings module"
     INSTALL = "install()"
     ENVIRONMENT = "environment"
@@ -136,6 +143,9 @@ def collect(
     """
     values: dict[str, Any] = {}
     origin: dict[str, Origin] = {}
+    if IN_KUBERNETES in environ:
+        text = f"the default DRAIN_DELAY inside Kubernetes ({IN_KUBERNETES} is set)"
+        values["drain_delay"], origin["drain_delay"] = DRAIN_DELAY_IN_KUBERNETES, Origin(Source.KUBERNETES, text)
     if django is not None:
         values.update(django.values)
         origin.update({key: Origin(Source.DJANGO, django.text(key)) for key in django.values})
@@ -154,6 +164,10 @@ def collect(
             values[key] = NORMALISE[key](value)
         except ValueError as error:
             raise SettingsError(f"{origin[key].text}: {error}") from None
+    if "drain_delay" in origin and origin["drain_delay"].source is Source.KUBERNETES:
+        # A default must fit into whatever GRACE_PERIOD somebody has chosen.
+        grace_period = values.get("grace_period", DEFAULT_GRACE_PERIOD)
+        values["drain_delay"] = min(DRAIN_DELAY_IN_KUBERNETES, grace_period / 3)
     return values, origin
 
 

@@ -82,6 +82,12 @@ def _generations(value: object) -> int:
     return int(str(value))
 
 
+def _exit_status(value: object) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) > 255:
+        raise ValueError("must be a whole number from 0 to 255")
+    return int(str(value))
+
+
 def _switch(value: object) -> bool:
     word = str(value).lower()
     if word in ("true", "1", "yes", "on"):
@@ -117,6 +123,8 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
     "recycle_timeout": _seconds(least=0),
+    "abandon_status": _exit_status,
+    "termination_log": _absolute,
     "warmup": _paths,
     "max_generations": _generations,
     "keep_pid": _switch,

@@ -1,0 +1,68 @@
+"""The accept queue at the end: closing a listener resets every connection that waits in it.
+
+So nobody new is let in, the workers accept what waits, and only then the last of them closes. A classic BPF filter on
+the listener drops the segments that open a connection: the clients' kernels try again after a second, find the port
+closed, and tell them "refused", which every client may retry. The kernel asks for CAP_NET_ADMIN to attach one to a TCP
+socket; without it the queue is narrowed to a single place, so that few are caught in it.
+
+The filter is the socket's, not the process's: never where somebody else goes on to serve with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import select
+import socket
+import struct
+from collections.abc import Iterable
+
+SO_ATTACH_FILTER = 26
+
+#: Load the TCP flags; where SYN is set keep nothing of the segment, else all of it.
+_DROP_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # ldb [13]
+        (0x54, 0, 0, 0x02),  # and #SYN
+        (0x15, 0, 1, 0x02),  # jeq #SYN, next, skip
+        (0x06, 0, 0, 0),  # ret #0
+        (0x06, 0, 0, 0xFFFF_FFFF),  # ret #-1
+    )
+)
+
+
+class Door(enum.IntEnum):
+    """How far a listener lets new connections in. The numbers are written on the board."""
+
+    OPEN = 0
+    #: One may wait at a time; the others' kernels try again.
+    NARROW = 1
+    CLOSED = 2
+
+
+def close_door(listener: socket.socket) -> Door:
+    """Let nobody new into a listener's queue, as far as this process may. What waits there stays.
+
+    >>> with socket.create_server(("127.0.0.1", 0)) as server:
+    ...     close_door(server) is not Door.OPEN
+    True
+    """
+    if listener.family in (socket.AF_INET, socket.AF_INET6):
+        program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+        try:
+            filter_ = struct.pack("HxxxxxxQ", len(_DROP_SYN) // 8, ctypes.addressof(program))
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_)
+            return Door.CLOSED
+        except OSError:
+            pass  # EPERM without CAP_NET_ADMIN; a kernel without filters
+    listener.listen(0)
+    return Door.NARROW
+
+
+def is_empty(listeners: Iterable[socket.socket]) -> bool:
+    """Tell whether nobody waits in any of the queues."""
+    poller = select.poll()
+    for listener in listeners:
+        poller.register(listener.fileno(), select.POLLIN)
+    return not poller.poll(0)
