@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.processes.harness import Service, answered_from, until
+from zdd_web.cli.rehearse.load import Load, LoadThread
+from zdd_web.cli.rehearse.report import Outcome
+from zdd_web.listeners.backlog import Door, close_door
 
 
 def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
@@ -37,6 +41,73 @@ def test_what_waits_in_the_accept_queue_is_answered(service: Service):
         service.signal(signal.SIGTERM)
         assert [reply.result().status for reply in replies] == [200] * 20
     service.ends(status=None)
+
+
+def may_close_the_door() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return close_door(server) is Door.CLOSED
+
+
+@pytest.mark.skipif(not may_close_the_door(), reason="needs CAP_NET_ADMIN for a filter on a listener")
+def test_a_stop_under_load_resets_nobody(service: Service):
+    # No lame duck, and clients that do not leave: the queue is never empty by itself.
+    service.start()
+    load = LoadThread(Load("127.0.0.1", service.port, ("/slow?seconds=0.02",), 40, 0.5, 0.02, 20.0))
+    with load:
+        answered_from(load, 200)
+        service.signal(signal.SIGTERM)
+        service.ends()
+        # Whoever comes now is told at once that there is nobody, which every client may retry.
+        until("a refusal", lambda: any(each.outcome is Outcome.REFUSED for each in list(load.samples)), service)
+    found = Counter(sample.outcome for sample in load.samples)
+    assert set(found) <= {Outcome.OK, Outcome.STALE, Outcome.REFUSED}, found
+    assert service.matches(r"event=phase\.stopped .*late=\d+ late_by=[\d.]+ late_peer=127\.0\.0\.1:\d+ remedy=")
+
+
+def test_requests_that_come_in_a_lame_duck_are_late_and_need_no_longer_one(service: Service):
+    service.configure(drain_delay=2, grace_period=10).start()
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.lame_duck")
+    assert service.get().status == 200
+    service.ends()
+    line = service.wait_for(r"event=phase\.stopped")
+    assert " late=1 " in line and "late_peer=127.0.0.1:" in line
+    assert "remedy=" not in line
+
+
+def test_connections_that_come_while_the_last_requests_are_finished_are_refused(make_service):
+    # A queue that somebody still holds open is not refused but waits, for nothing.
+    service = make_service("gthread")
+    service.start()
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(service.get, "/slow?seconds=4")
+        until("the request", lambda: service.snapshot().in_flight == 1, service)
+        service.signal(signal.SIGTERM)
+        until("a closed port", lambda: not service.is_open(), service)
+        assert service.snapshot().in_flight == 1
+        assert reply.result().status == 200
+    service.ends()
+
+
+def test_a_stop_in_a_pod_begins_with_a_lame_duck(make_service):
+    service = make_service("gthread")
+    service.environ["KUBERNETES_SERVICE_HOST"] = "10.96.0.1"
+    service.configure(grace_period=6).start()
+    assert service.matches("event=boot.started .*grace_period=6 drain_delay=2 kubernetes=yes")
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.lame_duck")
+    assert service.get("/readyz").status == 503
+    assert service.get().status == 200
+    service.ends()
+
+
+def test_a_stop_that_abandons_work_leaves_its_status_and_a_message(service: Service):
+    message = service.directory / "termination-log"
+    message.touch()
+    service.configure(grace_period=2, abandon_status=77, termination_log=str(message)).start()
+    service.get("/job?seconds=600")
+    service.stop(status=77)
+    assert message.read_text().startswith("zdd_web: 0 requests and 1 background tasks were abandoned")
 
 
 def connected_to(port: int) -> int:

@@ -1,0 +1,426 @@
+"""WaitGroup: background work that a worker finishes before it exits.
+
+As Go's `sync.WaitGroup`, with what a stop needs on top: each entry has a name, an age and a stack, so that what was not
+finished can be named, and work is counted from the moment it is offered, not from when a thread picks it up.
+
+    with zdd_web.background.track("send-receipt"):
+        ...
+    zdd_web.background.go(send_receipt, order.id)
+    zdd_web.background.create_task(notify(order.id))     # in asyncio code
+
+    @zdd_web.background.task
+    def rebuild_index(): ...
+    rebuild_index()            # returns a Future; runs on the group's own threads
+
+The group owns its threads: an executor of somebody else may be shut down while requests still want to hand it work.
+
+At its end a worker calls, in this order: `close_all()`, `abandon()`, `run_drained_hooks()`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import itertools
+import os
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
+
+from zdd_web.errors import GroupClosed
+from zdd_web.waitgroup.drained import on_drained, run_drained_hooks
+from zdd_web.waitgroup.entry import Entry, current_request
+from zdd_web.waitgroup.executor import Executor
+from zdd_web.waitgroup.threads import Apart, Threads, close_connections, name_of, refuse_coroutines, report
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = [
+    "Entry",
+    "Executor",
+    "Task",
+    "WaitGroup",
+    "abandon",
+    "all_entries",
+    "background",
+    "close_all",
+    "current_request",
+    "observer",
+    "on_drained",
+    "run_drained_hooks",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+OnAbandon = Callable[[Entry], object]
+AfterClose = Literal["reject", "run_inline"]
+
+#: ThreadPoolExecutor's default (5 on one core) is meant for computing; background work of a web app waits for others.
+DEFAULT_THREADS = 32
+
+#: How many `on_abandon` run at once, as long as they end: each may want a connection to a database.
+ABANDONED_AT_ONCE = 32
+
+_groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
+
+#: Called with the number of entries in all groups whenever it changes; `process` points it at the board.
+observer: Callable[[int], None] | None = None
+
+
+class Task(Generic[P, R]):
+    """A function that runs in the background when called; `.function` is the function itself."""
+
+    def __init__(self, group: WaitGroup, function: Callable[P, R], on_abandon: OnAbandon | None = None) -> None:
+        refuse_coroutines(function, "give its coroutine to create_task()")
+        functools.update_wrapper(self, function)
+        self.group, self.function, self.on_abandon = group, function, on_abandon
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """Bind to an object, as a function does: a method may be a task."""
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[R]:
+        return self.group._submit(self.function, args, kwargs, on_abandon=self.on_abandon)
+
+
+class WaitGroup:
+    """A group of background work that can be waited for.
+
+    Every group is waited for when its worker leaves, also one that the app makes itself. What comes after that is
+    refused, or with `after_close="run_inline"` done at once by whoever offers it.
+
+    >>> group = WaitGroup("doctest")
+    >>> with group.track("one"):
+    ...     len(group)
+    1
+    >>> group.wait(timeout=0)
+    True
+    >>> group.go(sum, [1, 2, 3]).result()
+    6
+    """
+
+    def __init__(
+        self, name: str = "background", *, threads: int = DEFAULT_THREADS, after_close: AfterClose = "reject"
+    ) -> None:
+        if after_close not in ("reject", "run_inline"):
+            raise ValueError(f'after_close={after_close!r}: write "reject" or "run_inline"')
+        self.name, self.after_close = name, after_close
+        self._threads = Threads(threads, f"zdd_web-{name}")
+        self._max_workers = threads
+        self._reset()
+        _groups.add(self)
+
+    def _reset(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._changed = threading.Condition()
+        self._numbers = itertools.count(1)
+        self.closed = False
+        #: How many tasks and calls have raised.
+        self.failed = 0
+
+    def add(self, name: str, *, on_abandon: OnAbandon | None = None) -> Entry:
+        """Begin a piece of work; the caller must call `done()` on the entry. Prefer `track()`, which cannot forget.
+
+        `on_abandon(entry)` is called when the process ends before the work does.
+        """
+        entry = self._offer(name, on_abandon)
+        entry.runs_here()
+        return entry
+
+    def _offer(
+        self,
+        name: str,
+        on_abandon: OnAbandon | None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        entry = Entry(self, name, next(self._numbers), on_abandon, args, dict(kwargs or {}))
+        with self._changed:
+            if self.closed and self.after_close == "reject":
+                raise GroupClosed(
+                    f"{name!r} came too late for the group {self.name!r}: this process is about to end. "
+                    'Do it without the group, put it on a queue, or make the group with after_close="run_inline"'
+                )
+            self._entries[entry.number] = entry
+        _tell()
+        return entry
+
+    def _has(self, entry: Entry) -> bool:
+        # Numbers begin anew after a fork: an entry of the parent's must not end one of the child's.
+        return self._entries.get(entry.number) is entry
+
+    def _remove(self, entry: Entry) -> None:
+        with self._changed:
+            if not self._has(entry):
+                return
+            del self._entries[entry.number]
+            self._changed.notify_all()
+        _tell()
+
+    def _failed(self, entry: Entry, error: BaseException) -> None:
+        with self._changed:
+            self.failed += 1
+        report(error, **_fields(entry))
+
+    @contextlib.contextmanager
+    def track(self, name: str = "tracked", *, on_abandon: OnAbandon | None = None) -> Iterator[Entry]:
+        """Count the body of a `with` as background work, also when it raises."""
+        entry = self.add(name, on_abandon=on_abandon)
+        try:
+            yield entry
+        finally:
+            entry.done()
+
+    def go(
+        self,
+        function: Callable[..., R],
+        /,
+        *args: Any,
+        name: str | None = None,
+        on_abandon: OnAbandon | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[R]:
+        """Run `function(*args, **kwargs)` on one of the group's threads and return its Future.
+
+        Context variables are carried over. What it raises is logged as `background.failed`, and kept in the Future.
+        """
+        return self._submit(function, args, kwargs, name=name, on_abandon=on_abandon)
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def task(self, *, on_abandon: OnAbandon | None = ...) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+    def task(
+        self, function: Callable[P, R] | None = None, /, *, on_abandon: OnAbandon | None = None
+    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+        """Decorate a function so that calling it means `go()`.
+
+        >>> @background.task(on_abandon=lambda entry: print("again:", entry.args))
+        ... def add(first, second):
+        ...     return first + second
+        >>> add(1, 2).result()
+        3
+        """
+        if function is None:
+            return functools.partial(Task, self, on_abandon=on_abandon)
+        return Task(self, function, on_abandon)
+
+    def create_task(
+        self, coro: Coroutine[Any, Any, R], *, name: str | None = None, on_abandon: OnAbandon | None = None
+    ) -> asyncio.Task[R]:
+        """Run a coroutine as a task of the running event loop; the group keeps it until it is done.
+
+        What it raises is logged as `background.failed`, and kept in the task. No policy can run a coroutine at once:
+        a closed group that does not refuse it counts it, and who offered it has to await it.
+        """
+        import asyncio  # not before gevent has patched what it imports
+
+        if not asyncio.iscoroutine(coro):
+            raise TypeError(f"create_task() takes a coroutine, not {coro!r}: call the async function, or use go()")
+        name = name or name_of(coro)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            coro.close()  # or Python warns that nobody awaited it
+            raise RuntimeError(f"create_task() of {name!r} outside a running event loop: call it in one") from None
+        try:
+            entry = self._offer(name, on_abandon)
+        except GroupClosed:
+            coro.close()
+            raise
+        entry.runs_here()
+
+        def end(task: asyncio.Task[R]) -> None:
+            try:
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    self._failed(entry, error)
+            finally:
+                entry.done()
+
+        try:
+            entry.task = task = loop.create_task(coro, name=name)
+        except BaseException:
+            entry.done()
+            raise
+        task.add_done_callback(end)
+        return task
+
+    def executor(self, max_workers: int | None = None) -> Executor:
+        """Return a `concurrent.futures.Executor` with threads of its own, whose every call is work of this group."""
+        return Executor(self, self._max_workers if max_workers is None else max_workers)
+
+    def _submit(
+        self,
+        function: Callable[..., R],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        on_abandon: OnAbandon | None = None,
+        threads: Threads | None = None,
+    ) -> concurrent.futures.Future[R]:
+        refuse_coroutines(function, "give its coroutine to create_task()")
+        entry = self._offer(name or name_of(function), on_abandon, args, kwargs)
+        context = contextvars.copy_context()
+
+        def run() -> R:
+            entry.runs_here()
+            try:
+                return context.run(function, *args, **kwargs)
+            except BaseException as error:
+                self._failed(entry, error)
+                raise
+
+        def run_on_a_thread_of_ours() -> R:
+            try:
+                return run()
+            finally:
+                try:
+                    close_connections(**_fields(entry))
+                finally:
+                    entry.done()
+
+        if self.closed and self.after_close == "run_inline":
+            return _run_inline(run, entry)
+        try:
+            future = (threads or self._threads).pool().submit(run_on_a_thread_of_ours)
+        except BaseException:
+            entry.done()
+            raise
+        entry._future = weakref.ref(future)
+        future.add_done_callback(lambda done: entry.done() if done.cancelled() else None)
+        return future
+
+    def close(self) -> None:
+        """Take no more work, or run it inline: the process is about to end. A fork opens the child's group again.
+
+        >>> group = WaitGroup("shop")
+        >>> group.close()
+        >>> group.go(print)
+        Traceback (most recent call last):
+        ...
+        zdd_web.errors.GroupClosed: 'print' came too late for the group 'shop': this process is about to end. ...
+        """
+        with self._changed:
+            self.closed = True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no work is left, at most `timeout` seconds; tell whether none is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._entries, timeout)
+
+    def entries(self) -> list[Entry]:
+        """Return the work in hand, oldest first."""
+        with self._changed:
+            return list(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # A group with nothing to do is still a group.
+    def __bool__(self) -> bool:
+        return True
+
+
+def _fields(entry: Entry) -> dict[str, str]:
+    request = {"request": entry.request} if entry.request else {}
+    return {"group": entry.group.name, "name": entry.name, **request}
+
+
+def _run_inline(run: Callable[[], R], entry: Entry) -> concurrent.futures.Future[R]:
+    future: concurrent.futures.Future[R] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    try:
+        future.set_result(run())
+    except Exception as error:  # not SystemExit: in the main thread a signal's handler raises it
+        future.set_exception(error)
+    finally:
+        entry.done()
+    return future
+
+
+def all_entries() -> list[Entry]:
+    """Return the work in hand in all groups of this process, oldest first."""
+    return sorted((entry for group in _all_groups() for entry in group.entries()), key=lambda entry: entry.started)
+
+
+def close_all() -> None:
+    """Close every group of this process."""
+    for group in _all_groups():
+        group.close()
+
+
+def abandon(
+    entries: Iterable[Entry], timeout: float, beat: Callable[[], object] = lambda: None
+) -> list[tuple[Entry, str]]:
+    """Give up what of `entries` is still in hand; return it, each with its stack.
+
+    What waits for a thread is cancelled. Each `on_abandon` runs in a daemon thread; all of them together get `timeout`
+    seconds, in which `beat` is called. Work goes on meanwhile: it may end after its `on_abandon` was called.
+
+    >>> group = WaitGroup("doctest")
+    >>> entry = group.add("import", on_abandon=lambda entry: print(entry.name, "once more"))
+    >>> [(entry.name, stack)] = abandon(group.entries(), timeout=5)
+    import once more
+    >>> entry.done()
+    """
+    until = time.monotonic() + timeout
+    given_up = []
+    for entry in entries:
+        if not entry.in_hand:
+            continue
+        # The caller's own stack says nothing of the work.
+        stack = "" if entry.task is None and entry.thread_id == threading.get_ident() else entry.stack()
+        entry.cancel()
+        given_up.append((entry, stack))
+    calls: list[Apart] = []
+    for entry, _ in given_up:
+        if entry.on_abandon is None:
+            continue
+        if len(calls) >= ABANDONED_AT_ONCE:
+            calls[-ABANDONED_AT_ONCE].give_way(until)
+            beat()
+        calls.append(Apart(functools.partial(entry.on_abandon, entry), **_fields(entry), hook="on_abandon"))
+    for call in calls:
+        call.join(until, beat)
+    return given_up
+
+
+def _all_groups() -> list[WaitGroup]:
+    while True:
+        try:
+            return list(_groups)
+        except RuntimeError:
+            continue  # another thread made a group meanwhile, which a WeakSet does not bear
+
+
+def _tell() -> None:
+    # Whoever has told looks again, so the last count told is the right one in whatever order threads come here. A
+    # lock would order them too, until the garbage collector ends work (a generator that stands in `track()`) in it.
+    told = -1
+    while observer is not None and told != (count := sum(len(group) for group in _all_groups())):
+        observer(count)
+        told = count
+
+
+def _after_fork() -> None:
+    # What the parent's threads were doing they are not doing here, and a lock that one of them held stays held. The
+    # observer writes into the slot of the parent; a worker gets its own when it is attached.
+    global observer
+    observer = None
+    for group in _all_groups():
+        group._reset()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+#: `zdd_web.background`
+background = WaitGroup()

@@ -1,0 +1,110 @@
+"""One piece of background work: whose it is, who does it, and where that stands now."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from zdd_web.waitgroup import WaitGroup
+
+#: The request that this code runs for, such as "POST /orders"; whoever answers requests sets it.
+current_request: contextvars.ContextVar[str] = contextvars.ContextVar("zdd_web_current_request", default="")
+
+
+@dataclass(eq=False)
+class Entry:
+    """One piece of background work; `done()` may be called any number of times.
+
+    `thread` and `thread_id` are empty while the work waits for a thread. `args` and `kwargs` are what a function was
+    offered with, for an `on_abandon` that offers it elsewhere.
+    """
+
+    group: WaitGroup
+    name: str
+    number: int
+    on_abandon: Callable[[Entry], object] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    request: str = field(default_factory=current_request.get)
+    thread: str = ""
+    thread_id: int = 0
+    started: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[Any] | None = field(default=None, repr=False)
+    _greenlet: Any = field(default=None, repr=False)
+    # Weak, since the future holds the entry; a pool holds it for as long as there is something to cancel.
+    _future: weakref.ref[concurrent.futures.Future[Any]] | None = field(default=None, repr=False)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the work was offered."""
+        return time.monotonic() - self.started
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether the work is not over yet."""
+        return self.group._has(self)
+
+    def done(self) -> None:
+        """Say that the work is over. A second call does nothing."""
+        self.group._remove(self)
+
+    def cancel(self) -> bool:
+        """Take the work back if it still waits for a thread; tell whether it did."""
+        future = self._future() if self._future is not None else None
+        return future is not None and future.cancel()
+
+    def runs_here(self) -> None:
+        """Note the caller's thread, task and greenlet as those that do the work."""
+        self.thread, self.thread_id = threading.current_thread().name, threading.get_ident()
+        self.task = _current_task()
+        # Not imported: whoever has greenlets has loaded it.
+        if (greenlet := sys.modules.get("greenlet")) is not None:
+            self._greenlet = greenlet.getcurrent()
+
+    def stack(self) -> str:
+        """Return where the work stands now, as a traceback has it; empty when it has no thread or is over."""
+        if not self.in_hand:
+            return ""
+        if self.task is not None and (frames := _awaiting(self.task)):
+            return "".join(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())
+        # A greenlet has a frame of its own only while another one runs.
+        frame = getattr(self._greenlet, "gr_frame", None) or sys._current_frames().get(self.thread_id)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    # Not imported: who is in a task has loaded it, and gevent wants to patch `ssl` before asyncio imports it.
+    if (loaded := sys.modules.get("asyncio")) is None:
+        return None
+    try:
+        task: asyncio.Task[Any] | None = loaded.current_task()
+    except RuntimeError:
+        return None  # no loop runs in this thread
+    return task
+
+
+def _awaiting(task: asyncio.Task[Any]) -> list[types.FrameType]:
+    """Return the frames from a task's coroutine to what it waits for; none while it runs, or when it is over.
+
+    `Task.get_stack()` has the outermost one only.
+    """
+    frames: list[types.FrameType] = []
+    at: Any = task.get_coro()
+    if getattr(at, "cr_running", False):
+        return frames
+    while (frame := getattr(at, "cr_frame", None) or getattr(at, "gi_frame", None)) is not None:
+        frames.append(frame)
+        at = getattr(at, "cr_await", None) or getattr(at, "gi_yieldfrom", None)
+    return frames
