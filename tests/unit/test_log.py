@@ -239,3 +239,13 @@ def test_line_without_any_logging_config_is_not_lost_when_it_matters() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stderr == "event=refused signal=HUP\n"
+
+
+def test_message_is_left_where_the_platform_made_a_place_for_it(tmp_path: Path) -> None:
+    place = tmp_path / "termination-log"
+    log.leave_a_message(str(place), "nobody made it")
+    assert not place.exists()
+    place.write_text("of the container's life before, " * 10)
+    log.leave_a_message(str(place), "x" * 5000)
+    assert place.read_text() == "x" * 4096
+    log.leave_a_message("", "no place")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -128,3 +130,27 @@ def test_worker_says_its_state_and_since_when(worker: Process) -> None:
     worker.say(WorkerState.SERVING)
     assert worker.slot.state_since >= since > 0
     assert worker.board.snapshot().workers[0].state is WorkerState.SERVING
+
+
+def test_drain_event_is_set_when_the_generation_leaves(board: Board, worker: Process) -> None:
+    event = zdd_web.drain_event()
+    assert (event.is_set(), event.wait(timeout=0)) == (False, False)
+    heard: list[bool] = []
+    waiting = threading.Thread(target=lambda: heard.append(event.wait(timeout=30)))
+    waiting.start()
+    board.header.phase = Phase.LAME_DUCK
+    waiting.join(30)
+    assert heard == [True]
+    asyncio.run(asyncio.wait_for(event.wait_async(), 30))
+
+
+def test_drain_event_wakes_asyncio_code(board: Board, worker: Process) -> None:
+    async def scene() -> bool:
+        waiting = asyncio.ensure_future(zdd_web.drain_event().wait_async())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        board.header.phase = Phase.DRAINING
+        await asyncio.wait_for(waiting, 30)
+        return True
+
+    assert asyncio.run(scene())

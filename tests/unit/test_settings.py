@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zdd_web.errors import SettingsError
-from zdd_web.settings import ENV_PREFIX, Settings, StopBudget, resolve
+from zdd_web.settings import ENV_PREFIX, Settings, StopBudget, merge, resolve
 
 SECONDS = "must be a number of seconds"
 PATH = "must be an absolute path without query and without a slash at its end"
@@ -281,3 +281,36 @@ def test_nothing_but_settings_errors_comes_out_of_resolve(installed: dict[str, A
         assert str(error)
         return
     assert resolve(dataclasses.asdict(settings), {}) == settings
+
+
+POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "environ", "expected"),
+    [
+        ({}, {}, 0.0),
+        ({}, POD, 10.0),
+        ({"grace_period": 60}, POD, 10.0),
+        ({"grace_period": 12}, POD, 4.0),
+        ({}, {**POD, "ZDD_WEB_GRACE_PERIOD": "6"}, 2.0),
+        ({"drain_delay": 0}, POD, 0.0),
+        ({}, {**POD, "ZDD_WEB_DRAIN_DELAY": "3"}, 3.0),
+    ],
+)
+def test_lame_duck_inside_kubernetes_is_ten_seconds_unless_somebody_says_otherwise(
+    installed: dict[str, Any], environ: dict[str, str], expected: float
+) -> None:
+    assert merge(installed, environ).settings.drain_delay == expected
+
+
+def test_default_inside_kubernetes_is_named_as_what_it_is() -> None:
+    origin = merge({}, POD).origin["drain_delay"]
+    assert origin.text == "the default DRAIN_DELAY inside Kubernetes (KUBERNETES_SERVICE_HOST is set)"
+
+
+@pytest.mark.parametrize("value", [-1, 256, True, "one", 1.5])
+def test_exit_status_is_one_that_a_process_can_have(value: object) -> None:
+    with pytest.raises(SettingsError, match="a whole number from 0 to 255"):
+        Settings(abandon_status=value)  # type: ignore[arg-type]
+    assert Settings(abandon_status="75").abandon_status == 75  # type: ignore[arg-type]

@@ -198,9 +198,7 @@ class WaitGroup:
     @overload
     def task(self, *, on_abandon: OnAbandon | None = ...) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
-    def task(
-        self, function: Callable[P, R] | None = None, /, *, on_abandon: OnAbandon | None = None
-    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+    def task(self, function: Any = None, *, on_abandon: OnAbandon | None = None) -> Any:
         """Decorate a function so that calling it means `go()`.
 
         >>> @background.task(on_abandon=lambda entry: print("again:", entry.args))

@@ -1,0 +1,99 @@
+"""What a family answers for; as it stands here, for sync and gthread."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from zdd_web.gunicorn import compat
+from zdd_web.gunicorn.warmup import warm_up
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.worker import WorkerSide
+
+#: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
+LINGER = compat.WindDown.LINGER
+
+
+class Leaving(Protocol):
+    """What a worker does between the order to leave and the end of its loop."""
+
+    def over(self) -> bool:
+        """Stop accepting at the first call; tell whether the loop may be ended. Called once a turn."""
+
+
+class Family:
+    """One worker's; made right after the fork, before `init_process()`."""
+
+    #: Whether gunicorn's `pre_request` and `post_request` see every request.
+    counts_by_hook = True
+
+    def __init__(self, side: WorkerSide) -> None:
+        self.side, self.worker = side, side.worker
+        #: gunicorn's heartbeat, and nothing else.
+        self.beat: Callable[[], None] = side.worker.notify
+        self._obey: Callable[[int, Any], None] = side.worker.handle_exit
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two heartbeats of a worker that waits."""
+        return min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
+
+    def enter(self) -> None:
+        """Hang on the worker what this family needs, after what all workers have."""
+
+    def before_load(self) -> None:
+        """Called before the app is imported."""
+
+    def stand_at_gate(self) -> None:
+        """Warm up and wait for the gate; called when the app has been loaded."""
+        side = self.side
+        with side.boot_step():
+            header, generation = side.settings.generation_header, side.board.header.generation
+            if header:
+                self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
+            warm_up(self.worker.wsgi, side.settings.warmup, self.beat)
+        side.arrive_at_gate()
+        side.gate.wait(side.board, self.beat, self.interval)
+        side.pass_gate()
+
+    def run(self, run: Callable[[], None]) -> None:
+        """Run the worker's loop."""
+        run()
+
+    def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function from a signal handler, in a while."""
+        timer = threading.Timer(seconds, function, arguments)
+        timer.daemon = True
+        timer.start()
+
+    def leaving(self) -> Leaving | None:
+        """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
+        return compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
+
+    def end_loop(self) -> None:
+        """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""
+        self._obey(signal.SIGTERM, None)
+        if not compat.tell_when_not_accepting(self.worker, self.side.accepts_no_more) and self.side.slot.in_flight:
+            # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
+            self.side.note_leaving()
+        compat.wake(self.worker)
+
+    def end_now(self, status: int) -> NoReturn:
+        """End the process from a signal handler, with what is in hand; `worker_exit` still runs."""
+        sys.exit(status)
+
+
+def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
+    named = (header, str(generation))
+
+    def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, named], exc_info)
+
+        return app(environ, start)
+
+    return with_generation

@@ -1,0 +1,126 @@
+"""gevent: everything in one thread, signal handlers often in the hub, which must not block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import gevent
+from gevent import getcurrent
+from gunicorn.workers import ggevent
+from gunicorn.workers.base import Worker
+
+from zdd_web import waitgroup
+from zdd_web.board import WorkerState
+from zdd_web.gunicorn.worker_classes.family import LINGER, Family
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.worker import WorkerSide
+
+
+class Greenlets(Family):
+    """gunicorn.workers.ggevent.GeventWorker."""
+
+    def __init__(self, side: WorkerSide) -> None:
+        super().__init__(side)
+        # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
+        self.beat = functools.partial(Worker.notify, self.worker)
+        self._servers: list[Any] = []
+        self._idle: set[_Idle] = set()
+        self._main: Any = None
+
+    def enter(self) -> None:
+        """See `Family`."""
+        worker, side, servers = self.worker, self.side, self._servers
+
+        class Server(ggevent.StreamServer):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                servers.append(self)
+
+            def close(self) -> None:
+                # close() forgets the handler, which a connection in its TLS handshake still needs.
+                handle = self.__dict__.get("handle")
+                super().close()
+                if handle is not None:
+                    self.handle = handle
+
+        ggevent.StreamServer = Server
+        handle = worker.handle
+        # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
+        worker.handle = lambda listener, client, addr: handle(_Named(listener), client, addr)
+        worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
+        worker.notify = self.beat
+        worker.handle_quit = self._in_a_greenlet(side.handle_quit)
+
+    def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+        # A hook of the user may block, and the hub must not.
+        def handle(sig: int, frame: Any) -> None:
+            if self.side.slot.state == WorkerState.BOOTING:
+                handler(sig, frame)
+            else:
+                gevent.spawn(handler, sig, frame)
+
+        return handle
+
+    def before_load(self) -> None:
+        """See `Family`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
+        self._main = getcurrent()
+        waitgroup.renew_locks()
+
+    def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
+        """See `Family`: a thread would be waited for until it has started."""
+        gevent.spawn_later(seconds, function, *arguments)
+
+    def end_loop(self) -> None:
+        """See `Family`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
+        for server in self._servers:
+            server.close()
+        self.side.accepts_no_more()
+        self.worker.alive = False
+        # gunicorn waits for as long as `keepalive` for the next request.
+        self.later(LINGER, self._close_idle)
+
+    def _close_idle(self) -> None:
+        for idle in list(self._idle):
+            gevent.get_hub().loop.run_callback(idle.end)
+
+    def end_now(self, status: int) -> NoReturn:
+        """See `Family`: in the main greenlet, from any other; elsewhere gunicorn swallows it (base_async.py:127)."""
+        self._main.throw(SystemExit(status))
+        raise AssertionError("the main greenlet came back")
+
+
+class _Named:
+    """A listener of which only the name is left."""
+
+    def __init__(self, listener: Any) -> None:
+        self._name = listener.getsockname()
+
+    def getsockname(self) -> Any:
+        return self._name
+
+
+class _Idle(gevent.Timeout):  # type: ignore[misc]
+    """The wait for a request on a connection, which can be ended before its time."""
+
+    def __init__(self, seconds: float, waiting: set[_Idle]) -> None:
+        super().__init__(seconds, False)
+        self._waiting = waiting
+        self._greenlet: Any = None
+
+    def __enter__(self) -> _Idle:
+        self._greenlet = getcurrent()
+        self._waiting.add(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        self._waiting.discard(self)
+        return super().__exit__(*error)
+
+    def end(self) -> None:
+        """Run in the hub, where nothing can come in between."""
+        if self in self._waiting:
+            self._greenlet.throw(self)
