@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import zdd_web
 from zdd_web.wsgi import ProbeMiddleware
 
 if TYPE_CHECKING:
@@ -21,3 +24,30 @@ def plain(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[b
 
 
 probed = ProbeMiddleware(plain)
+
+
+def slow(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer after 20 ms: more clients than workers then wait in the kernel's queue."""
+    time.sleep(0.02)
+    return plain(environ, start_response)
+
+
+def with_a_job(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer at once; each hundredth request leaves five seconds of work to a thread that nobody cuts off."""
+    global _requests
+    _requests += 1
+    if _requests % 100 == 0:
+        threading.Thread(target=time.sleep, args=(5,)).start()
+    return plain(environ, start_response)
+
+
+def with_a_tracked_job(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Do as `with_a_job`, with work that zdd_web tracks."""
+    global _requests
+    _requests += 1
+    if _requests % 100 == 0:
+        zdd_web.background.go(time.sleep, 5)
+    return plain(environ, start_response)
+
+
+_requests = 0

@@ -63,15 +63,17 @@ def pinned(cpus: set[int] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gunicorn(arguments: Sequence[str], *, cpus: set[int] | None = None) -> Iterator[Server]:
-    """Run gunicorn with `arguments` from the root of the project.
+def gunicorn(
+    arguments: Sequence[str], *, cpus: set[int] | None = None, through: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Run gunicorn with `arguments` from the root of the project; `through` is a command that starts it.
 
     Raises `ServerError` with the end of its log when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-") as directory:
         log_path = Path(directory, "log")
         port = _free_port()
-        command = [sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
+        command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
         command += _without_control_socket()
         environ = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
         with log_path.open("wb") as log, pinned(cpus):
