@@ -21,13 +21,27 @@ from gunicorn.config import make_settings
 from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
 from gunicorn.workers.gthread import ThreadWorker
-from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.errors import SettingsError
 
 OLDEST, BEYOND = (23,), (28,)
 
-WORKER_CLASSES = ("sync", "gthread")
+#: What to write for `worker_class`.
+WORKER_CLASSES = ("sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker")
+
+#: Module and class, and the family it belongs to: by name, since a look must not import what is not installed.
+FAMILIES = {
+    ("gunicorn.workers.sync", "SyncWorker"): "blocking",
+    ("gunicorn.workers.gthread", "ThreadWorker"): "blocking",
+    ("gunicorn.workers.ggevent", "GeventWorker"): "gevent",
+    ("gunicorn.workers.gasgi", "ASGIWorker"): "asgi",
+    ("uvicorn_worker._workers", "UvicornWorker"): "uvicorn",
+}
+
+INSTEAD = {
+    ("gunicorn.workers.ggevent", "GeventPyWSGIWorker"): "it answers past gunicorn; use gevent",
+    ("uvicorn.workers", "UvicornWorker"): "install uvicorn-worker and use uvicorn_worker.UvicornWorker",
+}
 
 
 def check_version(version: str = gunicorn.__version__) -> None:
@@ -42,10 +56,20 @@ def check_version(version: str = gunicorn.__version__) -> None:
 
 def check_worker_class(cfg: Any) -> None:
     """Raise `SettingsError` for a worker class whose drain and gate this package does not know."""
-    if not issubclass(cfg.worker_class, (SyncWorker, ThreadWorker)):
-        raise SettingsError(
-            f"worker_class = {cfg.worker_class_str!r} is not supported: use one of {', '.join(WORKER_CLASSES)}"
-        )
+    family(cfg.worker_class, cfg.worker_class_str)
+
+
+def family(worker_class: type, written: str = "") -> str:
+    """Return the family of a worker class, its own or that of a class it is made from. Raises `SettingsError`."""
+    remedy = f"use one of {', '.join(WORKER_CLASSES)}"
+    for base in worker_class.__mro__:
+        name = base.__module__, base.__qualname__
+        if name in FAMILIES:
+            return FAMILIES[name]
+        if name in INSTEAD:
+            remedy = INSTEAD[name]
+            break
+    raise SettingsError(f"worker_class = {written!r} is not supported: {remedy}")
 
 
 def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
@@ -163,7 +187,7 @@ class WindDown:
     @classmethod
     def needed_by(cls, worker: Any) -> bool:
         """Tell whether a worker keeps connections and does not linger by itself."""
-        return hasattr(worker, "nr_conns") and not hasattr(gthread, "STOP_KEEPALIVE_LINGER")
+        return isinstance(worker, ThreadWorker) and not hasattr(gthread, "STOP_KEEPALIVE_LINGER")
 
     def over(self) -> bool:
         """Stop accepting at the first call; tell whether the loop may be ended."""

@@ -49,6 +49,14 @@ class Gate:
         while True:
             beat()
             if poller.poll(interval * 1000):
-                if board.header.phase == Phase.BOOTING:
-                    sys.exit(0)
+                self.look(board)
                 return
+
+    def fileno(self) -> int:
+        """Return what becomes readable when the wait is over, for those who wait in a loop."""
+        return self._reader
+
+    def look(self, board: Board) -> None:
+        """Tell which end the wait had: ends the worker when the master is gone."""
+        if board.header.phase == Phase.BOOTING:
+            sys.exit(0)

@@ -203,11 +203,13 @@ def post_fork(server: Any, worker: Any) -> None:
     boot_log = master.succession.handler if master.succession is not None else None
     master.after_fork()
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log)
+    state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter()
     # On every request: where the user has no hook there is nothing in between either.
+    counts = state.worker.family.counts_by_hook
     for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):
         if name not in state.users:
-            worker.cfg.set(name, ours)
+            worker.cfg.set(name, ours if counts else worker.cfg.settings[name].default)
     hook = _then_users("post_fork")
     if hook is not None:
         with state.worker.boot_step():
@@ -226,7 +228,8 @@ def post_worker_init(worker: Any) -> None:
 
 def pre_request(worker: Any, req: Any) -> None:
     """Count the request in; only called where the user has such a hook, see `post_fork`."""
-    state.worker.request_started(worker, req)  # type: ignore[union-attr]
+    if state.worker.family.counts_by_hook:  # type: ignore[union-attr]
+        state.worker.request_started(worker, req)  # type: ignore[union-attr]
     state.users["pre_request"](worker, req)  # type: ignore[union-attr]
 
 
@@ -235,7 +238,8 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
     try:
         state.users["post_request"](worker, req, environ, resp)  # type: ignore[union-attr]
     finally:
-        state.worker.request_finished(worker, req, environ, resp)  # type: ignore[union-attr]
+        if state.worker.family.counts_by_hook:  # type: ignore[union-attr]
+            state.worker.request_finished(worker, req, environ, resp)  # type: ignore[union-attr]
 
 
 def worker_exit(server: Any, worker: Any) -> None:

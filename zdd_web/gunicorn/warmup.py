@@ -29,12 +29,21 @@ def warm_up(app: Callable[..., Any], paths: Sequence[str], beat: Callable[[], No
     """
     for path in paths:
         beat()
-        status = _get(app, path)
-        if status[:1] not in ("1", "2", "3", "4"):
-            raise UpgradeError(f"WARMUP path {path!r} answered {status!r}: the app is not ready for requests")
-        if status[:1] == "4":
-            remedy = "name a path that answers, as a URL (https://HOST/path) if the app asks for its host"
-            log.emit("warmup.cold", logging.WARNING, pid=os.getpid(), path=path, status=status, remedy=remedy)
+        _judge(path, _get(app, path))
+
+
+async def warm_up_asgi(app: Callable[..., Any], paths: Sequence[str]) -> None:
+    """As `warm_up()`, for an ASGI app, whose loop beats meanwhile."""
+    for path in paths:
+        _judge(path, await _get_asgi(app, path))
+
+
+def _judge(path: str, status: str) -> None:
+    if status[:1] not in ("1", "2", "3", "4"):
+        raise UpgradeError(f"WARMUP path {path!r} answered {status!r}: the app is not ready for requests")
+    if status[:1] == "4":
+        remedy = "name a path that answers, as a URL (https://HOST/path) if the app asks for its host"
+        log.emit("warmup.cold", logging.WARNING, pid=os.getpid(), path=path, status=status, remedy=remedy)
 
 
 def _get(app: Callable[..., Any], path: str) -> str:
@@ -67,3 +76,40 @@ def _get(app: Callable[..., Any], path: str) -> str:
         if hasattr(body, "close"):
             body.close()
     return statuses[-1] if statuses else "500 start_response was never called"
+
+
+async def _get_asgi(app: Callable[..., Any], path: str) -> str:
+    statuses: list[int] = []
+    asked = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if asked:
+            return {"type": "http.disconnect"}
+        asked = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    url = urllib.parse.urlsplit(path)
+    scheme = url.scheme or "http"
+    headers = {"host": url.netloc or "localhost", "user-agent": "zdd_web-warmup"}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": scheme,
+        "path": urllib.parse.unquote(url.path) or "/",
+        "raw_path": (url.path or "/").encode("latin-1"),
+        "query_string": url.query.encode("latin-1"),
+        "root_path": "",
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
+        "client": ("127.0.0.1", 0),
+        "server": (url.hostname or "localhost", url.port or (443 if scheme == "https" else 80)),
+        "state": {},
+    }
+    await app(scope, receive, send)
+    return str(statuses[-1]) if statuses else "500 no reply was sent"

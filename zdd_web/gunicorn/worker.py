@@ -26,9 +26,9 @@ from gunicorn.errors import AppImportError
 
 from zdd_web import clock, log, proc, process, waitgroup
 from zdd_web.board import Board, Header, Slot, WorkerState
-from zdd_web.gunicorn import bootlog, compat, sources
+from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
-from zdd_web.gunicorn.warmup import warm_up
+from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
 from zdd_web.listeners import backlog
 from zdd_web.listeners.backlog import Door
@@ -67,15 +67,18 @@ class WorkerSide:
         self._emptying = False
         self._signalled_at = 0.0
         self._status_now: int | None = None
-        self._wind_down: compat.WindDown | None = None
+        self._wind_down: Leaving | None = None
+        self._background_own = clock.NEVER
+        #: Runs `worker_exit`, where a worker ends from within a signal handler.
+        self.last_word: Callable[[], None] = self.exit
         self._limit = compat.take_max_requests(worker)
         self._words, self._late_lock = board.header.words, threading.Lock()
         self._count_in, self._count_out = self.process.request_counters()
         compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
         compat.end_by_signal_alone(worker)
-        self._obey: Callable[[int, Any], None] = worker.handle_exit
-        self._beat: Callable[[], None] = worker.notify
+        self.family = worker_classes.family_of(self)
+        self._beat = self.family.beat
         self._load: Callable[[], None] = worker.load_wsgi
         self._run: Callable[[], None] = worker.run
 
@@ -87,6 +90,7 @@ class WorkerSide:
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.load_wsgi, worker.run = self.load, self.run
+        self.family.enter()
 
     # -- boot
 
@@ -100,6 +104,7 @@ class WorkerSide:
         for sig in (signal.SIGHUP, signal.SIGUSR2):
             signal.signal(sig, lambda *_: None)
         with self.boot_step():
+            self.family.before_load()
             self._load()
 
     @contextlib.contextmanager
@@ -129,20 +134,20 @@ class WorkerSide:
         log.emit("boot.failed", logging.ERROR, pid=os.getpid(), error=self.slot.error)
 
     def stand_at_gate(self) -> None:
-        """Warm up, say that this worker is ready, and wait for the gate; called after the app was loaded."""
+        """Warm up and wait for the gate, where the worker class does so; called after the app was loaded."""
         with self.boot_step():
             self.settings = sources.heard(self.settings)
-            if self.settings.generation_header:
-                self.worker.wsgi = _name_generation(
-                    self.worker.wsgi, self.settings.generation_header, self.board.header.generation
-                )
-            warm_up(self.worker.wsgi, self.settings.warmup, self._beat)
+        self.family.stand_at_gate()
+
+    def arrive_at_gate(self) -> None:
+        """Say that this worker is ready. Ends one that is not wanted any more."""
         self.process.say(WorkerState.READY)
         self._at_gate = True
-        if not self.worker.alive or self.slot.retire:
+        if not self.worker.alive or self._left or self.slot.retire:
             sys.exit(0)
-        interval = min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
-        self.gate.wait(self.board, self._beat, interval)
+
+    def pass_gate(self) -> None:
+        """Say that this worker serves, now that the gate is open."""
         self._at_gate = False
         if self.boot_log is not None:
             self.boot_log.end()
@@ -170,8 +175,8 @@ class WorkerSide:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
                 self.worker.notify = self.notify
-                compat.wake(self.worker)
-                _later(SETTLE, compat.wake, self.worker)
+                self.family.wake()
+                self.family.later(SETTLE, self.family.wake)
             else:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
@@ -180,7 +185,7 @@ class WorkerSide:
                 self.leave()
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
-            _later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
+            self.family.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
@@ -198,7 +203,7 @@ class WorkerSide:
         self.note_leaving()
         self.worker.cfg.set("graceful_timeout", 0)
         hook(self.worker)
-        sys.exit(status)
+        self.family.end_now(status)
 
     def notify(self) -> None:
         """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
@@ -226,21 +231,22 @@ class WorkerSide:
     def leave(self) -> None:
         """Have the worker finish what it has and end its loop."""
         self._left = self.process.going = True
-        if compat.WindDown.needed_by(self.worker):
-            self._wind_down = compat.WindDown(self.worker)
+        self._wind_down = self.family.leaving()
+        if self._wind_down is not None:
             self.worker.notify = self.notify
         else:
             self._end_loop()
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether this worker is on its way out, and its next turn is worth something."""
+        return self._emptying or self._wind_down is not None
 
     def _end_loop(self) -> None:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
         self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, math.ceil(left)))
-        self._obey(signal.SIGTERM, None)
-        if not compat.tell_when_not_accepting(self.worker, self.accepts_no_more) and self.slot.in_flight:
-            # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
-            self.note_leaving()
-        compat.wake(self.worker)
+        self.family.end_loop()
 
     def accepts_no_more(self) -> None:
         """Say so, and close this worker's listeners: a queue that somebody still holds is not refused but waits."""
@@ -258,7 +264,7 @@ class WorkerSide:
 
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
-        self._run()
+        self.family.run(self._run)
         if self._status_now is not None:
             sys.exit(self._status_now)
         self._left = self.process.going = True
@@ -268,19 +274,31 @@ class WorkerSide:
         self._finish_background()
 
     def _finish_background(self) -> None:
-        if not waitgroup.all_entries():
-            return
-        own_deadline = clock.after_ns(self.settings.recycle_timeout)
-        log.emit("background.waiting", pid=os.getpid(), tasks=len(waitgroup.all_entries()))
-        while entries := waitgroup.all_entries():
+        while not self.background_is_over():
             self._beat()
-            if clock.passed(self._background_deadline(own_deadline)):
-                break
-            entries[0].group.wait(timeout=0.1)
+            for entry in waitgroup.all_entries()[:1]:
+                entry.group.wait(timeout=0.1)
+        self.give_up_background()
+
+    def give_up_background(self) -> None:
+        """Name what is left of the background work, once."""
+        if self.slot.abandoned:
+            return
+        entries = waitgroup.all_entries()
         self.slot.abandoned = len(entries)
         for entry in entries:
             log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name,
                      name=entry.name, age=entry.age, thread=entry.thread)  # fmt: skip
+
+    def background_is_over(self) -> bool:
+        """Tell whether no background work is left, or what is left is given up; say once what is waited for."""
+        entries = waitgroup.all_entries()
+        if not entries:
+            return True
+        if not self._background_own:
+            self._background_own = clock.after_ns(self.settings.recycle_timeout)
+            log.emit("background.waiting", pid=os.getpid(), tasks=len(entries))
+        return clock.passed(self._background_deadline(self._background_own))
 
     def _background_deadline(self, own: int) -> int:
         """When background work is given up: the stop's deadline, or this worker's own while the service goes on.
@@ -295,7 +313,7 @@ class WorkerSide:
 
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""
-        if self.slot.abandoned or self._status_now is not None:
+        if self.slot.abandoned or self.family.has_cut or self._status_now is not None:
             # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
             logging.shutdown()
             os._exit(1 if self._status_now is None else self._status_now)
@@ -324,21 +342,3 @@ class WorkerSide:
 
 
 _PHASE = Header.phase.index
-
-
-def _later(seconds: float, function: Callable[..., object], *arguments: object) -> None:
-    timer = threading.Timer(seconds, function, arguments)
-    timer.daemon = True
-    timer.start()
-
-
-def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
-    named = (header, str(generation))
-
-    def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
-        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, named], exc_info)
-
-        return app(environ, start)
-
-    return with_generation

@@ -53,6 +53,7 @@ __all__ = [
     "current_request",
     "observer",
     "on_drained",
+    "renew_locks",
     "run_drained_hooks",
 ]
 
@@ -419,6 +420,13 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def renew_locks() -> None:
+    """Make the locks of all groups anew, before there is work: gevent has made greenlets of threads."""
+    for group in _all_groups():
+        group._reset()
+
 
 #: `zdd_web.background`
 background = WaitGroup()

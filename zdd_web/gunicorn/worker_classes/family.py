@@ -31,6 +31,9 @@ class Family:
     #: Whether gunicorn's `pre_request` and `post_request` see every request.
     counts_by_hook = True
 
+    #: Whether requests in hand were given up at the deadline.
+    has_cut = False
+
     def __init__(self, side: WorkerSide) -> None:
         self.side, self.worker = side, side.worker
         #: gunicorn's heartbeat, and nothing else.
@@ -64,6 +67,10 @@ class Family:
         """Run the worker's loop."""
         run()
 
+    def wake(self) -> None:
+        """Make the loop take a turn now; called from a signal handler, or by `later()`."""
+        compat.wake(self.worker)
+
     def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
         """Call a function from a signal handler, in a while."""
         timer = threading.Timer(seconds, function, arguments)
@@ -80,7 +87,7 @@ class Family:
         if not compat.tell_when_not_accepting(self.worker, self.side.accepts_no_more) and self.side.slot.in_flight:
             # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
             self.side.note_leaving()
-        compat.wake(self.worker)
+        self.wake()
 
     def end_now(self, status: int) -> NoReturn:
         """End the process from a signal handler, with what is in hand; `worker_exit` still runs."""

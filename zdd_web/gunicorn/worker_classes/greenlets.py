@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import gevent
 from gevent import getcurrent
+from gevent.server import StreamServer
 from gunicorn.workers import ggevent
 from gunicorn.workers.base import Worker
 
@@ -34,7 +35,7 @@ class Greenlets(Family):
         """See `Family`."""
         worker, side, servers = self.worker, self.side, self._servers
 
-        class Server(ggevent.StreamServer):  # type: ignore[misc]
+        class Server(StreamServer):  # type: ignore[misc]
             def __init__(self, *arguments: Any, **options: Any) -> None:
                 super().__init__(*arguments, **options)
                 servers.append(self)
@@ -46,7 +47,7 @@ class Greenlets(Family):
                 if handle is not None:
                     self.handle = handle
 
-        ggevent.StreamServer = Server
+        ggevent.StreamServer = Server  # type: ignore[attr-defined]
         handle = worker.handle
         # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
         worker.handle = lambda listener, client, addr: handle(_Named(listener), client, addr)
@@ -68,6 +69,10 @@ class Greenlets(Family):
         """See `Family`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
         self._main = getcurrent()
         waitgroup.renew_locks()
+
+    def wake(self) -> None:
+        """See `Family`."""
+        gevent.spawn(self.worker.notify)
 
     def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
         """See `Family`: a thread would be waited for until it has started."""
