@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+import zdd_web
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.launch import ONCE, Launch, command, read_env_file
 
-ROOT = Path(__file__).parents[2]
+#: Where the package under test is, which is not beside its tests when the wheel is tested.
+ROOT = Path(zdd_web.__file__).parents[1]
 
 #: Says how it would be started again.
 BODY = """
