@@ -57,9 +57,19 @@ APP = """
             size = 0
             while chunk := environ["wsgi.input"].read(1024):
                 size += len(chunk)
+        elif path == "/stream":
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return stream(seconds)
         body = f"{VERSION} {zdd_web.generation()} {os.getpid()}".encode()
         start_response("200 OK", [("Content-Length", str(len(body)))])
         return [body]
+
+    def stream(seconds):
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            time.sleep(0.1)
+            yield b"tick "
+        yield b"done"
 
     def job(seconds):
         time.sleep(seconds)
