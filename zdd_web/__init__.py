@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from zdd_web.lifecycle import Phase
     from zdd_web.process import deadline, drain_event, draining, generation, phase
-    from zdd_web.waitgroup import WaitGroup, background
+    from zdd_web.waitgroup import WaitGroup, background, on_drained
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "drain_event",
     "draining",
     "generation",
+    "on_drained",
     "phase",
 ]
 
@@ -53,7 +54,7 @@ _HOME = {
     ),
     "Phase": "zdd_web.lifecycle",
     **dict.fromkeys(("deadline", "drain_event", "draining", "generation", "phase"), "zdd_web.process"),
-    **dict.fromkeys(("WaitGroup", "background"), "zdd_web.waitgroup"),
+    **dict.fromkeys(("WaitGroup", "background", "on_drained"), "zdd_web.waitgroup"),
 }  # fmt: skip
 
 

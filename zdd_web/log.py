@@ -90,11 +90,18 @@ def use_generation(number: int) -> None:
     _generation = number
 
 
-def emit(event: str, level: int = logging.INFO, *, exc_info: bool | BaseException = False, **fields: Any) -> None:
-    """Write the line of an event, with the same keys as `extra` under `zdd_`."""
+def emit(
+    event: str,
+    level: int = logging.INFO,
+    *,
+    exc_info: bool | BaseException = False,
+    detail: str = "",
+    **fields: Any,
+) -> None:
+    """Write the line of an event, with the same keys as `extra` under `zdd_`; `detail` follows on lines of its own."""
     if _generation:
         fields = {"generation": _generation, **fields}
-    message = format_event(event, fields)
+    message = "\n".join([format_event(event, fields), *detail.splitlines()])
     extra = {f"zdd_{key}": value for key, value in {"event": event, **fields}.items()}
     if _sink.name == "zdd_web":
         _sink.log(level, message, extra=extra, exc_info=exc_info or None)

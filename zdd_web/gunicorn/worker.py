@@ -67,6 +67,7 @@ class WorkerSide:
         self._emptying = False
         self._signalled_at = 0.0
         self._status_now: int | None = None
+        self._gave_up = False
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
@@ -274,21 +275,30 @@ class WorkerSide:
         self._finish_background()
 
     def _finish_background(self) -> None:
-        while not self.background_is_over():
-            self._beat()
-            for entry in waitgroup.all_entries()[:1]:
-                entry.group.wait(timeout=0.1)
+        # The second time for what slipped in before the groups were closed.
+        for close in (waitgroup.close_all, lambda: None):
+            while not self.background_is_over():
+                self._beat()
+                for entry in waitgroup.all_entries()[:1]:
+                    entry.group.wait(timeout=0.1)
+            close()
         self.give_up_background()
 
     def give_up_background(self) -> None:
-        """Name what is left of the background work, once."""
-        if self.slot.abandoned:
+        """Name what is left of the background work, once; then the app's own last steps."""
+        if self._gave_up:
             return
-        entries = waitgroup.all_entries()
-        self.slot.abandoned = len(entries)
-        for entry in entries:
-            log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name,
-                     name=entry.name, age=entry.age, thread=entry.thread)  # fmt: skip
+        self._gave_up = True
+        waitgroup.close_all()
+        # The master kills half of the margin after the deadline (master.py): this must be over by then.
+        margin = self.settings.stop_budget().margin
+        given_up = waitgroup.abandon(waitgroup.all_entries(), margin / 4, self._beat)
+        self.slot.abandoned = len(given_up)
+        for entry, stack in given_up:
+            log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
+                     age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
+        deadline = self.process.deadline_ns
+        waitgroup.run_drained_hooks(None if deadline == clock.NEVER else deadline / 1e9 + margin * 0.4, self._beat)
 
     def background_is_over(self) -> bool:
         """Tell whether no background work is left, or what is left is given up; say once what is waited for."""
@@ -323,6 +333,7 @@ class WorkerSide:
     def request_started(self, worker: Any, request: Any) -> None:
         """Count a request in."""
         self._count_in()
+        waitgroup.current_request.set(request)
         if self._words[_PHASE] in STOPPING:
             self._count_late(request.peer_addr)
 

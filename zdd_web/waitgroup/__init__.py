@@ -423,9 +423,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def renew_locks() -> None:
-    """Make the locks of all groups anew, before there is work: gevent has made greenlets of threads."""
+    """Make the locks of all groups anew, before anybody waits: gevent has made greenlets of threads."""
     for group in _all_groups():
-        group._reset()
+        group._changed = threading.Condition()
 
 
 #: `zdd_web.background`

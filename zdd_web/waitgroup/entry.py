@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
     from zdd_web.waitgroup import WaitGroup
 
-#: The request that this code runs for, such as "POST /orders"; whoever answers requests sets it.
-current_request: contextvars.ContextVar[str] = contextvars.ContextVar("zdd_web_current_request", default="")
+#: The request that this code runs for: a text, or anything with `method` and `path`; whoever answers requests sets it.
+current_request: contextvars.ContextVar[Any] = contextvars.ContextVar("zdd_web_current_request", default="")
+
+
+def _request() -> str:
+    # Only put into words when work is begun: it is set for every request.
+    request = current_request.get()
+    return request if isinstance(request, str) else f"{request.method} {request.path}"
 
 
 @dataclass(eq=False)
@@ -37,7 +43,7 @@ class Entry:
     on_abandon: Callable[[Entry], object] | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    request: str = field(default_factory=current_request.get)
+    request: str = field(default_factory=_request)
     thread: str = ""
     thread_id: int = 0
     started: float = field(default_factory=time.monotonic)

@@ -1,4 +1,4 @@
-"""gevent: everything in one thread, signal handlers often in the hub, which must not block."""
+"""gevent: the loop turns in the hub, where nothing may block; threads are greenlets."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class Greenlets(Family):
     def enter(self) -> None:
         """See `Family`."""
         worker, side, servers = self.worker, self.side, self._servers
+        names: dict[Any, _Named] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **options)
+            def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
+                super().__init__(listener, *arguments, **options)
                 servers.append(self)
+                names[listener] = _Named(self.address)
 
             def close(self) -> None:
                 # close() forgets the handler, which a connection in its TLS handshake still needs.
@@ -50,13 +52,14 @@ class Greenlets(Family):
         ggevent.StreamServer = Server  # type: ignore[attr-defined]
         handle = worker.handle
         # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
-        worker.handle = lambda listener, client, addr: handle(_Named(listener), client, addr)
+        worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
         worker.notify = self.beat
+        worker.handle_exit = self._in_a_greenlet(side.handle_exit)
         worker.handle_quit = self._in_a_greenlet(side.handle_quit)
 
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
-        # A hook of the user may block, and the hub must not.
+        # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
         def handle(sig: int, frame: Any) -> None:
             if self.side.slot.state == WorkerState.BOOTING:
                 handler(sig, frame)
@@ -100,8 +103,8 @@ class Greenlets(Family):
 class _Named:
     """A listener of which only the name is left."""
 
-    def __init__(self, listener: Any) -> None:
-        self._name = listener.getsockname()
+    def __init__(self, name: Any) -> None:
+        self._name = name
 
     def getsockname(self) -> Any:
         return self._name

@@ -1,0 +1,77 @@
+"""What stands between an ASGI server and the app: it counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.worker_classes.family import Family
+
+Send = Callable[[Any], Coroutine[Any, Any, None]]
+
+
+class _Asked(NamedTuple):
+    """As much of a request as the count needs."""
+
+    peer_addr: Any
+    method: str
+    path: str
+
+
+class Counted:
+    """Counts requests in and out: from the moment their headers are here until the app has returned."""
+
+    def __init__(
+        self, app: Callable[..., Any], family: Family, headers: tuple[tuple[bytes, bytes], ...], *, says_close: bool
+    ) -> None:
+        self.app = app
+        self.websockets: set[Send] = set()
+        #: Kept from the garbage collector.
+        self.closing: set[asyncio.Task[None]] = set()
+        #: What the app said of a lifespan start-up that failed.
+        self.startup_error: str | None = None
+        self._family, self._side, self._headers, self._says_close = family, family.side, headers, says_close
+
+    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            if self._headers or self._says_close:
+                send = self._heading(send, http1=scope["http_version"].startswith("1"))
+            self._side.request_started(None, _Asked(scope.get("client"), scope["method"], scope["path"]))
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                # What is cut at the deadline stays in the count.
+                if not self._family.has_cut:
+                    self._side.request_finished(None, None, None, None)
+        elif scope["type"] == "websocket":
+            self.websockets.add(send)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.websockets.discard(send)
+        else:
+            await self.app(scope, receive, self._listening(send))
+
+    def _listening(self, send: Send) -> Send:
+        async def note(message: Any) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                self.startup_error = message.get("message") or "no reason given"
+            await send(message)
+
+        return note
+
+    def _heading(self, send: Send, *, http1: bool) -> Send:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), *self._headers]
+                # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
+                if http1 and self._says_close and self._side.process.is_leaving():
+                    headers = [each for each in headers if each[0].lower() != b"connection"]
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        return with_headers
