@@ -327,7 +327,7 @@ LAST_STEPS = """
 
 
 def test_a_thousand_tasks_are_finished_or_named_and_none_is_unaccounted_for(service: Service):
-    service.configure(grace_period=4).start()
+    service.configure(grace_period=10).start()
     with ThreadPoolExecutor(8) as pool:
         # Every third has no end within the budget.
         list(pool.map(lambda n: service.get(f"/job?seconds={600 if n % 3 == 0 else 0.01}"), range(1000)))

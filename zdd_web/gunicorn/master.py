@@ -53,6 +53,9 @@ IDLE_TICK = 1.0
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
 
+#: Workers name what they abandon at the deadline, and take their last steps: in so much of the margin.
+KILL_AFTER = 0.75
+
 #: After "stop now" a worker that does not even hear the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
 
@@ -354,9 +357,8 @@ class Master:
         self._leave(abandoned=abandoned)
 
     def _end_at_the_deadline(self) -> None:
-        # Workers name what they abandon at the deadline; they get half of the margin to say so and to exit.
         deadline = self.header.deadline
-        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin / 2:
+        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin * KILL_AFTER:
             return
         snapshot = self.board.snapshot()
         served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())

@@ -283,22 +283,21 @@ class WorkerSide:
                     entry.group.wait(timeout=0.1)
             close()
         self.give_up_background()
+        self._run_drained_hooks()
 
     def give_up_background(self) -> None:
-        """Name what is left of the background work, once; then the app's own last steps."""
+        """Name what is left of the background work, once: in an event loop before its end, which cancels tasks."""
         if self._gave_up:
             return
         self._gave_up = True
         waitgroup.close_all()
-        # The master kills half of the margin after the deadline (master.py): this must be over by then.
+        # This must be over when the master kills, see KILL_AFTER there.
         margin = self.settings.stop_budget().margin
-        given_up = waitgroup.abandon(waitgroup.all_entries(), margin / 4, self._beat)
-        self.slot.abandoned = len(given_up)
-        for entry, stack in given_up:
-            log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
-                     age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
-        deadline = self.process.deadline_ns
-        waitgroup.run_drained_hooks(None if deadline == clock.NEVER else deadline / 1e9 + margin * 0.4, self._beat)
+        self.slot.abandoned = len(waitgroup.abandon(waitgroup.all_entries(), margin / 4, self._beat, _name))
+
+    def _run_drained_hooks(self) -> None:
+        deadline, margin = self.process.deadline_ns, self.settings.stop_budget().margin
+        waitgroup.run_drained_hooks(None if deadline == clock.NEVER else deadline / 1e9 + margin / 2, self._beat)
 
     def background_is_over(self) -> bool:
         """Tell whether no background work is left, or what is left is given up; say once what is waited for."""
@@ -350,6 +349,11 @@ class WorkerSide:
         if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
+
+
+def _name(entry: waitgroup.Entry, stack: str) -> None:
+    log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
+             age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
 
 
 _PHASE = Header.phase.index

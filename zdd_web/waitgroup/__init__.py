@@ -358,12 +358,16 @@ def close_all() -> None:
 
 
 def abandon(
-    entries: Iterable[Entry], timeout: float, beat: Callable[[], object] = lambda: None
+    entries: Iterable[Entry],
+    timeout: float,
+    beat: Callable[[], object] = lambda: None,
+    report: Callable[[Entry, str], object] = lambda entry, stack: None,
 ) -> list[tuple[Entry, str]]:
     """Give up what of `entries` is still in hand; return it, each with its stack.
 
-    What waits for a thread is cancelled. Each `on_abandon` runs in a daemon thread; all of them together get `timeout`
-    seconds, in which `beat` is called. Work goes on meanwhile: it may end after its `on_abandon` was called.
+    What waits for a thread is cancelled. All are told to `report` before anything of the app's is called. Each
+    `on_abandon` runs in a daemon thread; all of them together get `timeout` seconds, in which `beat` is called. Work
+    goes on meanwhile: it may end after its `on_abandon` was called.
 
     >>> group = WaitGroup("doctest")
     >>> entry = group.add("import", on_abandon=lambda entry: print(entry.name, "once more"))
@@ -379,6 +383,7 @@ def abandon(
         # The caller's own stack says nothing of the work.
         stack = "" if entry.task is None and entry.thread_id == threading.get_ident() else entry.stack()
         entry.cancel()
+        report(entry, stack)
         given_up.append((entry, stack))
     calls: list[Apart] = []
     for entry, _ in given_up:
