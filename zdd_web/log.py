@@ -12,6 +12,7 @@ and gunicorn's. Elsewhere lines go to the logger `zdd_web`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -118,12 +119,8 @@ def leave_a_message(path: str, text: str) -> None:
 
     Kubernetes makes the file for each container and shows its content as the reason of the last termination.
     """
-    try:
-        # Not created: elsewhere than in a pod it would be a stray file.
-        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
-    except OSError:
-        return
-    with os.fdopen(fd, "w") as file:
+    # Not created: elsewhere than in a pod it would be a stray file. Nor waited for, if it is a pipe.
+    with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK), "w") as file:
         file.write(text[:4096])
 
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
 
+#: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
+FAREWELL = 5.0
+
 
 class Loop(Family):
     """What both have in common."""
@@ -251,6 +254,9 @@ class AsgiLoop(Loop):
             # gunicorn comes here by itself when the master is gone (gasgi.py:213).
             self._obey_term()
             await self._drained.wait()
+            await self._close_connections()
+            # gunicorn 25 does not count out those that it has closed itself, and would wait for them.
+            worker.nr_conns = 0
             await shutdown()
 
         worker._serve, worker._shutdown = then_serve, shutdown_when_drained
@@ -263,18 +269,29 @@ class AsgiLoop(Loop):
 
     def end_loop(self) -> None:
         """See `Family`."""
+        self._drained.set()
+
+    async def _close_connections(self) -> None:
+        if self.has_cut:
+            return
         assert self.loop is not None and self.app is not None
         for send in self.app.websockets:
             # 1012: service restart.
             self.app.closing.add(self.loop.create_task(send({"type": "websocket.close", "code": 1012})))
+        transports = []
         for connection in list(self.connections):
-            # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
-            if connection.transport and not (self.has_cut or connection.reader or connection._websocket):
-                # After what is still to be sent.
-                connection.transport.close()
-        if self.has_cut:
-            self.worker.cfg.set("graceful_timeout", 0)
-        self._drained.set()
+            if connection.transport is not None:
+                transports.append(connection.transport)
+                # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
+                if not (connection.reader or connection._websocket):
+                    connection.transport.close()
+        since = time.monotonic()
+        while not clock.passed(self.side.process.deadline_ns):
+            unsent = any(transport.get_write_buffer_size() for transport in transports)
+            is_open = not all(transport.is_closing() for transport in transports)
+            if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
+                break
+            await asyncio.sleep(TURN)
 
 
 class UvicornLoop(Loop):
