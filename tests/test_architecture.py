@@ -28,6 +28,7 @@ MAY_USE = {
     "health": {"lifecycle", "settings"},
     "board": {"errors", "lifecycle"},
     "waitgroup": {"errors", "log"},
+    "checks": {"errors", "log"},
     "listeners": {"errors", "clock", "proc"},
     "process": {"clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
     "wsgi": {"process", "health", "lifecycle", "settings"},
@@ -38,7 +39,7 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "service", "keeper",
+        "probe_server", "checks", "service", "keeper",
     },
     "service": {"errors", "proc", "lifecycle", "board"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zdd_web.checks import check
     from zdd_web.errors import (
         BoardError,
         GroupClosed,
@@ -37,6 +38,7 @@ __all__ = [
     "WaitGroup",
     "ZddError",
     "background",
+    "check",
     "deadline",
     "drain_event",
     "draining",
@@ -53,6 +55,7 @@ _HOME = {
         "zdd_web.errors",
     ),
     "Phase": "zdd_web.lifecycle",
+    "check": "zdd_web.checks",
     **dict.fromkeys(("deadline", "drain_event", "draining", "generation", "phase"), "zdd_web.process"),
     **dict.fromkeys(("WaitGroup", "background", "on_drained"), "zdd_web.waitgroup"),
 }  # fmt: skip

@@ -39,6 +39,7 @@ EVENTS = {
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
     "warmup.cold": "a WARMUP path was refused by the app: what it should have warmed is cold",
+    "check.failed": "a check of the app has failed in a worker that is to get ready",
     "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
     "background.waiting": "a leaving worker waits for its background work",

@@ -186,6 +186,37 @@ def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
         trial.recovers()
 
 
+CHECKS = {
+    "raises": ("raise ConnectionRefusedError('no database')", "check 'database' failed: ConnectionRefusedError"),
+    "hangs": ("time.sleep(3600)", "check 'database' failed: no answer within 0.5 s"),
+    "is false": ("return False", "check 'database' failed: it returned False"),
+}
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+def test_a_readiness_check_that_never_passes_costs_nothing(service: Service, fault: str):
+    statement, reason = CHECKS[fault]
+    configure(service, upgrade_timeout=3).start()
+    body = f"@zdd_web.check('database', timeout=0.5)\ndef database():\n    {statement}\n"
+    service.deploy("2", at_import=body)
+    with on_trial(service) as trial:
+        trial.fails(reason, "not ready within UPGRADE_TIMEOUT")
+        assert service.matches("generation=2 event=check.failed check=database")
+        trial.cost_nothing()
+        trial.recovers()
+
+
+def test_a_check_that_passes_late_only_delays_the_upgrade(service: Service):
+    configure(service).start()
+    service.deploy("2", at_import="zdd_web.check('file')(lambda: os.path.exists('there'))")
+    with on_trial(service) as trial:
+        trial.begin()
+        service.wait_for("event=check.failed check=file")
+        (service.directory / "there").touch()
+        service.wait_for("event=upgrade.committed")
+        trial.answers()
+
+
 def test_new_workers_that_are_killed_at_the_gate_cost_nothing(service: Service):
     configure(service).start()
     service.deploy("2", at_import=HANG_SECOND)

@@ -24,7 +24,7 @@ from typing import Any
 
 from gunicorn.errors import AppImportError
 
-from zdd_web import clock, log, proc, process, waitgroup
+from zdd_web import checks, clock, log, proc, process, waitgroup
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
@@ -139,6 +139,14 @@ class WorkerSide:
         with self.boot_step():
             self.settings = sources.heard(self.settings)
         self.family.stand_at_gate()
+
+    def pass_checks(self, beat: Callable[[], None]) -> None:
+        """Wait until the app's own checks pass; meanwhile the board says which one does not."""
+
+        def say(why: str) -> None:
+            self.slot.error = why
+
+        checks.pass_all(beat, say)
 
     def arrive_at_gate(self) -> None:
         """Say that this worker is ready. Ends one that is not wanted any more."""

@@ -59,6 +59,7 @@ class Family:
             if header:
                 self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
             warm_up(self.worker.wsgi, side.settings.warmup, self.beat)
+            side.pass_checks(self.beat)
         side.arrive_at_gate()
         side.gate.wait(side.board, self.beat, self.interval)
         side.pass_gate()

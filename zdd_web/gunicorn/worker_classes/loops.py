@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
 
+#: A connection that was accepted is known a few turns of the loop later; seconds.
+SETTLE = 0.2
+
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
 FAREWELL = 5.0
 
@@ -134,6 +137,8 @@ class Loop(Family):
                 # gunicorn up to 26 serves such an app.
                 self._raise_startup_error(None)
                 await warm_up_asgi(self.app.app, side.settings.warmup)
+                # The loop goes on beating.
+                await asyncio.to_thread(side.pass_checks, lambda: None)
         except Exception:
             # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
@@ -211,7 +216,7 @@ class _Drain:
                 side.give_up_background()
             return family.has_cut
         # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
-        if self._is_connected() and time.monotonic() - self._since < LINGER:
+        if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
             return False
         if not side.background_is_over():
             return False
@@ -221,7 +226,8 @@ class _Drain:
 
     def _is_connected(self) -> bool:
         transports = (each.transport for each in list(self._family.connections))
-        return any(transport is not None and not transport.is_closing() for transport in transports)
+        # None while it is being made, and in its TLS handshake.
+        return any(transport is None or not transport.is_closing() for transport in transports)
 
 
 class AsgiLoop(Loop):
