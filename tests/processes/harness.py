@@ -400,6 +400,43 @@ def settled(service: Service, count: int, without: Iterable[int] = ()) -> list[i
     return until(f"{count} serving workers", found, service)
 
 
+#: How long the background work of `outlives()` takes, seconds, and gunicorn's patience with a worker that is silent.
+JOB_SECONDS = float(os.environ.get("JOB_SECONDS", "4"))
+SILENCE = round(JOB_SECONDS * 0.4)
+
+#: What makes a worker leave.
+LEAVES_BY = ("TERM", "HUP", "TTOU", "max_requests")
+
+
+def outlives(service: Service, cause: str, path: str = "/job") -> None:
+    """Have a worker leave with background work in hand that takes longer than its heartbeat may be missed."""
+    # The only one, or all have work: whoever is chosen has some.
+    service.workers = 1 if cause == "max_requests" else 2
+    service.arguments = ["--timeout", str(SILENCE)]
+    if cause == "max_requests":
+        service.arguments += ["--max-requests", "5"]
+    service.configure(recycle_timeout=20, grace_period=JOB_SECONDS + 10).start()
+    settled(service, service.workers)
+    busy: set[int] = set()
+    while len(busy) < service.workers:
+        busy.add(service.get(f"{path}?seconds={JOB_SECONDS:g}").pid)
+    if cause == "max_requests":
+        while not service.matches("event=worker.recycled"):
+            service.get()
+    else:
+        service.signal(signal.Signals[f"SIG{cause}"])
+    service.wait_for("event=background.waiting")
+    until("a worker's end", lambda: busy - set(service.processes()), service)
+    assert "job finished" in service.log()
+    if cause == "TERM":
+        service.ends()
+    else:
+        assert service.get().status == 200
+        service.stop()
+    assert not service.matches("WORKER TIMEOUT")
+    assert not service.matches("event=background.abandoned")
+
+
 def children(pid: int) -> list[int]:
     """Return the pids of a process's children, zombies among them."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and proc.parent(int(entry)) == pid]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.processes.harness import APP, Service, answered_from, until
+from tests.processes.harness import APP, LEAVES_BY, Service, answered_from, outlives, until
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome
 from zdd_web.listeners.backlog import Door, close_door
@@ -120,21 +120,9 @@ def connected_to(port: int) -> int:
     return sum(row[1].endswith(local) and row[3] == "01" for row in rows)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP])
-def test_background_work_is_finished(service: Service, sig: signal.Signals):
-    # Longer than gunicorn's own patience with a silent worker, so the heartbeat must go on.
-    service.arguments = ["--timeout", "2"]
-    service.configure(recycle_timeout=20).start()
-    worker = service.get("/job?seconds=5").pid
-    service.signal(sig)
-    service.wait_for("event=background.waiting")
-    service.wait_for("job finished")
-    until("the worker's end", lambda: worker not in service.processes(), service)
-    assert not service.matches("WORKER TIMEOUT")
-    if sig is signal.SIGTERM:
-        service.ends()
-    else:
-        service.stop()
+@pytest.mark.parametrize("cause", LEAVES_BY)
+def test_background_work_is_finished(service: Service, cause: str):
+    outlives(service, cause)
 
 
 def test_background_work_past_the_deadline_is_named_and_the_status_tells(service: Service):

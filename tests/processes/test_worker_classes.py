@@ -20,11 +20,13 @@ import pytest
 
 from tests.processes.harness import (
     APP,
+    LEAVES_BY,
     PATIENCE,
     Service,
     answered_from,
     generations_of,
     lost,
+    outlives,
     serving_workers,
     settled,
     until,
@@ -300,24 +302,12 @@ def test_idle_connections_do_not_hold_a_stop_up(service: Service):
         assert kept.recv(1) == b""
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize("cause", LEAVES_BY)
 @pytest.mark.parametrize("path", ["/job", "/task"])
-def test_background_work_is_finished(service: Service, sig: signal.Signals, path: str):
+def test_background_work_is_finished(service: Service, cause: str, path: str):
     if path == "/task" and service.worker_class == "gevent":
         pytest.skip("gevent has no event loop to make tasks in")
-    # Longer than gunicorn's own patience with a silent worker, so the heartbeat must go on.
-    service.arguments = ["--timeout", "2"]
-    service.configure(recycle_timeout=20).start()
-    worker = service.get(f"{path}?seconds=5").pid
-    service.signal(sig)
-    service.wait_for("event=background.waiting")
-    service.wait_for("job finished")
-    until("the worker's end", lambda: worker not in service.processes(), service)
-    assert not service.matches("WORKER TIMEOUT")
-    if sig is signal.SIGTERM:
-        service.ends()
-    else:
-        service.stop()
+    outlives(service, cause, path)
 
 
 @pytest.mark.parametrize("path", ["/job", "/task"])
