@@ -44,6 +44,7 @@ class Check:
     critical: bool
     _thread: threading.Thread | None = field(default=None, repr=False)
     _error: str = ""
+    _ended: float = 0.0
 
     def start(self) -> None:
         """Begin to run it, unless it still runs."""
@@ -60,6 +61,7 @@ class Check:
             self._error = "it returned False" if passed is False else ""
         except BaseException as error:
             self._error = f"{type(error).__name__}: {error}"
+        self._ended = time.monotonic()
 
     def result(self, until: float, beat: Callable[[], None]) -> str:
         """Wait for its end, at most until an instant of `time.monotonic()`; return why it failed, "" if it passed."""
@@ -67,7 +69,8 @@ class Check:
         while self._thread.is_alive() and time.monotonic() < until:
             self._thread.join(min(BEAT, max(0.0, until - time.monotonic())))
             beat()
-        return f"no answer within {self.timeout:g} s" if self._thread.is_alive() else self._error
+        in_time = not self._thread.is_alive() and self._ended <= until
+        return self._error if in_time else f"no answer within {self.timeout:g} s"
 
 
 _checks: dict[str, Check] = {}

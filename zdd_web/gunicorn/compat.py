@@ -7,6 +7,7 @@ Everything here is a difference between releases, or a name inside gunicorn that
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -114,13 +115,16 @@ def adopt_listeners(server: Any, fds: Iterable[int]) -> list[Any]:
 def close_listeners(server: Any, *, unlink: bool) -> None:
     """Close the master's own listeners; `unlink` removes the paths of Unix sockets."""
     listeners, server.LISTENERS = server.LISTENERS, []
-    with contextlib.suppress(FileNotFoundError):
-        sock.close_sockets(listeners, unlink)
+    for listener in listeners:
+        with contextlib.suppress(FileNotFoundError):
+            sock.close_sockets([listener], unlink)
 
 
 def is_kept_by_somebody_else(server: Any) -> bool:
-    """Tell whether a listener outlives this service: systemd's, or one that was inherited as a descriptor."""
-    return bool(server.systemd) or any(bind.startswith("fd://") for bind in server.cfg.bind)
+    """Tell whether a listener outlives this service: systemd's, a parent's, that of a gunicorn which was sent USR2."""
+    # A predecessor with zdd_web has taken GUNICORN_PID out: this one has none, and serves on.
+    stock = server.master_pid != 0 and server.master_pid == os.getppid()
+    return stock or bool(server.systemd) or any(bind.startswith("fd://") for bind in server.cfg.bind)
 
 
 def suspend_control_server(server: Any) -> None:
@@ -167,6 +171,23 @@ def wake(worker: Any) -> None:
             os.write(worker.PIPE[1], b".")
         except BlockingIOError:
             pass
+
+
+def set_graceful_timeout(worker: Any, seconds: float) -> None:
+    """Give a worker's loop that long; gunicorn's own setter takes whole seconds only, which may be too long."""
+    worker.cfg.settings["graceful_timeout"].value = seconds
+
+
+def accept_nobody(worker: Any) -> None:
+    """Have a sync worker that was interrupted in a request find nobody on the listeners that are closed meanwhile.
+
+    With several of them it asks the next one before it looks whether it shall go on (sync.py:97).
+    """
+
+    def nobody(listener: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "closed")
+
+    worker.accept = nobody
 
 
 class WindDown:

@@ -75,6 +75,7 @@ class Deploy:
                 self._boot_log,
                 self._settings.upgrade_timeout,
                 [*self._alive_ancestors(), (os.getpid(), self._header.master_start)],
+                kept=master.kept,
             )
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))

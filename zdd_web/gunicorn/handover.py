@@ -122,6 +122,8 @@ class Inheritance:
     binds: tuple[str, ...]
     #: (pid, start time) of the masters before this one, oldest first: those that still run count as generations.
     ancestors: tuple[tuple[int, int], ...] = ()
+    #: Somebody outside the service holds the listeners too, such as systemd: nobody may close them for good.
+    kept: bool = False
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""

@@ -53,9 +53,6 @@ IDLE_TICK = 1.0
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
 
-#: Workers name what they abandon at the deadline, and take their last steps: in so much of the margin.
-KILL_AFTER = 0.75
-
 #: After "stop now" a worker that does not even hear the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
 
@@ -77,11 +74,13 @@ class Master:
         self.gate = Gate()
         self.roster = Roster(server, self.board)
         self.succession = Succession(heir, server, self.board) if heir else None
+        self._inherited_as_kept = heir.kept if heir else False
         self.deploy = Deploy(self, launch, heir)
         self.reload = Reload(self)
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
+        self._killed_at_work = False
         self._late = LateArrivals()
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
@@ -168,6 +167,7 @@ class Master:
             self._late.add(gone)
             if self.phase in lifecycle.WORKERS_LEAVE:
                 self._abandoned += gone.abandoned
+                self._killed_at_work |= gone.killed and bool(gone.abandoned or gone.in_flight)
                 self._cut += gone.in_flight
             if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
@@ -178,7 +178,7 @@ class Master:
                 raise HaltServer(reason, type(self.server).WORKER_BOOT_ERROR)
             if self.phase is Phase.BOOTING and gone.could_not_boot:
                 raise HaltServer(reason, gone.exit_status)
-            if self.phase in lifecycle.SPAWNING and self.gate.opened:
+            if self.phase in lifecycle.SPAWNING:
                 wait = self.roster.boot_failed()
                 log.emit(
                     "worker.boot_failed",
@@ -199,6 +199,11 @@ class Master:
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
+
+    @property
+    def kept(self) -> bool:
+        """Whether somebody else goes on to use the listeners when this service has ended."""
+        return self._inherited_as_kept or compat.is_kept_by_somebody_else(self.server)
 
     # -- as a successor
 
@@ -229,8 +234,8 @@ class Master:
             self.header.deadline = self.header.deadline or clock.after_ns(budget.lame_duck + budget.work)
             return
         phase = self.phase
-        self._cancel(signal.SIGTERM)
-        self.release_predecessor()
+        guarded("cancel", self._cancel)(signal.SIGTERM)
+        guarded("release_predecessor", self.release_predecessor)()
         if phase is Phase.BOOTING:
             self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
         elif not self.header.deadline:
@@ -296,10 +301,11 @@ class Master:
         """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
         # After the reaper and before anybody is spawned in place of one whose end should end the start.
         self._bury_workers()
-        if self.gate.opened:
+        if self.gate.opened or (self.succession is not None and self.succession.alone):
+            # A first start takes as long as it takes; a successor whose predecessor died shall not hang for ever.
             self.roster.give_up_boots(self.settings.upgrade_timeout)
-        if self.phase is Phase.DRAINING and not self.header.door_since and self._nobody_comes_after():
-            self._close_door()
+        if self.phase is Phase.DRAINING and not self.header.door_since:
+            guarded("close_door", self._close_door)()
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             if not self.server.WORKERS:
                 self._end_when_nobody_is_left()
@@ -327,14 +333,11 @@ class Master:
                 self.succession.fail(f"{type(error).__name__}: {error}")
             raise
 
-    def _nobody_comes_after(self) -> bool:
-        return not (
-            self.header.successor_pid
-            or (self.succession is not None and not self.succession.alone)
-            or compat.is_kept_by_somebody_else(self.server)
-        )
-
     def _close_door(self) -> None:
+        # Somebody else serves on these sockets, until it is known better.
+        self.header.door, self.header.door_since = Door.KEPT, clock.now_ns()
+        if self.kept or self.header.successor_pid or self.awaits_office:
+            return
         doors = [close_door(listener.sock) for listener in self.server.LISTENERS]
         self.header.door = min(doors, default=Door.CLOSED)
         self.header.door_since = clock.now_ns()
@@ -349,22 +352,24 @@ class Master:
         if self.header.successor_pid:
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self.server.reexec_pid = self.header.successor_pid
-        late = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
-        self.move(Event.FINISHED, seconds=self._leaving_for(), **late)
-        abandoned = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
+        said = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
+        self.move(Event.FINISHED, seconds=self._leaving_for(), **said)
+        late = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
+        abandoned = late or self._killed_at_work
         if abandoned:
             self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
         self._leave(abandoned=abandoned)
 
     def _end_at_the_deadline(self) -> None:
         deadline = self.header.deadline
-        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().margin * KILL_AFTER:
+        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().last_words:
             return
         snapshot = self.board.snapshot()
         served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())
         killed = self.roster.kill()
-        abandoned = bool(served or snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned)
-        if abandoned:
+        # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
+        abandoned = bool(snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned)
+        if abandoned or served:
             self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
         self._leave(abandoned=abandoned)
 

@@ -100,6 +100,11 @@ class Gone:
         return os.waitstatus_to_exitcode(self.status) if self.status is not None and os.WIFEXITED(self.status) else 0
 
     @property
+    def killed(self) -> bool:
+        """Whether a signal ended it."""
+        return self.status is not None and os.WIFSIGNALED(self.status)
+
+    @property
     def could_not_boot(self) -> bool:
         """Whether it ended in the way in which gunicorn's workers end when they cannot boot, or not load the app."""
         return self.exit_status in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR)
@@ -196,7 +201,8 @@ class Roster:
                     pid=slot.pid or place.worker.pid,
                     state=WorkerState(slot.state),
                     error=slot.error,
-                    abandoned=slot.abandoned,
+                    # One that was killed could not give its work up.
+                    abandoned=max(slot.abandoned, slot.tasks),
                     in_flight=slot.in_flight,
                     told=bool(slot.retire),
                     status=place.status,

@@ -83,6 +83,8 @@ class Upgrade:
         boot_log: int,
         timeout: float,
         ancestors: Sequence[tuple[int, int]] = (),
+        *,
+        kept: bool = False,
     ) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
@@ -95,6 +97,7 @@ class Upgrade:
             listeners=tuple(listeners),
             binds=tuple(binds),
             ancestors=tuple(ancestors),
+            kept=kept,
         )
         try:
             pid = os.fork()

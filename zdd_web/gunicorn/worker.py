@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -67,7 +66,8 @@ class WorkerSide:
         self._emptying = False
         self._signalled_at = 0.0
         self._status_now: int | None = None
-        self._gave_up = False
+        self._give_up_once = threading.Lock()
+        self._loop_is_over = False
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
@@ -150,10 +150,10 @@ class WorkerSide:
 
     def arrive_at_gate(self) -> None:
         """Say that this worker is ready. Ends one that is not wanted any more."""
-        self.process.say(WorkerState.READY)
         self._at_gate = True
         if not self.worker.alive or self._left or self.slot.retire:
             sys.exit(0)
+        self.process.say(WorkerState.READY)
 
     def pass_gate(self) -> None:
         """Say that this worker serves, now that the gate is open."""
@@ -173,6 +173,13 @@ class WorkerSide:
         """SIGTERM."""
         if self._at_gate:
             sys.exit(0)
+        if self._emptying and self._has_emptied():
+            # Said again, to a sync worker in the middle of a request: it holds a queue that nobody waits in.
+            self._emptying = False
+            self.leave()
+        if self._emptying:
+            # One that has lost the last connection to another worker sleeps.
+            self.family.wake()
         if self._left or self._emptying:
             return
         phase = Phase(self.board.header.phase)
@@ -230,7 +237,7 @@ class WorkerSide:
     def _has_emptied(self) -> bool:
         header = self.board.header
         since = header.door_since
-        if clock.passed(header.deadline):
+        if clock.passed(header.deadline) or header.door == Door.KEPT:
             return True
         if header.door == Door.NARROW and clock.since(since) >= NARROW_AT_MOST:
             return True
@@ -254,7 +261,10 @@ class WorkerSide:
     def _end_loop(self) -> None:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
-        self.worker.cfg.set("graceful_timeout", NO_LIMIT if left is None else max(1, math.ceil(left)))
+        compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
+        if left is not None:
+            # A request that does not end keeps the loop from it.
+            self.family.later(left + 0.02, self._give_up_beside)
         self.family.end_loop()
 
     def accepts_no_more(self) -> None:
@@ -274,12 +284,15 @@ class WorkerSide:
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
         self.family.run(self._run)
+        self._loop_is_over = True
+        # gthread's loop ends at the deadline, whatever its threads do.
+        self.family.has_cut = self.family.has_cut or bool(self.slot.in_flight)
         if self._status_now is not None:
             sys.exit(self._status_now)
         self._left = self.process.going = True
         self.accepts_no_more()
         # The roster repeats it each second.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: None)
         self._finish_background()
 
     def _finish_background(self) -> None:
@@ -295,22 +308,32 @@ class WorkerSide:
 
     def give_up_background(self) -> None:
         """Name what is left of the background work, once: in an event loop before its end, which cancels tasks."""
-        if self._gave_up:
+        if not self._give_up_once.acquire(blocking=False):
             return
-        self._gave_up = True
         waitgroup.close_all()
-        # This must be over when the master kills, see KILL_AFTER there.
-        margin = self.settings.stop_budget().margin
-        self.slot.abandoned = len(waitgroup.abandon(waitgroup.all_entries(), margin / 4, self._beat, _name))
+        waitgroup.abandon(waitgroup.all_entries(), self.settings.stop_budget().last_words / 2, self._beat, self._name)
+
+    def _give_up_beside(self) -> None:
+        # At the deadline, in a thread of its own: the loop is still in a request, and what runs beside it shall not
+        # be killed without a word.
+        if not self._loop_is_over and clock.passed(self._background_deadline(clock.now_ns())):
+            self.give_up_background()
+
+    def _name(self, entry: waitgroup.Entry, stack: str) -> None:
+        # Counted before anything of the app's is called, which may end the process.
+        self.slot.abandoned += 1
+        log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
+                 age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
 
     def _run_drained_hooks(self) -> None:
-        deadline, margin = self.process.deadline_ns, self.settings.stop_budget().margin
-        waitgroup.run_drained_hooks(None if deadline == clock.NEVER else deadline / 1e9 + margin / 2, self._beat)
+        deadline, last_words = self.process.deadline_ns, self.settings.stop_budget().last_words
+        until = None if deadline == clock.NEVER else deadline / 1e9 + 0.8 * last_words
+        waitgroup.run_drained_hooks(until, self._beat)
 
     def background_is_over(self) -> bool:
         """Tell whether no background work is left, or what is left is given up; say once what is waited for."""
         entries = waitgroup.all_entries()
-        if not entries:
+        if not entries or self._give_up_once.locked():
             return True
         if not self._background_own:
             self._background_own = clock.after_ns(self.settings.recycle_timeout)
@@ -333,6 +356,9 @@ class WorkerSide:
         if self.slot.abandoned or self.family.has_cut or self._status_now is not None:
             # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
             logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
             os._exit(1 if self._status_now is None else self._status_now)
 
     # -- requests
@@ -342,9 +368,13 @@ class WorkerSide:
         self._count_in()
         waitgroup.current_request.set(request)
         if self._words[_PHASE] in STOPPING:
-            self._count_late(request.peer_addr)
+            self._count_late(request)
 
-    def _count_late(self, peer: Any) -> None:
+    def _count_late(self, request: Any) -> None:
+        settings = self.settings
+        if request.path.rstrip("/") in (settings.liveness_path, settings.readiness_path, settings.health_path):
+            return  # whoever probes does so to the end, and knows
+        peer = request.peer_addr
         slot, by = self.slot, clock.now_ns() - self.board.header.stop_since
         with self._late_lock:
             slot.late += 1
@@ -357,11 +387,6 @@ class WorkerSide:
         if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
-
-
-def _name(entry: waitgroup.Entry, stack: str) -> None:
-    log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
-             age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
 
 
 _PHASE = Header.phase.index

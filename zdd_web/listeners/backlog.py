@@ -39,6 +39,8 @@ class Door(enum.IntEnum):
     #: One may wait at a time; the others' kernels try again.
     NARROW = 1
     CLOSED = 2
+    #: Not ours to close: somebody else serves, or will.
+    KEPT = 3
 
 
 def close_door(listener: socket.socket) -> Door:

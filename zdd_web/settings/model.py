@@ -87,3 +87,12 @@ class StopBudget:
     lame_duck: float
     work: float
     margin: float
+
+    @property
+    def last_words(self) -> float:
+        """Seconds of the margin in which workers name what they abandon, before they are killed.
+
+        >>> Settings(grace_period=30).stop_budget().last_words
+        1.7
+        """
+        return max(0.4 * self.margin, self.margin - 0.3)

@@ -87,7 +87,8 @@ class Family:
         self._obey(signal.SIGTERM, None)
         if not compat.tell_when_not_accepting(self.worker, self.side.accepts_no_more) and self.side.slot.in_flight:
             # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
-            self.side.note_leaving()
+            compat.accept_nobody(self.worker)
+            self.side.accepts_no_more()
         self.wake()
 
     def end_now(self, status: int) -> NoReturn:
