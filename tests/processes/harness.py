@@ -27,6 +27,7 @@ from zdd_web import service as finder
 from zdd_web.board import Snapshot, WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
+from zdd_web.lifecycle import Phase
 
 T = TypeVar("T")
 
@@ -234,10 +235,18 @@ class Service:
         os.kill(pid or self.pid, sig)
 
     def upgrade(self, expect: str = "upgrade.committed") -> str:
-        """Send SIGUSR2 and wait for the line that ends it."""
+        """Send SIGUSR2 and wait for the line that ends it; after a commit, until the old one accepts no more."""
         times = len(self.matches(rf"event={re.escape(expect)}")) + 1
         self.signal(signal.SIGUSR2)
-        return self.wait_for(rf"event={re.escape(expect)}", times)
+        line = self.wait_for(rf"event={re.escape(expect)}", times)
+        if expect == "upgrade.committed":
+            until("old workers to leave", lambda: not self._old_ones_that_accept(), self)
+        return line
+
+    def _old_ones_that_accept(self) -> list[int]:
+        retiring = [found.snapshot() for found in self.generations()[:-1]]
+        workers = [worker for snapshot in retiring if snapshot.phase is Phase.RETIRING for worker in snapshot.workers]
+        return [worker.pid for worker in workers if worker.state is not WorkerState.LEAVING]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `zdd-web`."""

@@ -196,7 +196,7 @@ CHECKS = {
 @pytest.mark.parametrize("fault", CHECKS)
 def test_a_readiness_check_that_never_passes_costs_nothing(service: Service, fault: str):
     statement, reason = CHECKS[fault]
-    configure(service, upgrade_timeout=3).start()
+    configure(service, upgrade_timeout=5).start()
     body = f"@zdd_web.check('database', timeout=0.5)\ndef database():\n    {statement}\n"
     service.deploy("2", at_import=body)
     with on_trial(service) as trial:

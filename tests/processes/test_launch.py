@@ -356,7 +356,7 @@ def test_workers_of_another_user_are_upgraded_and_stopped(unprivileged):
 
 def test_workers_of_another_user_that_hang_at_import_are_cleaned_up(unprivileged):
     service = unprivileged
-    service.configure(upgrade_timeout=3).start()
+    service.configure(upgrade_timeout=5).start()
     before = sorted(service.processes())
     service.deploy("2", at_import="time.sleep(600)")
     assert "UPGRADE_TIMEOUT" in service.upgrade(expect="upgrade.failed")
@@ -422,7 +422,7 @@ def test_broken_code_under_preload_fails_the_upgrade_with_reason_and_traceback(p
 
 def test_code_that_hangs_under_preload_is_given_up(preloading):
     service = preloading
-    service.configure(upgrade_timeout=3).start()
+    service.configure(upgrade_timeout=5).start()
     service.deploy("2", at_import="time.sleep(600)")
     assert "UPGRADE_TIMEOUT" in service.upgrade(expect="upgrade.failed")
     assert service.get().version == "1"
