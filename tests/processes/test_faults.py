@@ -186,6 +186,21 @@ def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
         trial.recovers()
 
 
+def test_a_successor_that_is_left_alone_with_code_that_hangs_serves_when_the_code_is_mended(service: Service):
+    # Found by the random walk, seed 20261122, sequence 66.
+    configure(service, upgrade_timeout=5).start()
+    service.deploy("2", at_import="open(f'importing-{os.getpid()}', 'w').close(); time.sleep(3600)")
+    service.signal(signal.SIGUSR2)
+    until("two imports", lambda: len(list(service.directory.glob("importing-*"))) == 2, service)
+    service.signal(signal.SIGKILL)
+    service.wait_for("event=predecessor.lost")
+    service.deploy("3")
+    service.wait_for("event=worker.boot_failed .*not ready within UPGRADE_TIMEOUT")
+    service.wait_for("generation=2 event=phase.serving")
+    assert service.get().version == "3"
+    service.stop(status=None)
+
+
 CHECKS = {
     "raises": ("raise ConnectionRefusedError('no database')", "check 'database' failed: ConnectionRefusedError"),
     "hangs": ("time.sleep(3600)", "check 'database' failed: no answer within 0.5 s"),

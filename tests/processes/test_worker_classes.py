@@ -323,7 +323,7 @@ def test_background_work_past_the_deadline_is_named_and_the_status_tells(service
 
 
 def test_a_request_past_the_deadline_is_cut_and_the_status_tells(service: Service):
-    service.configure(grace_period=3).start()
+    service.configure(grace_period=8).start()
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(service.get, "/slow?seconds=600")
         until("the request", lambda: service.snapshot().in_flight == 1, service)

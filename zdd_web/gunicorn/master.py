@@ -364,13 +364,14 @@ class Master:
         deadline = self.header.deadline
         if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().last_words:
             return
-        snapshot = self.board.snapshot()
+        requests = self.board.snapshot().in_flight + self._cut
+        tasks = self.roster.unfinished() + self._abandoned
         served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())
         killed = self.roster.kill()
         # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
-        abandoned = bool(snapshot.in_flight or snapshot.tasks or self._cut or self._abandoned)
+        abandoned = bool(requests or tasks)
         if abandoned or served:
-            self._emit_abandoned(killed, snapshot.in_flight + self._cut, snapshot.tasks + self._abandoned)
+            self._emit_abandoned(killed, requests, tasks)
         self._leave(abandoned=abandoned)
 
     def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:

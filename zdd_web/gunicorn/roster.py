@@ -266,6 +266,10 @@ class Roster:
             if place.told_at and clock.since(place.told_at) >= REPEAT_TERM:
                 self._term(place)
 
+    def unfinished(self) -> int:
+        """Count the background work that those who are here have in hand, or have given up."""
+        return sum(max(place.slot.abandoned, place.slot.tasks) for place in self._places)
+
     def kill(self) -> int:
         """SIGKILL everybody who is left; return how many."""
         for place in self._places:

@@ -68,6 +68,7 @@ class WorkerSide:
         self._status_now: int | None = None
         self._give_up_once = threading.Lock()
         self._loop_is_over = False
+        self._watches_deadline = False
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
@@ -180,6 +181,9 @@ class WorkerSide:
         if self._emptying:
             # One that has lost the last connection to another worker sleeps.
             self.family.wake()
+        if self._left:
+            # A stop that came after this worker was told to leave has brought a deadline.
+            self._watch_deadline()
         if self._left or self._emptying:
             return
         phase = Phase(self.board.header.phase)
@@ -262,10 +266,14 @@ class WorkerSide:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
         compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
-        if left is not None:
-            # A request that does not end keeps the loop from it.
-            self.family.later(left + 0.02, self._give_up_beside)
+        self._watch_deadline()
         self.family.end_loop()
+
+    def _watch_deadline(self) -> None:
+        left = clock.remaining(self.process.deadline_ns)
+        if left is not None and not self._watches_deadline:
+            self._watches_deadline = True
+            self.family.later(left + 0.02, self._at_the_deadline)
 
     def accepts_no_more(self) -> None:
         """Say so, and close this worker's listeners: a queue that somebody still holds is not refused but waits."""
@@ -313,11 +321,21 @@ class WorkerSide:
         waitgroup.close_all()
         waitgroup.abandon(waitgroup.all_entries(), self.settings.stop_budget().last_words / 2, self._beat, self._name)
 
-    def _give_up_beside(self) -> None:
-        # At the deadline, in a thread of its own: the loop is still in a request, and what runs beside it shall not
-        # be killed without a word.
-        if not self._loop_is_over and clock.passed(self._background_deadline(clock.now_ns())):
-            self.give_up_background()
+    def _at_the_deadline(self) -> None:
+        # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
+        # a word.
+        if self._loop_is_over:
+            return
+        if not clock.passed(self._background_deadline(clock.now_ns())):
+            self._watches_deadline = False
+            self._watch_deadline()
+            return
+        self.family.cut()
+        self.give_up_background()
+
+    def stop_counting(self) -> None:
+        """Leave what is in hand in the count: it is cut off, and not finished."""
+        self._count_out = lambda: 0
 
     def _name(self, entry: waitgroup.Entry, stack: str) -> None:
         # Counted before anything of the app's is called, which may end the process.

@@ -91,6 +91,9 @@ class Family:
             self.side.accepts_no_more()
         self.wake()
 
+    def cut(self) -> None:
+        """Called at the deadline, if the loop is not over."""
+
     def end_now(self, status: int) -> NoReturn:
         """End the process from a signal handler, with what is in hand; `worker_exit` still runs."""
         sys.exit(status)

@@ -90,6 +90,12 @@ class Greenlets(Family):
         # gunicorn waits for as long as `keepalive` for the next request.
         self.later(LINGER, self._close_idle)
 
+    def cut(self) -> None:
+        """See `Family`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` says that they are done."""
+        if self.side.slot.in_flight:
+            self.has_cut = True
+            self.side.stop_counting()
+
     def _close_idle(self) -> None:
         for idle in list(self._idle):
             gevent.get_hub().loop.run_callback(idle.end)

@@ -169,8 +169,10 @@ class Loop(Family):
         assert self.loop is not None
         if self._timer is not None:
             self._timer.cancel()
-        self.side.notify()
-        self._timer = self.loop.call_later(TURN if self.side.is_finishing else self.interval, self._turn)
+        try:
+            self.side.notify()
+        finally:
+            self._timer = self.loop.call_later(TURN if self.side.is_finishing else self.interval, self._turn)
 
     def stop_accepting(self) -> None:
         """Close the listeners of this process."""
