@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -374,6 +375,18 @@ def test_stop_lets_the_request_in_hand_finish() -> None:
         in_flight, load = asyncio.run(run(server.port))
     assert (in_flight, load.in_flight) == (1, 0)
     assert outcomes(load.samples) == [Outcome.OK]
+
+
+def test_nobody_who_was_dismissed_begins_another_request() -> None:
+    enough = threading.Event()
+    with Server(counting(50, enough)) as server:
+        with LoadThread(Load("127.0.0.1", server.port, ["/"], clients=4, think=0.001, pace=0.001)) as thread:
+            assert enough.wait(PATIENCE)
+            thread.dismiss()
+            dismissed_at = time.monotonic()
+            thread.stop()
+        thread.dismiss()  # of nobody
+    assert max(sample.started for sample in thread.samples) <= dismissed_at
 
 
 def test_thread_may_be_stopped_twice_or_never_started() -> None:

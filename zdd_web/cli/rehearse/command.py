@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -141,14 +140,14 @@ def _stop(server: Server, generation: service.Generation, load: LoadThread) -> S
     # Clients begin nothing new from now on, as after a load balancer took this backend out; what they have in hand
     # at the signal must still be answered.
     _until_alone(server, generation)
-    leaving = threading.Thread(target=load.stop)
+    # Before the signal, not beside it: who comes behind a closed door is refused, which is no loss of the service's.
+    load.dismiss()
     in_flight = load.in_flight
     requested_at = time.monotonic()
-    leaving.start()
     os.kill(generation.pid, signal.SIGTERM)
     status = server.wait(generation, timeout=_grace(generation))
     ended_at = time.monotonic()
-    leaving.join()
+    load.stop()
     left = server.generations()
     if status is None:
         reason = "the service did not end in time"

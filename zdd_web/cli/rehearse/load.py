@@ -302,10 +302,14 @@ class Load:
         self._clients = [Client(target, n, kind, self.samples) for n, kind in enumerate(self._kinds)]
         self._tasks = [loop.create_task(self._drive(client, stopping)) for client in self._clients]
 
-    async def stop(self) -> None:
-        """Let every client finish the request in hand, at most `timeout` seconds, and end."""
+    async def dismiss(self) -> None:
+        """Have no client begin another request; what is in hand goes on."""
         if self._stopping is not None and not self._stopping.done():
             self._stopping.set_result(None)
+
+    async def stop(self) -> None:
+        """Let every client finish the request in hand, at most `timeout` seconds, and end."""
+        await self.dismiss()
         for result in await asyncio.gather(*self._tasks, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -357,6 +361,11 @@ class LoadThread:
         except BaseException:
             self._end()
             raise
+
+    def dismiss(self) -> None:
+        """Have no client begin another request from now on, and return at once."""
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self._load.dismiss(), self._loop).result()
 
     def stop(self) -> None:
         """Wait until every client has finished the request in hand; do nothing if that was done before."""
