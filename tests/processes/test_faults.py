@@ -221,6 +221,18 @@ def test_a_readiness_check_that_never_passes_costs_nothing(service: Service, fau
         trial.recovers()
 
 
+def test_a_replacement_whose_check_never_passes_is_given_up_and_the_check_named(service: Service):
+    configure(service, upgrade_timeout=2).start()
+    before = settled(service, 2)
+    with on_trial(service) as trial:
+        service.deploy("2", at_import="zdd_web.check('database')(lambda: False)")
+        service.signal(signal.SIGTTIN)
+        line = service.wait_for("event=worker.boot_failed")
+        assert "not ready within UPGRADE_TIMEOUT = 2 s; check 'database' failed: it returned False" in line
+        trial.answers()
+        assert set(before) <= set(serving_workers(service))
+
+
 def test_a_check_that_passes_late_only_delays_the_upgrade(service: Service):
     configure(service).start()
     service.deploy("2", at_import="zdd_web.check('file')(lambda: os.path.exists('there'))")

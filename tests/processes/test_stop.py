@@ -30,6 +30,25 @@ def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
     assert not service.pid_file.exists()
 
 
+TERM_IN_HOOK = """
+import os, signal, time
+def pre_request(worker, req):
+    # Counted in by now, and gunicorn asks the listener for its name afterwards.
+    os.kill(os.getppid(), signal.SIGTERM)
+    until = time.monotonic() + 10
+    while worker.cfg.worker_class_str == "sync" and worker.sockets[0].sock and time.monotonic() < until:
+        time.sleep(0.01)
+"""
+
+
+def test_a_request_that_has_just_been_read_survives_the_close_of_its_listener(service: Service):
+    service.workers = 1
+    service.configure(TERM_IN_HOOK).start()
+    assert service.get().status == 200
+    service.ends()
+    assert not service.matches("Error handling request")
+
+
 def test_what_waits_in_the_accept_queue_is_answered(service: Service):
     service.start()
     # More connections than workers and threads: the rest waits in the kernel.

@@ -178,6 +178,16 @@ def set_graceful_timeout(worker: Any, seconds: float) -> None:
     worker.cfg.settings["graceful_timeout"].value = seconds
 
 
+def remember_names(worker: Any) -> None:
+    """Have a worker's listeners know their names by heart.
+
+    A request asks for the name after it was counted in (sync.py:175), and a signal in between may close the listener.
+    """
+    for listener in worker.sockets:
+        name = listener.getsockname()
+        listener.getsockname = lambda name=name: name
+
+
 def accept_nobody(worker: Any) -> None:
     """Have a sync worker that was interrupted in a request find nobody on the listeners that are closed meanwhile.
 

@@ -334,13 +334,13 @@ class Master:
             raise
 
     def _close_door(self) -> None:
-        # Somebody else serves on these sockets, until it is known better.
-        self.header.door, self.header.door_since = Door.KEPT, clock.now_ns()
+        # First of all: what fails below is not tried at each turn.
+        self.header.door_since = clock.now_ns()
         if self.kept or self.header.successor_pid or self.awaits_office:
+            self.header.door = Door.KEPT
             return
         doors = [close_door(listener.sock) for listener in self.server.LISTENERS]
         self.header.door = min(doors, default=Door.CLOSED)
-        self.header.door_since = clock.now_ns()
         # The workers have their own: the last of them closes the queue, right after it has found it empty.
         compat.close_listeners(self.server, unlink=True)
 

@@ -147,6 +147,7 @@ class _Place:
     worker: Any
     slot: Slot
     since: int
+    given_up: bool = False
     told_at: int = 0
     status: int | None = None
 
@@ -243,8 +244,12 @@ class Roster:
         with the wall-clock time of the heartbeat's file (arbiter.py:612).
         """
         for place in self._places:
-            if place.slot.state == WorkerState.BOOTING and clock.since(place.since) > timeout:
-                place.slot.error = f"not ready within UPGRADE_TIMEOUT = {timeout:g} s"
+            late = place.slot.state == WorkerState.BOOTING and clock.since(place.since) > timeout
+            if late and not place.given_up:
+                place.given_up = True
+                # What it said last, such as a check that fails, is why.
+                said = [f"not ready within UPGRADE_TIMEOUT = {timeout:g} s", place.slot.error]
+                place.slot.error = "; ".join(filter(None, said))
                 self._server.kill_worker(place.worker.pid, signal.SIGKILL)
 
     def booted(self) -> None:

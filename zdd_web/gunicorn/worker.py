@@ -79,6 +79,7 @@ class WorkerSide:
         compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
         compat.end_by_signal_alone(worker)
+        compat.remember_names(worker)
         self.family = worker_classes.family_of(self)
         self._beat = self.family.beat
         self._load: Callable[[], None] = worker.load_wsgi

@@ -1,0 +1,62 @@
+"""SIGTERM at every line that a worker of gunicorn runs: a handler runs between any two, and none may cost a request."""
+
+from __future__ import annotations
+
+import os
+import time
+from http.client import HTTPException
+
+import pytest
+
+#: The Nth worker is told to leave in the Nth line of gunicorn's that it runs.
+TERM_AT_A_LINE = """
+import os, pathlib, signal, sys
+turn = pathlib.Path("turn")
+
+from gunicorn import sock, util
+from gunicorn.http import wsgi
+from gunicorn.workers import base, gthread, sync
+files = {module.__file__ for module in (sock, util, wsgi, base, gthread, sync)}
+
+def post_worker_init(worker):
+    from zdd_web.gunicorn import hooks
+    left = int(turn.read_text()) if turn.exists() else 1
+    turn.write_text(str(left + 1))
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        left -= event == "line"
+        if left == 0 and event == "line":
+            sys.settrace(None)
+            hooks.state.worker.slot.retire = 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+        return trace
+
+    sys.settrace(trace)
+"""
+
+#: Of a worker's loop, from its first; they begin and end a request. `ZDD_WEB_TEST_LINES=2000` sees some more.
+LINES = int(os.environ.get("ZDD_WEB_TEST_LINES", "0"))
+
+
+@pytest.mark.parametrize(("worker_class", "lines"), [("sync", 260), ("gthread", 160)])
+def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, worker_class: str, lines: int):
+    service = make_service(worker_class, workers=1)
+    service.configure(TERM_AT_A_LINE).start()
+    turn, until = service.directory / "turn", time.monotonic() + 300
+    lost = []
+    while int(turn.read_text()) <= (LINES or lines):
+        assert time.monotonic() < until
+        line = int(turn.read_text())
+        try:
+            status = service.get().status
+        except (OSError, HTTPException) as error:
+            status = repr(error)
+        if status != 200:
+            lost.append((line, status))
+    assert lost == []
+    assert not service.matches("Traceback")
+    service.stop()
