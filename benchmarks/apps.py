@@ -32,6 +32,15 @@ def slow(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
     return plain(environ, start_response)
 
 
+def _block(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    if environ["PATH_INFO"] == "/block":
+        time.sleep(600)
+    return plain(environ, start_response)
+
+
+blocking = ProbeMiddleware(_block)
+
+
 def with_a_job(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Answer at once; each hundredth request leaves five seconds of work to a thread that nobody cuts off."""
     global _requests

@@ -72,7 +72,7 @@ def gunicorn(
     """
     with tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-") as directory:
         log_path = Path(directory, "log")
-        port = _free_port()
+        port = free_port()
         command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
         command += _without_control_socket()
         environ = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
@@ -88,7 +88,8 @@ def gunicorn(
             _end(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
     # Not `--bind :0`, since with --reuse-port every worker would get a port of its own.
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -49,6 +49,8 @@ def create_app() -> Flask:
     app.add_url_rule("/upload", view_func=upload, methods=["POST", "PUT"])
     app.add_url_rule("/jobs", view_func=jobs, methods=["GET", "POST"])
     create_tables(app.config["DATABASE"])
+    # New code without its database does not take over, and a service that has lost it is not ready.
+    zdd_web.check("database")(lambda: ask(app.config["DATABASE"]))
     ZddWeb(app)
     return app
 
@@ -60,6 +62,11 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=20)
     db.row_factory = sqlite3.Row
     return db
+
+
+def ask(path: Path) -> None:
+    with closing(connect(path)) as db:
+        db.execute("SELECT 1 FROM items LIMIT 1")
 
 
 def create_tables(path: Path) -> None:

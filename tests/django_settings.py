@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
@@ -32,4 +34,9 @@ async def ahello(request: HttpRequest) -> HttpResponse:
     return HttpResponse("the async app")
 
 
-urlpatterns = [path("", hello), path("async", ahello)]
+async def athread(request: HttpRequest) -> HttpResponse:
+    """Say which thread an async view runs in."""
+    return HttpResponse(str(threading.get_ident()))
+
+
+urlpatterns = [path("", hello), path("async", ahello), path("thread", athread)]

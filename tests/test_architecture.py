@@ -28,29 +28,36 @@ MAY_USE = {
     "health": {"lifecycle", "settings"},
     "board": {"errors", "lifecycle"},
     "waitgroup": {"errors", "log"},
-    "checks": {"errors", "log"},
+    "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
     "listeners": {"errors", "clock", "proc"},
-    "process": {"clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
-    "wsgi": {"process", "health", "lifecycle", "settings"},
-    "asgi": {"process", "health", "lifecycle", "settings", "wsgi"},
-    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "proc", "settings"},
-    "flask": {"wsgi", "asgi", "process", "health", "settings", "errors"},
-    "django": {"wsgi", "asgi", "process", "health", "settings", "errors"},
+    "process": {"checks", "clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
+    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "settings"},
+    "wsgi": {"probes"},
+    "asgi": {"probes"},
+    "access_log": {"errors", "probes", "process", "settings"},
+    "watch": {"lifecycle", "log", "process"},
+    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes"},
+    "flask": {"cli", "checks", "probes", "wsgi", "asgi", "process", "health", "settings", "errors"},
+    "django": {
+        "checks", "cli", "lifecycle", "log", "probes", "wsgi", "asgi", "process", "health", "settings", "errors",
+        "watch",
+    },
     "apps": {"django"},
     "gunicorn": {
         "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "checks", "service", "keeper",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
     },
+    "metrics": {"clock", "board", "health", "lifecycle"},
     "service": {"errors", "proc", "lifecycle", "board"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
-    "cli": {"errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
+    "cli": {"checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
     "__init__": set(),
 }  # fmt: skip
 
 #: What a decision needs of the standard library; nothing of it touches the world.
 PURE = {"errors", "settings", "lifecycle", "health"}
 PURE_STDLIB = {"__future__", "collections", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re"}
-PURE_STDLIB |= {"typing"}
+PURE_STDLIB |= {"json", "typing", "urllib"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ REAL = [each for each in IMPORTS if each.where != "typing"]
 def test_this_test_reads_what_it_is_meant_to_read() -> None:
     found = {str(each).partition(":")[0] + str(each).partition(" imports")[2] for each in IMPORTS}
     assert {
-        "zdd_web.wsgi zdd_web.process (module)",
+        "zdd_web.wsgi zdd_web.probes (module)",
         "zdd_web.wsgi _typeshed.wsgi (typing)",
         "zdd_web.gunicorn zdd_web.gunicorn.hooks (function)",
         "zdd_web.gunicorn.compat gunicorn (module)",
@@ -225,8 +232,14 @@ def test_gunicorn_is_imported_by_its_part_alone_and_by_commands_when_they_run() 
 
 
 def test_click_and_tabulate_are_the_commands_alone() -> None:
-    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "tabulate", "h11")}
+    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "tabulate")}
     assert users == {"cli"}
+    # The probe port's process reads HTTP; it alone of all that runs in a service.
+    assert {part_of(each.importer) for each in IMPORTS if each.top == "h11"} == {"cli", "probe_server"}
+    forked = [
+        each for each in REAL if each.name.startswith("zdd_web.probe_server") and part_of(each.importer) == "gunicorn"
+    ]
+    assert {each.where for each in forked} == {"function"}
 
 
 # -- who knows versions
@@ -313,6 +326,7 @@ assert not ours, ours
         "[getattr(zdd_web, name) for name in zdd_web.__all__]",
         "with zdd_web.background.track(): zdd_web.phase()",
         "import zdd_web.wsgi",
+        "import zdd_web.asgi, zdd_web.access_log, zdd_web.watch",
         "import zdd_web.gunicorn",
         "import zdd_web.gunicorn.handover, zdd_web.gunicorn.bootlog, zdd_web.gunicorn.upgrade",
     ],

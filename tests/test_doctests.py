@@ -11,6 +11,7 @@ import pytest
 
 import zdd_web
 from zdd_web import process
+from zdd_web.checks import registry
 from zdd_web.gunicorn import hooks
 
 MODULES = [
@@ -28,6 +29,7 @@ def test_examples_of_a_module_do_what_they_say(name: str, monkeypatch: pytest.Mo
     # An example may make this process one of zdd_web's; it is taken back.
     monkeypatch.setattr(process, "_current", None)
     monkeypatch.setattr(hooks, "state", None)
+    monkeypatch.setattr(registry, "_checks", {})
     module = importlib.import_module(name)
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.failed == 0

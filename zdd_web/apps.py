@@ -11,3 +11,11 @@ class ZddWebConfig(AppConfig):
     name = "zdd_web.django"
     label = "zdd_web"
     verbose_name = "zdd_web"
+
+    def ready(self) -> None:
+        """Register the system checks, and have `phase_changed` sent."""
+        # Not before: Django imports this file to learn what apps there are.
+        from zdd_web.django import signals, system_checks
+
+        system_checks.register_all()
+        signals.listen()

@@ -33,7 +33,7 @@ from zdd_web.lifecycle import Phase
 
 MEMFD_PREFIX = "zdd_web:"
 MAGIC = int.from_bytes(b"ZDDBOARD", "little")
-LAYOUT = 1
+LAYOUT = 2
 WORD = 8
 
 #: More than any host runs of gunicorn workers; untouched slots cost no memory, a memfd is sparse.
@@ -162,8 +162,55 @@ class Header(Record):
     door = Word(27)
     door_since = Word(28)
     name = Text(32, 128)
+    #: How many slots were ever used: nobody needs to look at those behind.
+    slots_used = Word(50)
+    #: gunicorn's `timeout`, nanoseconds; 0 for none.
+    worker_timeout = Word(51)
+    #: What workers that are no more had counted.
+    requests_gone = Word(52)
+    server_errors_gone = Word(53)
+    late_gone = Word(54)
+    workers_lost = Word(55)
+    upgrades_refused = Word(56)
+    #: How long the last upgrade and the retirement of this generation took, nanoseconds.
+    upgrade_took = Word(57)
+    drain_took = Word(58)
+    #: How many listeners the words from `queue_at` on speak of.
+    queues = Word(59)
+    #: The probe port's process; any other than the one named here goes.
+    probe_pid = Word(60)
+    probe_start = Word(61)
+    probe_accepts = Word(62)
+    #: It answers on the socket that was inherited, as its predecessor's does.
+    probe_shared = Word(63)
     upgrade_reason = Text(64, 1024)
-    WORDS = 256
+    #: What is wrong with a successor that serves; read by a generation that retires.
+    successor_trouble = Text(200, 120)
+    #: Totals of the generations before this one, in the order of `metrics.Totals`.
+    BEFORE_AT = 220
+    #: (length, limit) of each listener's accept queue; their addresses, separated by spaces.
+    QUEUES_AT = 236
+    MOST_QUEUES = 8
+    queue_names = Text(256, 480)
+    WORDS = 320
+
+
+class CheckRecord(Record):
+    """What a worker's check found last; that worker's words. Times are monotonic nanoseconds."""
+
+    result = Word(0)
+    kind = Word(1)
+    critical = Word(2)
+    at = Word(3)
+    fresh_until = Word(4)
+    failing_since = Word(5)
+    name = Text(6, 48)
+    message = Text(14, 192)
+    WORDS = 40
+
+
+#: More than any app asks; what is never written costs no memory.
+MAX_CHECKS = 32
 
 
 class Slot(Record):
@@ -179,6 +226,10 @@ class Slot(Record):
     tasks = Word(6)
     #: Background tasks that were given up at the deadline.
     abandoned = Word(7)
+    #: The last heartbeat. It outlives the worker: see `claim()`.
+    beat_at = Word(11)
+    #: How many of the records behind are in use.
+    checks = Word(15)
     #: The worker has answered `max_requests` and asks for a replacement.
     weary = Word(12)
     # command, written by the master only
@@ -190,7 +241,16 @@ class Slot(Record):
     late_by = Word(14)
     error = Text(16, 512)
     late_peer = Text(82, 88)
-    WORDS = 96
+    #: Replies with a status of 500 or more, probes aside.
+    server_errors = Word(95)
+    #: When the oldest background task was offered.
+    oldest_task = Word(96)
+    CHECKS_AT = 104
+    WORDS = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
+
+    def check(self, index: int) -> CheckRecord:
+        """Return the record of a check, with an index from 0."""
+        return CheckRecord(self.memory, self.base + self.CHECKS_AT + index * CheckRecord.WORDS)
 
 
 @dataclass(frozen=True)
@@ -296,7 +356,7 @@ class Board:
             1,
         )
         header.name, header.generation, header.phase, header.magic = name, 1, Phase.SERVING, MAGIC
-        header.master_pid = os.getpid()
+        header.master_pid, header.slots_used = os.getpid(), 1
         return board
 
     @classmethod
@@ -336,17 +396,26 @@ class Board:
         """Return all slots, used or not."""
         return (self.slot(index) for index in range(self.header.slot_count))
 
+    def used_slots(self) -> Iterator[Slot]:
+        """Return the slots that were ever used."""
+        return (self.slot(index) for index in range(self.header.slots_used))
+
     def claim(self, age: int) -> Slot:
         """Take a free slot for a worker that is about to be forked; the master's call.
 
         Raises `BoardError` when none is free.
         """
-        for slot in self.slots():
+        for index, slot in enumerate(self.slots()):
             if slot.state == WorkerState.FREE:
                 words = slot.words
+                # Workers that die one after the other have not beaten, whatever their slots' numbers.
+                beat_at = slot.beat_at
                 for word in range(slot.base, slot.base + Slot.error.index):
                     words[word] = 0
+                slot.beat_at = beat_at
+                self.header.slots_used = max(self.header.slots_used, index + 1)
                 slot.error = slot.late_peer = ""
+                slot.server_errors = slot.oldest_task = 0
                 slot.age = age
                 slot.state = WorkerState.BOOTING
                 return slot
@@ -370,7 +439,7 @@ class Board:
                 f"the board has layout {header.layout}, this zdd_web reads {LAYOUT}: use the commands of its version"
             )
         views: list[WorkerView] = []
-        for slot in self.slots():
+        for slot in self.used_slots():
             state = slot.state
             if state == WorkerState.FREE:
                 continue

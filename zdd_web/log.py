@@ -39,9 +39,14 @@ EVENTS = {
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
     "warmup.cold": "a WARMUP path was refused by the app: what it should have warmed is cold",
-    "check.failed": "a check of the app has failed in a worker that is to get ready",
+    "check.failed": "a check of the app has failed in a worker; error says how",
+    "check.passed": "a check that had failed passes again",
     "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
+    "probes.listening": "the probe port answers at this address",
+    "probes.restarted": "the probe port's process had ended; another answers",
+    "probe.failing": "a probe says 503 from now on; reason says why",
+    "probe.passing": "a probe that had failed says 200 again",
     "background.waiting": "a leaving worker waits for its background work",
     "background.failed": "a background task raised",
     "background.abandoned": "a background task was not finished at the deadline",
@@ -113,6 +118,34 @@ def emit(
     record = _sink.makeRecord(_sink.name, level, __file__, 0, message, (), _exc_info(exc_info), "emit", extra)
     # Not `handle()`, which a disabled logger ignores; the handlers above it count for one that propagates.
     _sink.callHandlers(record)
+
+
+_former: list[Any] = []
+
+
+def own_streams() -> set[int]:
+    """Give a forked process streams of its own to log to; return the descriptors that its log needs.
+
+    A thread of the parent may have been writing, and its lock on the stream is never released in the copy. (Python
+    makes the handlers' own locks anew in a forked process, not those below.) Old streams are kept: to collect one would
+    flush it.
+    """
+    needed = set()
+    logger: logging.Logger | None = _sink
+    while logger is not None:
+        for handler in logger.handlers:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream = handler.stream  # type: ignore[attr-defined]
+                fd = os.dup(stream.fileno())
+                _former.append(stream)
+                needed.add(fd)
+                fresh = open(fd, "w", encoding=stream.encoding, errors=stream.errors)  # noqa: SIM115 - stays open
+                handler.stream = fresh  # type: ignore[attr-defined]
+            for attribute in ("socket", "sock"):
+                with contextlib.suppress(OSError, AttributeError):
+                    needed.add(getattr(handler, attribute).fileno())
+        logger = logger.parent if logger.propagate else None
+    return needed
 
 
 def leave_a_message(path: str, text: str) -> None:

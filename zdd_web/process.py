@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from zdd_web import clock, waitgroup
+from zdd_web import checks, clock, waitgroup
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
@@ -22,6 +22,9 @@ App = TypeVar("App")
 
 #: How often a waiting `DrainEvent` looks, seconds.
 LOOK = 0.05
+
+#: A check's result is late by what a busy machine takes to start a thread, seconds; then nobody believes it any more.
+STALE_SLACK = 5.0
 
 
 class Process:
@@ -38,9 +41,14 @@ class Process:
         self._at = slot.base if slot is not None else -1
         if slot is not None:
             waitgroup.observer = self._tasks_changed
+        self._alone = slot is None and board.header.slot_count == 1
+        self._runner: checks.Runner | None = None
+        self._make_runner_once = threading.Lock()
 
     def _tasks_changed(self, count: int) -> None:
         assert self.slot is not None
+        began = waitgroup.oldest() if count else None
+        self.slot.oldest_task = int(began * 1e9) if began is not None else 0
         self.slot.tasks = count
 
     @property
@@ -83,11 +91,50 @@ class Process:
 
         return started, finished
 
+    def checks_runner(self, loop: Any = None) -> checks.Runner:
+        """Make what runs the checks of this process, and have the board hold them, without a result yet."""
+        # On a private board it is this process's anyway.
+        slot = self.slot if self.slot is not None else self.board.slot(0)
+        runner = checks.Runner(lambda state: _write(slot, state), self.is_leaving, loop)
+        slot.checks = 0
+        for state in runner.states:
+            record = slot.check(state.index)
+            record.name, record.kind, record.critical = state.check.name, state.check.kind, state.check.critical
+            _write(slot, state)
+        slot.checks = len(runner.states)
+        return runner
+
+    def run_checks(self) -> None:
+        """Where there is no gunicorn: have the checks run from now on, and wait for their first results."""
+        if not self._alone or (self._runner is not None and len(self._runner.states) == checks.count()):
+            return
+        with self._make_runner_once:
+            if self._runner is not None:
+                self._runner.stop()
+            self._runner = runner = self.checks_runner()
+            limit = max((state.check.timeout for state in runner.states), default=0.0)
+            runner.settle(lambda: None, time.monotonic() + limit + 1)
+            runner.start()
+
+    def stop_checks(self) -> None:
+        """End what `run_checks()` has begun."""
+        if self._runner is not None:
+            self._runner.stop()
+
     def say(self, state: WorkerState) -> None:
         """Write this worker's state on the board."""
         assert self.slot is not None
         self.slot.state_since = clock.now_ns()
         self.slot.state = state
+
+
+def _write(slot: Slot, state: checks.State) -> None:
+    record = slot.check(state.index)
+    record.message = state.message
+    record.at, record.failing_since = state.at, state.failing_since
+    limit = state.check.interval + state.check.timeout + STALE_SLACK
+    record.fresh_until = state.at + int(limit * 1e9) if state.at else 0
+    record.result = state.result
 
 
 _PHASE = Header.phase.index

@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from zdd_web import process
-from zdd_web.health import Probe, Reply, decide, table
-from zdd_web.lifecycle import Phase
-from zdd_web.settings import FrameworkSettings, Settings, of_app
+from zdd_web.probes import Probes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-
-class Probes:
-    """Which paths are probes, for one app, and the answers to them. For adaptors.
-
-    `brought` is called for the app's own settings when they are first needed, and again after `forget()` and whenever
-    the settings of the process have changed.
-    """
-
-    def __init__(self, brought: Callable[[], FrameworkSettings] | None = None) -> None:
-        self._brought = brought
-        # Kept, since each request of the app is looked up in it; in one attribute, so that threads see both or neither.
-        self._made: tuple[Settings | None, dict[str, Probe]] = (None, {})
-
-    def forget(self) -> None:
-        """Have the app's settings read again: they have changed."""
-        self._made = (None, {})
-
-    def answer(self, path: str, method: str) -> Reply | None:
-        """Return the reply to a probe; None when the path is none."""
-        here = process.current()
-        made_of, paths = self._made
-        if made_of is not here.settings:
-            paths = self._make(here)
-        probe = paths.get(path)
-        if probe is None:
-            return None
-        header = here.board.header
-        successor = header.successor_phase
-        return decide(probe, method, here.phase, Phase(successor) if successor else None)
-
-    def _make(self, here: process.Process) -> dict[str, Probe]:
-        settings = here.settings
-        paths = table(of_app(settings, here.fixed, self._brought()) if self._brought else settings)
-        self._made = settings, paths
-        return paths
+__all__ = ["ProbeMiddleware", "Probes"]
 
 
 class ProbeMiddleware:
@@ -63,7 +26,16 @@ class ProbeMiddleware:
         self._probes = probes or Probes()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        reply = self._probes.answer(environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"])
+        path = environ.get("PATH_INFO", "")
+        if not self._probes.asks(path):
+            return self.app(environ, start_response)
+        reply = self._probes.answer(
+            path,
+            environ["REQUEST_METHOD"],
+            query=environ.get("QUERY_STRING", ""),
+            accept=environ.get("HTTP_ACCEPT", ""),
+            peer=environ.get("REMOTE_ADDR", ""),
+        )
         if reply is None:
             return self.app(environ, start_response)
         start_response(reply.status_line, list(reply.headers))

@@ -8,7 +8,7 @@ VERSION = (BASE_DIR / "VERSION").read_text().strip()
 # For development only: a real service sets DJANGO_SECRET_KEY.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY", "django-insecure-for-development-only")
 DEBUG = os.environ.get("DJANGO_DEBUG") == "1"
-ALLOWED_HOSTS = ["localhost", "127.0.0.1"]
+ALLOWED_HOSTS = os.environ.get("DJANGO_ALLOWED_HOSTS", "localhost,127.0.0.1").split(",")
 
 INSTALLED_APPS = ["zdd_web", "shop"]
 MIDDLEWARE = [
@@ -19,6 +19,8 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
 ]
 ROOT_URLCONF = "mysite.urls"
+# New code without its database, or with migrations that were not applied, does not take over.
+ZDD_WEB = {"CHECKS": ["zdd_web.django.checks.database", "zdd_web.django.checks.migrations"]}
 WSGI_APPLICATION = "mysite.wsgi.application"
 
 DATABASES = {

@@ -11,6 +11,8 @@ import pytest
 from benchmarks.client import reply_length
 from benchmarks.handover import row
 from benchmarks.interval import Interval, median_interval, verdict
+from benchmarks.middleware import ADAPTORS, Cost, measure
+from benchmarks.middleware import table as cost_table
 from benchmarks.overhead import Pair, Run
 from zdd_web.cli.rehearse.report import Handover, Sample, build
 from zdd_web.cli.rehearse.report import Outcome as Result
@@ -87,3 +89,18 @@ def test_the_handover_row_of_a_rehearsal_without_requests_has_dashes() -> None:
     found = row("example_flask", "sync", build([], [], stop=None).to_json())
     assert found[4:7] == ("-", "-", "-")
     assert found[8:] == ("-", "-")
+
+
+@pytest.mark.parametrize("adaptor", ADAPTORS)
+def test_every_adaptor_can_be_measured(adaptor: str, settings: object) -> None:
+    settings.ROOT_URLCONF = "benchmarks.urls"  # type: ignore[attr-defined]
+    cost = measure(adaptor, rounds=1, requests=2)
+    assert cost.adaptor == adaptor
+    assert cost.bare > 0
+    assert cost.adapted > 0
+
+
+def test_the_cost_of_an_adaptor_is_what_it_adds() -> None:
+    cost = Cost("WSGI", bare=200.0, adapted=300.0)
+    assert (cost.added, cost.ratio) == (100.0, 1.5)
+    assert cost_table([cost]).splitlines()[-1].split() == ["WSGI", "200", "300", "100", "1.500"]

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import io
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync, iscoroutinefunction
+from asgiref.sync import SyncToAsync, async_to_sync, iscoroutinefunction
 from django.apps import apps
 from django.conf import settings as django_settings
-from django.core.management import find_commands
+from django.core.asgi import get_asgi_application
+from django.core.management import call_command, find_commands, load_command_class
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, override_settings
 
 import zdd_web
+import zdd_web.asgi
 from zdd_web import errors as zdd_web_errors
-from zdd_web import process
+from zdd_web import process, watch
 from zdd_web.board import Board
+from zdd_web.checks import registry
+from zdd_web.django import signals
 from zdd_web.django.middleware import ProbeMiddleware, _probes
+from zdd_web.django.signals import phase_changed
+from zdd_web.django.system_checks import MIDDLEWARE
 from zdd_web.lifecycle import Phase
 
 Service = Callable[..., Board]
@@ -188,5 +198,241 @@ def test_installed_app_is_found_under_the_name_of_the_package() -> None:
 def test_management_commands_are_looked_for_beside_the_middleware() -> None:
     config = apps.get_app_config("zdd_web")
     assert Path(config.path).samefile(Path(str(ProbeMiddleware.__init__.__code__.co_filename)).parent)
-    # Django looks there by itself once there are any.
-    assert find_commands(str(Path(config.path) / "management")) == []
+    assert find_commands(str(Path(config.path) / "management")) == ["zdd"]
+
+
+# -- the async stack
+
+
+@pytest.fixture
+def hops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Note each call that an async stack hands to a thread."""
+    found: list[object] = []
+    call = SyncToAsync.__call__
+
+    async def noted(self: SyncToAsync[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found.append(self.func)
+        return await call(self, *args, **kwargs)
+
+    monkeypatch.setattr(SyncToAsync, "__call__", noted)
+    return found
+
+
+async def over_asgi(app: Any, path: str) -> bytes:
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "path": path, "query_string": b"",
+        "headers": [(b"host", b"shop.example")], "client": ("10.0.0.7", 4711),
+    }  # fmt: skip
+    sent: list[Any] = []
+    bodies = [b""]
+
+    async def receive() -> Any:
+        if not bodies:
+            await asyncio.Event().wait()  # the client stays
+        return {"type": "http.request", "body": bodies.pop()}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return b"".join(message.get("body", b"") for message in sent)
+
+
+@pytest.mark.parametrize("path", ["/thread", "/healthz", "/no-such-page"])
+def test_middleware_hands_nothing_to_a_thread(settings: Any, hops: list[object], path: str) -> None:
+    # Django itself does, for its signals; no request may have one more with the middleware.
+    counts = []
+    for stack in ([], [MIDDLEWARE]):
+        settings.MIDDLEWARE = stack
+        app = get_asgi_application()
+        hops.clear()
+        asyncio.run(over_asgi(app, path))
+        counts.append(len(hops))
+    # A page that is not there is logged, in a thread.
+    without, with_it = counts
+    assert with_it < without if path == "/healthz" else with_it == without
+
+
+def test_async_view_runs_in_the_thread_of_the_loop(settings: Any) -> None:
+    settings.MIDDLEWARE = [MIDDLEWARE]
+    here = threading.get_ident()
+    assert asyncio.run(over_asgi(get_asgi_application(), "/thread")) == str(here).encode()
+
+
+def test_probe_before_django_needs_no_thread_at_all(hops: list[object]) -> None:
+    app = zdd_web.asgi.ProbeMiddleware(get_asgi_application())
+    assert asyncio.run(over_asgi(app, "/healthz")) == b"ok\n"
+    assert hops == []
+    assert asyncio.run(over_asgi(app, "/async")) == b"the async app"
+
+
+# -- phase_changed
+
+
+@pytest.fixture
+def receivers() -> Iterator[list[Any]]:
+    """Whoever is put in here hears `phase_changed`."""
+    connected: list[Any] = []
+
+    class Connecting(list[Any]):
+        def append(self, receiver: Any) -> None:
+            connected.append(receiver)
+            phase_changed.connect(receiver, weak=False)
+
+    yield Connecting()
+    for each in connected:
+        phase_changed.disconnect(each)
+
+
+def send(*change: object) -> None:
+    """Send the signal from a thread, as the watch does: it closes the thread's connections."""
+    thread = threading.Thread(target=watch._listeners["django"], args=change)
+    thread.start()
+    thread.join()
+
+
+def test_signal_says_what_has_changed(receivers: list[Any]) -> None:
+    heard: list[Any] = []
+    receivers.append(lambda signal, **said: heard.append(said))
+    send(Phase.LAME_DUCK, Phase.SERVING, 3)
+    assert heard == [{"sender": Phase, "phase": Phase.LAME_DUCK, "previous": Phase.SERVING, "generation": 3}]
+
+
+def test_thread_keeps_no_connection_of_the_receivers(receivers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Connections:
+        def close_all(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setattr(signals, "connections", Connections())
+    receivers.append(lambda **said: done.append("told"))
+    send(Phase.DRAINING, Phase.LAME_DUCK, 1)
+    assert done == ["told", "closed"]
+
+
+def test_receiver_may_be_async(receivers: list[Any]) -> None:
+    heard: list[Any] = []
+
+    async def told(**said: Any) -> None:
+        heard.append(said["phase"])
+
+    receivers.append(told)
+    send(Phase.DRAINING, Phase.LAME_DUCK, 1)
+    assert heard == [Phase.DRAINING]
+
+
+def test_receiver_that_raises_is_logged_and_the_others_hear(
+    receivers: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[Any] = []
+
+    def broken(**said: Any) -> None:
+        raise ValueError("no such queue")
+
+    receivers.append(broken)
+    receivers.append(lambda **said: heard.append(said["phase"]))
+    with caplog.at_level(logging.ERROR, logger="zdd_web"):
+        send(Phase.DRAINING, Phase.LAME_DUCK, 1)
+    assert heard == [Phase.DRAINING]
+    (record,) = (each for each in caplog.records if each.name == "zdd_web")
+    assert record.message.startswith("event=internal.error where=")
+    assert "broken" in record.message
+    assert "ValueError: no such queue" in caplog.text
+
+
+# -- manage.py zdd
+
+
+def zdd(*arguments: str) -> tuple[int, str, str]:
+    """Run `manage.py zdd ...`; return its exit status and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        call_command("zdd", *arguments, stdout=out, stderr=err)
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_checks", {})
+
+
+def test_command_needs_no_database_and_no_other_checks() -> None:
+    command = load_command_class("zdd_web.django", "zdd")
+    assert list(command.requires_system_checks) == []
+    assert not command.requires_migrations_checks
+
+
+@pytest.mark.parametrize("name", ["status", "upgrade", "drain"])
+def test_command_is_that_of_zdd_web(name: str) -> None:
+    status, out, err = zdd(name, "--name", "no-such-service")
+    assert (status, out) == (2, "")
+    assert err.startswith("Error: no service named 'no-such-service': ")
+    status, out, _ = zdd(name, "--help")
+    assert (status, out.splitlines()[0]) == (0, f"Usage: manage.py zdd {name} [OPTIONS]")
+
+
+def test_command_that_is_none_is_bad_usage() -> None:
+    status, _, err = zdd("rehearse")
+    assert status == 2
+    assert "No such command 'rehearse'" in err
+
+
+def test_options_of_manage_py_may_stand_behind_the_command() -> None:
+    status, _, err = zdd("status", "--settings=mysite.settings", "--name", "nobody", "--pythonpath", ".", "--traceback")
+    assert status == 2
+    assert err.startswith("Error: no service named 'nobody'")
+
+
+def test_check_passes_a_project_that_works(no_checks: None) -> None:
+    assert zdd("check") == (0, "nothing serious was found; the app has no checks\n", "")
+
+
+def test_check_runs_the_checks_of_the_app_once(no_checks: None) -> None:
+    calls = []
+    zdd_web.check("queue")(lambda: calls.append(1))
+    zdd_web.check("mail", critical=False)(lambda: False)
+    assert zdd("check") == (
+        0,
+        "ok: check 'queue'\nnothing serious was found\n",
+        "warning: check 'mail': it returned False\n",
+    )
+    assert calls == [1]
+
+
+def test_check_fails_with_a_critical_check(no_checks: None) -> None:
+    @zdd_web.check("queue")
+    def queue() -> None:
+        raise ConnectionError("refused")
+
+    assert zdd("check") == (1, "", "error: check 'queue': ConnectionError: refused\n")
+
+
+def test_check_loads_the_checks_that_the_settings_name(no_checks: None) -> None:
+    with override_settings(ZDD_WEB={"CHECKS": ["platform.node"]}):
+        assert zdd("check") == (0, "ok: check 'node'\nnothing serious was found\n", "")
+    with override_settings(ZDD_WEB={"CHECKS": ["platform.no_such"]}):
+        status, _, err = zdd("check")
+    assert status == 1
+    assert "platform.no_such" in err
+
+
+def test_check_fails_with_an_error_of_the_settings_and_says_it_once(no_checks: None) -> None:
+    with override_settings(ZDD_WEB={"GRACE_PERIOD": "soon"}):
+        status, out, err = zdd("check")
+    assert (status, out) == (1, "")
+    assert err.count("GRACE_PERIOD = 'soon'") == 1
+    assert err.startswith("error: (zdd_web.E001) ")
+
+
+def test_check_prints_warnings_that_are_not_silenced(no_checks: None) -> None:
+    with override_settings(MIDDLEWARE=["django.middleware.common.CommonMiddleware"]):
+        status, _, err = zdd("check")
+        assert (status, err.split()[1]) == (0, "(zdd_web.W001)")
+        assert "zdd_web.W006" not in err
+        assert "zdd_web.W006" in zdd("check", "--deploy")[2]
+        with override_settings(SILENCED_SYSTEM_CHECKS=["zdd_web.W001"]):
+            assert zdd("check")[2] == ""

@@ -11,7 +11,7 @@ import pytest
 
 from docs.make_diagram import diagram
 from zdd_web.cli import main
-from zdd_web.health import Probe, decide
+from zdd_web.health import Health, Probe, Question, answer
 from zdd_web.lifecycle import Phase
 from zdd_web.log import EVENTS
 from zdd_web.settings import ENV_PREFIX, Settings
@@ -82,19 +82,30 @@ def test_the_diagram_is_the_table_of_transitions() -> None:
     assert f"```mermaid\n{diagram()}\n```" in (REFERENCE / "phases.md").read_text()
 
 
-@pytest.mark.parametrize("phase", [Phase.SERVING, Phase.LAME_DUCK, Phase.DRAINING])
-def test_the_phase_table_says_what_probes_answer(phase: Phase) -> None:
-    header = "| phase | `/livez` | `/readyz`, `/healthz` | new connections | replies |"
-    row = next(row for row in table_rows(REFERENCE / "phases.md", header) if row[0] == f"`{phase.label}`")
-    ready = decide(Probe.READINESS, "GET", phase)
-    retry = [f", `{name}: {value}`" for name, value in ready.headers if name == "Retry-After"]
-    assert row[1] == str(decide(Probe.LIVENESS, "GET", phase).status)
-    assert row[2] == "".join([str(ready.status), *retry])
+@pytest.mark.parametrize("phase", [Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK, Phase.DRAINING, Phase.RETIRING])
+def test_the_phase_tables_say_what_probes_answer(phase: Phase) -> None:
+    text = (REFERENCE / "phases.md").read_text()
+    for port, phases in (("app's", 4), ("probe", 5)):
+        section = text.partition(f"## On the {port} port")[2].partition("\n## ")[0]
+        rows = [
+            [cell.strip() for cell in row.strip("|").split("|")] for row in section.splitlines() if row[:3] == "| `"
+        ]
+        assert len(rows) == phases
+        for row in rows:
+            if row[0] == f"`{phase.label}`":
+                asked = [Probe.LIVENESS, Probe.READINESS, Probe.STARTUP]
+                assert row[1:] == [_answered(probe, phase) for probe in asked]
+
+
+def _answered(probe: Probe, phase: Phase) -> str:
+    reply = answer(probe, Question(), Health(phase, successor=Phase.SERVING if phase is Phase.RETIRING else None))
+    retry = [f"`{name}: {value}`" for name, value in reply.headers if name == "Retry-After"]
+    return ", ".join([str(reply.status), *retry])
 
 
 def test_every_phase_has_its_row() -> None:
-    header = "| phase | `/livez` | `/readyz`, `/healthz` | new connections | replies |"
-    assert [row[0] for row in table_rows(REFERENCE / "phases.md", header)] == [f"`{p.label}`" for p in Phase]
+    rows = table_rows(REFERENCE / "phases.md", "| phase | new connections | replies |")
+    assert [row[0] for row in rows] == [f"`{phase.label}`" for phase in Phase]
 
 
 def test_every_command_and_option_is_documented() -> None:

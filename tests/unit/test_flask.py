@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import NoReturn
 
 import flask
 import pytest
+from click.testing import Result
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.test import Client
 
+import zdd_web
 from zdd_web import process
 from zdd_web.board import Board
+from zdd_web.checks import registry
 from zdd_web.errors import SettingsError
 from zdd_web.flask import ZddWeb
+from zdd_web.flask.commands import zdd as commands
 from zdd_web.lifecycle import Phase
 
 Service = Callable[..., Board]
@@ -117,6 +126,40 @@ def test_one_extension_serves_several_apps(app: flask.Flask) -> None:
     answers = [each.test_client().get(path).text for each in (app, other) for path in ("/", "/livez")]
     assert answers == ["the app", "ok\n", "the other app", "ok\n"]
     assert vars(zdd) == {}
+    assert (app.extensions["zdd_web"], other.extensions["zdd_web"]) == (True, True)
+
+
+def test_two_extensions_for_an_app_are_one(app: flask.Flask) -> None:
+    first, second = ZddWeb(), ZddWeb()
+    first.init_app(app)
+    wrapped = app.wsgi_app
+    second.init_app(app)
+    first.init_app(app)
+    assert app.wsgi_app is wrapped
+
+
+def test_apps_under_one_server_answer_each_on_its_own_path(app: flask.Flask) -> None:
+    app.config["ZDD_WEB"] = {"READINESS_PATH": "/ready"}
+    admin = flask.Flask("admin")
+    admin.config["ZDD_WEB"] = {"READINESS_PATH": "/admin-ready"}
+    zdd = ZddWeb()
+    zdd.init_app(app)
+    zdd.init_app(admin)
+    client = Client(DispatcherMiddleware(app, {"/admin": admin}))
+    paths = ["/ready", "/admin-ready", "/admin/ready", "/admin/admin-ready", "/readyz", "/admin/livez"]
+    assert [client.get(path).status_code for path in paths] == [200, 404, 404, 200, 404, 200]
+
+
+def test_app_that_nobody_uses_any_more_is_forgotten(service: Service) -> None:
+    service()
+    app = flask.Flask("short-lived")
+    app.config["ZDD_WEB"] = {"HEALTH_PATH": "/short-lived"}
+    ZddWeb(app)
+    assert app.test_client().get("/short-lived").status_code == 200
+    gone = weakref.ref(app)
+    del app
+    gc.collect()
+    assert gone() is None
 
 
 def test_paths_are_those_of_the_settings(app: flask.Flask, service: Service) -> None:
@@ -177,3 +220,70 @@ def test_app_made_by_a_factory_is_reached_under_its_own_wsgi_app(app: flask.Flas
     assert isinstance(app, flask.Flask)
     with app.test_request_context("/"):
         assert flask.url_for("index") == "/"
+
+
+# -- flask zdd
+
+
+@pytest.fixture
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_checks", {})
+
+
+def zdd(app: flask.Flask, *arguments: str) -> Result:
+    return app.test_cli_runner().invoke(commands, arguments, prog_name="flask zdd")
+
+
+def test_flask_finds_the_command_by_its_entry_point() -> None:
+    (found,) = entry_points(group="flask.commands", name="zdd")
+    assert found.load() is commands
+
+
+@pytest.mark.parametrize("name", ["status", "upgrade", "drain"])
+def test_command_is_that_of_zdd_web(app: flask.Flask, name: str) -> None:
+    result = zdd(app, name, "--name", "no-such-service")
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: no service named 'no-such-service': ")
+
+
+def test_check_passes_an_app_that_works(app: flask.Flask, no_checks: None) -> None:
+    app.config["ZDD_WEB"] = {"CHECKS": ["platform.node"], "READINESS_PATH": "/ready"}
+    ZddWeb(app)
+    result = zdd(app, "check")
+    assert (result.exit_code, result.output) == (0, "ok: check 'node'\nnothing serious was found\n")
+
+
+def test_check_runs_the_checks_of_the_app_once(app: flask.Flask, no_checks: None) -> None:
+    ZddWeb(app)
+    calls: list[int] = []
+
+    @zdd_web.check("queue")
+    def queue() -> bool:
+        calls.append(1)
+        return False
+
+    result = zdd(app, "check")
+    assert (result.exit_code, result.output) == (1, "error: check 'queue': it returned False\n")
+    assert calls == [1]
+
+
+def test_check_says_that_the_extension_is_missing(app: flask.Flask, no_checks: None) -> None:
+    result = zdd(app, "check")
+    assert result.exit_code == 1
+    assert f"error: Flask app {app.name!r} was not given to ZddWeb: write ZddWeb(app)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        ({"GRACE_PERIOD": "soon"}, "GRACE_PERIOD = 'soon': must be a number of seconds"),
+        ({"HEALTH_PATH": "/livez"}, "HEALTH_PATH = '/livez' is LIVENESS_PATH too"),
+        ({"CHECKS": ["no_such.module"]}, "no_such.module: there is no module 'no_such'"),
+    ],
+)
+def test_check_says_what_cannot_work(app: flask.Flask, no_checks: None, later: dict[str, object], said: str) -> None:
+    ZddWeb(app)
+    app.config["ZDD_WEB"] = later
+    result = zdd(app, "check")
+    assert result.exit_code == 1
+    assert said in result.output

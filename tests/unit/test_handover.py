@@ -256,6 +256,10 @@ def test_variable_that_is_no_inheritance_is_refused_by_name(text: str) -> None:
     assert environ == {}
 
 
+def test_what_a_later_version_gives_besides_is_left(heir: Inheritance) -> None:
+    assert Inheritance.take({ENV: changed(heir, colour="red")}) == heir
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -265,7 +269,6 @@ def test_variable_that_is_no_inheritance_is_refused_by_name(text: str) -> None:
         {"listeners": ["a"]},
         {"listeners": 3},
         {"stderr": None},
-        {"colour": "red"},
     ],
     ids=str,
 )

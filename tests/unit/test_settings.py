@@ -314,3 +314,15 @@ def test_exit_status_is_one_that_a_process_can_have(value: object) -> None:
     with pytest.raises(SettingsError, match="a whole number from 0 to 255"):
         Settings(abandon_status=value)  # type: ignore[arg-type]
     assert Settings(abandon_status="75").abandon_status == 75  # type: ignore[arg-type]
+
+
+LINKS = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR")
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting(link: str) -> None:
+    pod = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", f"ZDD_WEB_{link}": "tcp://10.96.7.7:80"}
+    assert resolve({}, pod).drain_delay == 10
+    del pod["KUBERNETES_SERVICE_HOST"]
+    with pytest.raises(SettingsError, match="no such setting"):
+        resolve({}, pod)

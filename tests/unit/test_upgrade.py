@@ -16,6 +16,7 @@ import pytest
 from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
 from zdd_web import clock, proc
+from zdd_web.board import LAYOUT
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn import upgrade as module
 from zdd_web.gunicorn.launch import Launch
@@ -410,7 +411,7 @@ def test_board_of_another_version_is_named_when_time_is_up(bench: Bench) -> None
     upgrade.deadline = clock.now_ns()
     found = upgrade.poll()
     assert found is not None
-    assert "the board has layout 99, this zdd_web reads 1" in found.reason
+    assert f"the board has layout 99, this zdd_web reads {LAYOUT}" in found.reason
 
 
 def test_garbage_on_the_channel_is_passed_over(bench: Bench) -> None:

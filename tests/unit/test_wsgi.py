@@ -10,7 +10,7 @@ from wsgiref.validate import validator
 import pytest
 
 from zdd_web.board import Board
-from zdd_web.health import Probe, decide
+from zdd_web.health import Health, Probe, Question, answer
 from zdd_web.lifecycle import Phase
 from zdd_web.wsgi import ProbeMiddleware
 
@@ -43,12 +43,12 @@ PATHS = {"/livez": Probe.LIVENESS, "/readyz/": Probe.READINESS, "/healthz": Prob
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 def test_probe_is_answered_as_the_phase_decides(service: Service, phase: Phase, path: str, method: str) -> None:
     service(phase)
-    reply = decide(PATHS[path], method, phase)
+    reply = answer(PATHS[path], Question(method), Health(phase))
     assert ask(ProbeMiddleware(app), path, method) == (reply.status_line, dict(reply.headers), reply.body)
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "", "/livez2", "/livez//", "//livez", "/LIVEZ", "/app/livez", "/livez/x", "/startupz"]
+    "path", ["/", "", "/livez2", "/livez//", "//livez", "/LIVEZ", "/app/livez", "/livez/x", "/startupz2"]
 )
 def test_everything_else_is_the_apps(service: Service, path: str) -> None:
     service(Phase.DRAINING)

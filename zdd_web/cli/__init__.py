@@ -16,10 +16,11 @@ from tabulate import tabulate
 import zdd_web
 from zdd_web import service
 from zdd_web.board import Snapshot, UpgradeState, WorkerView
-from zdd_web.cli import follow
+from zdd_web.cli import follow, stop
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import BoardError, ServiceNotFound
+from zdd_web.lifecycle import Phase
 
 #: The end of a failed generation's log that `upgrade` prints.
 LOG_LINES = 60
@@ -73,6 +74,48 @@ def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
     sys.exit(1)
 
 
+@main.command()
+@_which_service
+@click.option("--no-wait", is_flag=True, help="Send SIGTERM and leave it at that.")
+def drain(name: str | None, pid: int | None, pid_file: str | None, no_wait: bool) -> None:
+    """Stop the service and follow it to its end; status 0 only when nothing was cut off."""
+    generation = _find(name, pid, pid_file)
+    number = generation.board.header.generation
+    under_way = ", which stops already" if stop.stops(generation) else ""
+    click.echo(f"{generation.board.header.name}: generation {number} (pid {generation.pid}){under_way}")
+    try:
+        if no_wait:
+            stop.request(generation)
+            return
+        with _another_version():
+            result = stop.drain(generation, lambda snapshot: click.echo(f"  {_drains(snapshot)}"))
+    except PermissionError:
+        raise CannotHelp(f"no permission to signal process {generation.pid}: run this as its user or as root") from None
+    except ProcessLookupError:
+        raise CannotHelp(f"the master {generation.pid} is gone") from None
+    if result.ok:
+        click.echo(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
+        return
+    if result.reason:
+        click.echo(f"drain failed: {result.reason}", err=True)
+    else:
+        lost = f"{_count(result.requests, 'request')} and {_count(result.tasks, 'background task')}"
+        click.echo(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
+                   f"see event=background.abandoned and event=drain.abandoned in its log", err=True)  # fmt: skip
+    sys.exit(1)
+
+
+def _drains(snapshot: Snapshot) -> str:
+    if snapshot.phase is Phase.LAME_DUCK:
+        return "lame_duck: readiness is 503, everything is still served"
+    in_hand = f"{_count(snapshot.in_flight, 'request')} and {_count(snapshot.tasks, 'background task')} in hand"
+    return f"{snapshot.phase.label}: {in_hand}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 @contextlib.contextmanager
 def _another_version() -> Iterator[None]:
     try:
@@ -101,8 +144,17 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
             _find(name, pid, pid_file)
     else:
         generations = service.same_service(_find(name, pid, pid_file))
-    with _another_version():
-        snapshots = [generation.snapshot() for generation in generations]
+    snapshots, refused = [], []
+    for generation in generations:
+        try:
+            snapshots.append(generation.snapshot())
+        except BoardError as error:
+            # Another service may be of another version, and these are not the worse for it.
+            refused.append(f"{generation.board.header.name} (pid {generation.pid}): {error}")
+    if not snapshots:
+        raise CannotHelp("; ".join(refused))
+    for each in refused:
+        click.echo(each, err=True)
     if as_json:
         click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
         return

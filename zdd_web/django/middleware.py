@@ -6,6 +6,7 @@ before SECURE_SSL_REDIRECT, sessions and authentication. `request.path_info` nee
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from django.dispatch import receiver
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
+from zdd_web.django import system_checks
+from zdd_web.probes import Probes
 from zdd_web.settings import FrameworkSettings
-from zdd_web.wsgi import Probes
 
 
 def _settings() -> FrameworkSettings:
@@ -25,6 +27,7 @@ def _settings() -> FrameworkSettings:
 
 
 _probes = Probes(_settings)
+system_checks.register_for_middleware()
 
 
 @receiver(setting_changed, dispatch_uid="zdd_web")
@@ -45,24 +48,38 @@ class ProbeMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         _settings()  # an error belongs to the start, not to the first request
+        for problem in system_checks.check_installed():
+            # Here too: no management command need ever import this module.
+            if not problem.is_silenced():
+                logging.getLogger("zdd_web").warning("%s: %s %s", problem.id, problem.msg, problem.hint)
         self.get_response = get_response
         self._async = iscoroutinefunction(get_response)
         if self._async:
             markcoroutinefunction(self)
 
     def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
-        if self._async:
-            return self.__acall__(request)
-        response: HttpResponseBase = _probe(request) or self.get_response(request)
-        return response
+        if _probes.asks(request.path_info):
+            response = _answer(request)
+            if response is not None:
+                return _now(response) if self._async else response
+        # Async too: what the next one returns is awaited by whoever called, and this adds no coroutine of its own.
+        passed: HttpResponseBase | Awaitable[HttpResponseBase] = self.get_response(request)
+        return passed
 
-    async def __acall__(self, request: HttpRequest) -> HttpResponseBase:
-        response: HttpResponseBase = _probe(request) or await self.get_response(request)
-        return response
+
+async def _now(response: HttpResponse) -> HttpResponseBase:
+    return response
 
 
-def _probe(request: HttpRequest) -> HttpResponse | None:
-    reply = _probes.answer(request.path_info, request.method or "")
+def _answer(request: HttpRequest) -> HttpResponse | None:
+    headers = request.META
+    reply = _probes.answer(
+        request.path_info,
+        request.method or "",
+        query=headers.get("QUERY_STRING", ""),
+        accept=headers.get("HTTP_ACCEPT", ""),
+        peer=headers.get("REMOTE_ADDR") or "",
+    )
     if reply is None:
         return None
     response = HttpResponse(reply.body, status=reply.status, reason=reply.reason)

@@ -34,14 +34,15 @@ class ZddWeb:
         """
         if EXTENSION in app.extensions:
             return
-        _settings_of(app)
+        settings_of(app)
         app.extensions[EXTENSION] = True
         # In a gunicorn worker all apps are heard when they have been loaded.
-        process.bring(app, _settings_of)
+        process.bring(app, settings_of)
         app.wsgi_app = ProbeMiddleware(  # type: ignore[method-assign]
-            app.wsgi_app, Probes(lambda: _settings_of(app))
+            app.wsgi_app, Probes(lambda: settings_of(app))
         )
 
 
-def _settings_of(app: flask.Flask) -> FrameworkSettings:
+def settings_of(app: flask.Flask) -> FrameworkSettings:
+    """Check what an app's config says. Raises `SettingsError`."""
     return FrameworkSettings.read(f"app.config['ZDD_WEB'] of Flask app {app.name!r}", app.config.get("ZDD_WEB", {}))

@@ -16,7 +16,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from zdd_web import clock, log, proc
-from zdd_web.board import UpgradeState, WorkerState
+from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.handover import Inheritance
@@ -24,7 +24,9 @@ from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.office import Office
 from zdd_web.gunicorn.parentage import Parentage
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
+from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import Event, Phase
+from zdd_web.probes import look
 from zdd_web.service import Line, kept_by
 
 if TYPE_CHECKING:
@@ -32,6 +34,20 @@ if TYPE_CHECKING:
 
 #: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
+
+
+def _word_of(board: Board) -> tuple[int, str]:
+    """Return the phase that a successor's probes speak of, and what is wrong with it while it serves."""
+    header = board.header
+    if header.layout != LAYOUT:
+        return header.phase, ""
+    if header.phase == Phase.RETIRING and header.successor_phase:
+        # It has a successor itself, and speaks for that.
+        return header.successor_phase, header.successor_trouble
+    if header.phase != Phase.SERVING:
+        return header.phase, ""
+    failed = [each.name for each in examine(Probe.READINESS, look(board)) if each.status is Status.FAIL]
+    return header.phase, "; ".join(failed)
 
 
 class Deploy:
@@ -76,9 +92,12 @@ class Deploy:
                 self._settings.upgrade_timeout,
                 [*self._alive_ancestors(), (os.getpid(), self._header.master_start)],
                 kept=master.kept,
+                board=master.board.fd,
+                probe=master.probes.inheritance,
             )
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
+            self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
@@ -138,7 +157,7 @@ class Deploy:
         if upgrade is None:
             return
         if upgrade.board is not None:
-            self._header.successor_phase = upgrade.board.header.phase
+            self._header.successor_phase, self._header.successor_trouble = _word_of(upgrade.board)
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
@@ -200,6 +219,7 @@ class Deploy:
             self._office.take_back()
             return
         self._header.successor_pid = upgrade.pid
+        self._header.upgrade_took = int(upgrade.seconds * 1e9)
         upgrade.hand_over_office()
         self._master.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)

@@ -124,6 +124,11 @@ class Inheritance:
     ancestors: tuple[tuple[int, int], ...] = ()
     #: Somebody outside the service holds the listeners too, such as systemd: nobody may close them for good.
     kept: bool = False
+    #: The predecessor's board: counters go on where it leaves off.
+    board: int = -1
+    #: The probe port's listener, and the PROBE_BIND that it was bound by.
+    probe: int = -1
+    probe_bind: str = ""
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -132,7 +137,8 @@ class Inheritance:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that the exec must leave open."""
-        return (self.channel, self.boot_log, self.stderr, *self.listeners)
+        optional = [fd for fd in (self.board, self.probe) if fd >= 0]
+        return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional)
 
     @classmethod
     def take(cls, environ: dict[str, str] | os._Environ[str]) -> Inheritance | None:
@@ -148,7 +154,8 @@ class Inheritance:
             fields = json.loads(text)
             fields["listeners"], fields["binds"] = tuple(fields["listeners"]), tuple(fields["binds"])
             fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
-            found = cls(**fields)
+            # A predecessor of a later version may give more.
+            found = cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
             for fd in found.descriptors:
                 os.fstat(fd)
                 os.set_inheritable(fd, False)

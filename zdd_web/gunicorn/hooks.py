@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from zdd_web import log
-from zdd_web.errors import SettingsError, UpgradeError, ZddError
+from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
 from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
@@ -129,7 +129,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         except OSError as error:
             server.pidfile = None
             fail(ZddError(f"the board or the pid file cannot be made: {error}"), server)
-        except SettingsError as error:
+        except (SettingsError, ListenerError) as error:
             server.pidfile = None
             fail(error, server)
         if state.master.succession is not None:
@@ -255,6 +255,17 @@ def worker_exit(server: Any, worker: Any) -> None:
             state.worker.exit()
 
 
+def on_exit(server: Any) -> None:
+    """Let the user's hook run, while probes are still answered; then close the probe port, as the very last thing."""
+    assert state is not None and state.master is not None
+    try:
+        hook = _then_users("on_exit")
+        if hook is not None:
+            hook(server)
+    finally:
+        guarded("probe port", state.master.probes.end)()
+
+
 _OURS: dict[str, Callable[..., Any]] = {
     hook.__name__: hook
     for hook in (
@@ -267,6 +278,7 @@ _OURS: dict[str, Callable[..., Any]] = {
         pre_request,
         post_request,
         worker_exit,
+        on_exit,
     )
 }
 __all__ = ["State", "check", "fail", "install", "service_name", "state"]

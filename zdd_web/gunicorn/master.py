@@ -30,20 +30,21 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, keeper, lifecycle, log, proc, process
+from zdd_web import clock, keeper, lifecycle, log, metrics, proc, process
 from zdd_web.board import Board, UpgradeState, WorkerState
-from zdd_web.gunicorn import compat
+from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload
 from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.lifecycle import Event, Phase
-from zdd_web.listeners.backlog import Door, close_door
+from zdd_web.listeners.backlog import Door, close_door, queue
 from zdd_web.settings import IN_KUBERNETES, Settings
 
 #: How often the loop turns while something is under way, seconds.
@@ -84,6 +85,10 @@ class Master:
         self._late = LateArrivals()
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
+        self.probes = ProbePort(server, self.board, settings, heir)
+        if heir is None:
+            # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
+            self.probes.start(None)
 
     @property
     def phase(self) -> Phase:
@@ -122,6 +127,8 @@ class Master:
             self.succession.adopt()
         elif server.pidfile is not None:
             server.pidfile = PidFile(server.pidfile.fname, os.getpid())
+        server.handle_usr1 = self._reopening(server.handle_usr1)
+        self.probes.start(self.succession)
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
                  grace_period=self.settings.grace_period, drain_delay=self.settings.drain_delay,
@@ -141,12 +148,16 @@ class Master:
         """One round of the loop: hear what others said, then move the phase."""
         self.header.tick_at = clock.now_ns()
         self.header.workers_wanted = self.server.num_workers
+        # A reload may change it.
+        self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
         if self.succession is not None and self.succession.follow():
             self.succession = None
         if self.phase is Phase.BOOTING:
             self._follow_boot()
         self.deploy.follow()
         self.reload.follow()
+        guarded("probe port", self.probes.follow)(self)
+        metrics.note_queues(self.board, [(str(each), *queue(each.sock)) for each in self.server.LISTENERS])
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self.move(Event.LAME_DUCK_OVER)
         if self.roster.serving() >= self.server.num_workers:
@@ -165,6 +176,10 @@ class Master:
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
             self._late.add(gone)
+            self.header.requests_gone += gone.requests
+            self.header.server_errors_gone += gone.server_errors
+            self.header.late_gone += gone.late
+            self.header.workers_lost += gone.lost
             if self.phase in lifecycle.WORKERS_LEAVE:
                 self._abandoned += gone.abandoned
                 self._killed_at_work |= gone.killed and bool(gone.abandoned or gone.in_flight)
@@ -196,6 +211,8 @@ class Master:
             self._serve()
 
     def _serve(self) -> None:
+        if self.succession is not None:
+            self.succession.about_to_serve()
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
@@ -223,6 +240,7 @@ class Master:
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()
         self.header.reload_number += 1
+        guarded("probe port", self.probes.renew)(sources.settle(self.server.cfg))
 
     # -- stop
 
@@ -288,6 +306,13 @@ class Master:
             return "an upgrade is under way"
         return "a reload is under way" if self.reload.under_way else ""
 
+    def _reopening(self, handler: Callable[[], None]) -> Callable[[], None]:
+        def handle() -> None:
+            guarded("probe port", self.probes.reopen_logs)()
+            handler()
+
+        return handle
+
     def _unless_forwarded(self, sig: signal.Signals, handler: Callable[[], None]) -> Callable[[], None]:
         def handle() -> None:
             if not guarded("forward", self.deploy.forwards)(sig):
@@ -352,6 +377,7 @@ class Master:
         if self.header.successor_pid:
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self.server.reexec_pid = self.header.successor_pid
+        self.header.drain_took = int(self._leaving_for() * 1e9)
         said = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
         self.move(Event.FINISHED, seconds=self._leaving_for(), **said)
         late = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
@@ -413,6 +439,7 @@ class Master:
         """Note the exit status of our own children, then have gunicorn reap the rest."""
         # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
         self.roster.look()
+        self.probes.look()
         for child in (self.deploy.upgrade, self.deploy.cancelled, self.reload.proof):
             if child is not None and child.status is None:
                 status = proc.peek(child.pid)
@@ -427,6 +454,7 @@ class Master:
         # Its own exit statuses are gunicorn's.
         del self.server.WORKER_BOOT_ERROR, self.server.APP_LOAD_ERROR
         self.gate.keep_reader()
+        self.probes.after_fork()
         self.deploy.after_fork()
         if self.succession is not None:
             self.succession.forget()

@@ -88,6 +88,13 @@ class Gone:
     late: int = 0
     late_by: float = 0.0
     late_peer: str = ""
+    requests: int = 0
+    server_errors: int = 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether it had served and ended without having been told to."""
+        return self.state is WorkerState.SERVING and not self.told
 
     @property
     def ended(self) -> str:
@@ -210,6 +217,8 @@ class Roster:
                     late=slot.late,
                     late_by=slot.late_by / 1e9,
                     late_peer=slot.late_peer,
+                    requests=slot.requests,
+                    server_errors=slot.server_errors,
                 )
             )
             slot.pid = 0

@@ -8,9 +8,9 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, log
-from zdd_web.board import Board
-from zdd_web.errors import UpgradeError
+from zdd_web import clock, log, metrics
+from zdd_web.board import LAYOUT, Board
+from zdd_web.errors import BoardError, UpgradeError
 from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.pidfile import PidFile
@@ -33,6 +33,20 @@ class Succession:
         self._told = False
         self._ended_at = clock.NEVER
         self._pid_file = ""
+        self._predecessors: Board | None = None
+        if heir.board >= 0:
+            try:
+                self._predecessors = Board.open(heir.board)
+            except (BoardError, OSError, ValueError):
+                pass  # counters begin anew
+            finally:
+                os.close(heir.board)
+
+    @property
+    def predecessors(self) -> Board | None:
+        """The predecessor's board; None when another version wrote it."""
+        board = self._predecessors
+        return board if board is not None and board.header.layout == LAYOUT else None
 
     def hide_pid_file(self) -> None:
         """Keep gunicorn from creating the pid file: it names the old master until this one is in office."""
@@ -78,6 +92,8 @@ class Succession:
 
     def follow(self) -> bool:
         """Hear the predecessor; tell whether it is gone, and this object with it."""
+        if self._predecessors is not None:
+            metrics.carry(self._board, self._predecessors)
         while message := self._channel.receive():
             if message.kind == "go":
                 self._told = True
@@ -98,10 +114,17 @@ class Succession:
                 logging.WARNING,
                 predecessor=self.heir.predecessor,
             )
-        # Alone and not yet serving: boot on, there is nobody else to serve.
-        if self.alone and self._board.header.ready_at:
-            self._take_office()
+        if self._board.header.ready_at:
+            self.about_to_serve()
+        if self._predecessors is not None:
+            # Once more: what it wrote last.
+            metrics.carry(self._board, self._predecessors)
         return self.in_office
+
+    def about_to_serve(self) -> None:
+        """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""
+        if self.alone and not self.in_office:
+            self._take_office()
 
     def release(self) -> None:
         """Tell a predecessor that still retires not to come back: this generation ends because it was asked to."""

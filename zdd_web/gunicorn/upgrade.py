@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zdd_web import clock, proc
-from zdd_web.board import Board
+from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.handover import ENV, Channel, Inheritance
@@ -85,6 +85,8 @@ class Upgrade:
         ancestors: Sequence[tuple[int, int]] = (),
         *,
         kept: bool = False,
+        board: int = -1,
+        probe: tuple[int, str] = (-1, ""),
     ) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
@@ -98,6 +100,9 @@ class Upgrade:
             binds=tuple(binds),
             ancestors=tuple(ancestors),
             kept=kept,
+            board=board,
+            probe=probe[0],
+            probe_bind=probe[1],
         )
         try:
             pid = os.fork()
@@ -119,6 +124,11 @@ class Upgrade:
         """Take note of the successor's exit status, from the master's reaper."""
         self.status = status
 
+    @property
+    def gone(self) -> bool:
+        """Whether the successor has ended."""
+        return self._channel.ended or self.status is not None
+
     def poll(self) -> Verdict | None:
         """Hear what the successor says, and judge. None: nothing new."""
         while message := self._channel.receive():
@@ -137,7 +147,7 @@ class Upgrade:
             return None
         if self.released:
             return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
-        if self._channel.ended or self.status is not None:
+        if self.gone:
             return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
         if self.stage is Stage.BOOTING and clock.passed(self.deadline):
             return Verdict(
@@ -191,6 +201,9 @@ class Upgrade:
         # Only now, when it can fork no more. One that has not written its pid yet finds its parent gone.
         for pid, start in self._workers():
             proc.kill(pid, start, signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM)
+        if now and self.board is not None and self.board.header.layout == LAYOUT and self.board.header.probe_pid:
+            # It would go by itself, a moment later.
+            proc.kill(self.board.header.probe_pid, self.board.header.probe_start, signal.SIGKILL)
         self.forget()
 
     def ask_to_stop(self, sig: signal.Signals) -> None:

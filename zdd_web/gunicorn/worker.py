@@ -23,11 +23,12 @@ from typing import Any
 
 from gunicorn.errors import AppImportError
 
-from zdd_web import checks, clock, log, proc, process, waitgroup
+from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving
+from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
 from zdd_web.listeners import backlog
 from zdd_web.listeners.backlog import Door
@@ -71,10 +72,11 @@ class WorkerSide:
         self._watches_deadline = False
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
+        self._checks: checks.Runner | None = None
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
         self.last_word: Callable[[], None] = self.exit
         self._limit = compat.take_max_requests(worker)
-        self._words, self._late_lock = board.header.words, threading.Lock()
+        self._words, self._seldom_lock = board.header.words, threading.Lock()
         self._count_in, self._count_out = self.process.request_counters()
         compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
@@ -92,7 +94,7 @@ class WorkerSide:
         worker = self.worker
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
-        worker.load_wsgi, worker.run = self.load, self.run
+        worker.load_wsgi, worker.run, worker.notify = self.load, self.run, self._beat
         self.family.enter()
 
     # -- boot
@@ -140,15 +142,23 @@ class WorkerSide:
         """Warm up and wait for the gate, where the worker class does so; called after the app was loaded."""
         with self.boot_step():
             self.settings = sources.heard(self.settings)
+            checks.load(self.settings.checks)
+        if not self.settings.log_probes:
+            access_log.leave_probes_out()
+        watch.start()
         self.family.stand_at_gate()
 
-    def pass_checks(self, beat: Callable[[], None]) -> None:
-        """Wait until the app's own checks pass; meanwhile the board says which one does not."""
+    def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
+        """Wait until the app's own checks pass; meanwhile the board says which one does not.
+
+        `loop` is the event loop in which async checks are to run.
+        """
 
         def say(why: str) -> None:
             self.slot.error = why
 
-        checks.pass_all(beat, say)
+        self._checks = self.process.checks_runner(loop)
+        checks.pass_all(self._checks, beat, say)
 
     def arrive_at_gate(self) -> None:
         """Say that this worker is ready. Ends one that is not wanted any more."""
@@ -165,6 +175,8 @@ class WorkerSide:
             self.boot_log = None
         self.gate.leave()
         self.process.say(WorkerState.SERVING)
+        if self._checks is not None:
+            self._checks.start()
         # From here on requests may be in hand: the master's death means "finish and go".
         if not proc.die_with_parent(signal.SIGTERM, self.worker.ppid):
             self.handle_exit(signal.SIGTERM, None)
@@ -302,6 +314,7 @@ class WorkerSide:
         self.accepts_no_more()
         # The roster repeats it each second.
         signal.signal(signal.SIGTERM, lambda *_: None)
+        watch.end()
         self._finish_background()
 
     def _finish_background(self) -> None:
@@ -390,19 +403,30 @@ class WorkerSide:
             self._count_late(request)
 
     def _count_late(self, request: Any) -> None:
-        settings = self.settings
-        if request.path.rstrip("/") in (settings.liveness_path, settings.readiness_path, settings.health_path):
+        if self._is_probe(request):
             return  # whoever probes does so to the end, and knows
         peer = request.peer_addr
         slot, by = self.slot, clock.now_ns() - self.board.header.stop_since
-        with self._late_lock:
+        with self._seldom_lock:
             slot.late += 1
             if by > slot.late_by:
                 slot.late_by = by
                 slot.late_peer = ":".join(map(str, peer[:2])) if isinstance(peer, tuple) else str(peer or "unix")
 
+    def _is_probe(self, request: Any) -> bool:
+        return request.path in table(self.settings, checks.names())
+
+    def count_server_error(self, request: Any) -> None:
+        """Count a reply with a status of 500 or more; that of a probe is its proper answer."""
+        if not self._is_probe(request):
+            with self._seldom_lock:
+                self.slot.server_errors += 1
+
     def request_finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
+        # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
+        if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
+            self.count_server_error(request)
         if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)

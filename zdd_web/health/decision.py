@@ -1,14 +1,20 @@
-"""Which path is which probe, and what each phase answers to it.
+"""Which path is which probe, and what is answered.
 
 Liveness stays 200 through a drain: a probe that failed there would have Kubernetes kill what is still finishing its
 work. Readiness is 503 from the moment a stop begins, while everything is still accepted.
+
+All workers of a generation have the same code and ask the same neighbours. A check has failed when it fails in *every*
+worker that has a say: a database that is gone fails in all of them within one interval, and one worker with a broken
+connection must not take the others out of service. That one is a warning, and in the log.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from zdd_web.health.view import CheckSeen, Health, Kind, Result
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 
@@ -18,62 +24,131 @@ class Probe(enum.Enum):
 
     LIVENESS = "liveness"
     READINESS = "readiness"
+    STARTUP = "startup"
+
+
+class Status(enum.Enum):
+    """What one line of an answer says; the value is how Kubernetes' own components mark it."""
+
+    OK = "[+]"
+    WARN = "[!]"
+    FAIL = "[-]"
 
 
 @dataclass(frozen=True)
-class Reply:
-    """An answer that an adaptor translates for its framework; `body` is empty for HEAD."""
+class Finding:
+    """One thing that was looked at. `text` is for those who may see details."""
 
-    status: int
-    reason: str
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-
-    @property
-    def status_line(self) -> str:
-        """The status as WSGI wants it."""
-        return f"{self.status} {self.reason}"
+    name: str
+    status: Status
+    text: str
+    is_check: bool = False
+    failing_for: float = 0.0
 
 
-#: A balancer that asks again after this many seconds finds another pod, or this one restarted.
-RETRY_AFTER = 5
+#: The probe in which a check of a kind has a say.
+_PROBE = {Kind.READINESS: Probe.READINESS, Kind.LIVENESS: Probe.LIVENESS, Kind.STARTUP: Probe.STARTUP}
 
 
-def table(settings: Settings) -> dict[str, Probe]:
+def table(settings: Settings, checks: Collection[str] = ()) -> dict[str, tuple[Probe, str]]:
     """Map each path that is a probe, with and without a slash at its end, to what it asks.
 
-    >>> table(Settings())["/healthz/"].value
-    'readiness'
+    `checks` are names of checks; each can be asked alone.
+
+    >>> table(Settings(), ["database"])["/healthz/database"]
+    (<Probe.READINESS: 'readiness'>, 'database')
     """
     paths = {
         settings.liveness_path: Probe.LIVENESS,
+        settings.startup_path: Probe.STARTUP,
         settings.readiness_path: Probe.READINESS,
         settings.health_path: Probe.READINESS,
     }
-    return paths | {f"{path}/": probe for path, probe in paths.items()}
+    alone = {path: (probe, "") for path, probe in paths.items()}
+    alone |= {f"{path}/{name}": (probe, name) for path, probe in paths.items() for name in checks}
+    return alone | {f"{path}/": asked for path, asked in alone.items()}
 
 
-def decide(probe: Probe, method: str, phase: Phase, successor: Phase | None = None) -> Reply:
-    """Answer a probe from the phase of the generation and, while it retires, of its successor.
+def examine(probe: Probe, health: Health, only: str = "", exclude: Collection[str] = ()) -> list[Finding]:
+    """Look at all that a probe asks for, or at one check `only`; nothing is read but `health`.
 
-    >>> decide(Probe.READINESS, "GET", Phase.SERVING).status
-    200
+    >>> [(each.name, each.status.name) for each in examine(Probe.READINESS, Health(Phase.LAME_DUCK))]
+    [('phase', 'FAIL')]
     """
-    if method not in ("GET", "HEAD"):
-        return _reply(405, "Method Not Allowed", "method not allowed", method, ("Allow", "GET, HEAD"))
-    # A connection that a client keeps to the retiring generation still asks about the service, not about this process.
-    speaking = successor if phase is Phase.RETIRING and successor is not None else phase
-    if probe is Probe.LIVENESS or speaking is Phase.SERVING:
-        return _reply(200, "OK", "ok", method)
-    return _reply(503, "Service Unavailable", speaking.label, method, ("Retry-After", str(RETRY_AFTER)))
+    checks = _checks(probe, health)
+    if only:
+        found = [each for each in checks if each.name == only]
+        return found or [Finding(only, Status.FAIL, "no result yet", is_check=True)]
+    phase = _phase(probe, health)
+    # Outside of `serving` the phase is the answer, whatever the checks say.
+    others = [*_service(probe, health), *checks] if health.speaking is Phase.SERVING or probe is Probe.STARTUP else []
+    return [phase, *(each for each in others if not (each.is_check and each.name in exclude))]
 
 
-def _reply(status: int, reason: str, text: str, method: str, *headers: tuple[str, str]) -> Reply:
-    body = f"{text}\n".encode()
-    all_headers = (
-        ("Content-Type", "text/plain; charset=utf-8"),
-        ("Content-Length", str(len(body))),
-        ("Cache-Control", "no-store"),
-        *headers,
-    )
-    return Reply(status, reason, all_headers, b"" if method == "HEAD" else body)
+def _phase(probe: Probe, health: Health) -> Finding:
+    speaking = health.speaking
+    if probe is Probe.STARTUP:
+        begun = health.phase is not Phase.BOOTING
+        return Finding("phase", Status.OK if begun else Status.FAIL, health.phase.label)
+    ok = probe is Probe.LIVENESS or speaking is Phase.SERVING
+    return Finding("phase", Status.OK if ok else Status.FAIL, speaking.label)
+
+
+def _service(probe: Probe, health: Health) -> list[Finding]:
+    if probe is Probe.STARTUP:
+        return []
+    if health.phase is Phase.RETIRING:
+        if probe is Probe.LIVENESS or not health.successor_trouble:
+            return []
+        return [Finding("successor", Status.FAIL, health.successor_trouble)]
+    found = []
+    limit = health.worker_timeout
+    if limit is not None:
+        silent = health.silence > limit
+        text = f"the last one {health.silence:.0f} s ago, worker timeout {limit:g} s"
+        found.append(Finding("heartbeat", Status.FAIL if silent else Status.OK, text))
+    if probe is Probe.READINESS and health.wanted:
+        serving = sum(worker.serving for worker in health.workers)
+        text = f"{serving} of {health.wanted} serve"
+        status = Status.FAIL if not serving else Status.WARN if serving < health.wanted else Status.OK
+        found.append(Finding("workers", status, text))
+    return found
+
+
+def _checks(probe: Probe, health: Health) -> list[Finding]:
+    if health.phase is Phase.RETIRING:
+        return []
+    seen: dict[str, list[CheckSeen]] = {}
+    for worker in health.workers:
+        # A worker that is not ready yet shows what keeps it.
+        if worker.serving or probe is Probe.STARTUP:
+            for check in worker.checks:
+                if _PROBE[check.kind] is probe:
+                    seen.setdefault(check.name, []).append(check)
+    return [judge(checks, lenient=probe is not Probe.READINESS) for checks in seen.values()]
+
+
+def judge(checks: list[CheckSeen], *, lenient: bool = False) -> Finding:
+    """Judge one check by what all workers have seen of it.
+
+    `lenient`: no result and a late one do not count as failures, so that what hangs cannot fail liveness.
+
+    >>> judge([CheckSeen("db", result=Result.FAILED), CheckSeen("db", result=Result.PASSED)]).status.name
+    'WARN'
+    """
+    bad = [check for check in checks if not _good(check, lenient)]
+    first = checks[0]
+    if not bad:
+        return Finding(first.name, Status.OK, "ok", is_check=True)
+    worst = max(bad, key=lambda check: check.failing_for)
+    text = worst.message or "no recent result"
+    if len(checks) > 1:
+        text += f" (in {len(bad)} of {len(checks)} workers)"
+    failed = len(bad) == len(checks) and any(check.critical for check in bad) and first.kind is not Kind.STARTUP
+    return Finding(first.name, Status.FAIL if failed else Status.WARN, text, True, worst.failing_for)
+
+
+def _good(check: CheckSeen, lenient: bool) -> bool:
+    if lenient:
+        return check.result is not Result.FAILED or not check.fresh
+    return check.result is Result.PASSED and check.fresh

@@ -62,6 +62,21 @@ def close_door(listener: socket.socket) -> Door:
     return Door.NARROW
 
 
+def queue(listener: socket.socket) -> tuple[int, int]:
+    """Return how many connections wait in a TCP listener's queue, and how many may; zeroes for other sockets.
+
+    For a listener the kernel has them in two fields of TCP_INFO that mean something else otherwise (tcp_diag.c).
+
+    >>> with socket.create_server(("127.0.0.1", 0), backlog=7) as server:
+    ...     queue(server)
+    (0, 7)
+    """
+    if listener.family not in (socket.AF_INET, socket.AF_INET6):
+        return 0, 0
+    length, limit = struct.unpack_from("II", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64), 24)
+    return length, limit
+
+
 def is_empty(listeners: Iterable[socket.socket]) -> bool:
     """Tell whether nobody waits in any of the queues."""
     poller = select.poll()

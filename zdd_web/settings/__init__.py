@@ -17,15 +17,17 @@ from zdd_web.settings.sources import (
     of_app,
     resolve,
 )
-from zdd_web.settings.values import LISTENERS, LISTENERS_AVAILABLE, spelled
+from zdd_web.settings.values import DETAILS, LISTENERS, LISTENERS_AVAILABLE, CheckSetting, spelled
 
 __all__ = [
     "APP_SETTINGS",
+    "DETAILS",
     "ENV_PREFIX",
     "HANDOVER",
     "IN_KUBERNETES",
     "LISTENERS",
     "LISTENERS_AVAILABLE",
+    "CheckSetting",
     "FrameworkSettings",
     "Origin",
     "Settings",

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from zdd_web.errors import SettingsError
-from zdd_web.settings.values import NORMALISE
+from zdd_web.settings.values import NORMALISE, CheckSetting
 
 #: Each worker reads these from its app. All others are the master's, which runs before there is an app.
-APP_SETTINGS = frozenset({"liveness_path", "readiness_path", "health_path"})
+APP_SETTINGS = frozenset(
+    {"liveness_path", "readiness_path", "health_path", "startup_path", "checks", "details", "log_probes"}
+)
 
 #: Kubernetes' default terminationGracePeriodSeconds, and what its users have tuned their load balancers to.
 DEFAULT_GRACE_PERIOD = 30.0
@@ -42,6 +44,11 @@ class Settings:
     liveness_path: str = "/livez"
     readiness_path: str = "/readyz"
     health_path: str = "/healthz"
+    startup_path: str = "/startupz"
+    checks: tuple[CheckSetting, ...] = ()
+    details: str = ""
+    probe_bind: str = ""
+    log_probes: bool = True
     generation_header: str = ""
     name: str = ""
 
@@ -52,14 +59,15 @@ class Settings:
                 object.__setattr__(self, field.name, NORMALISE[field.name](value))
             except ValueError as error:
                 raise SettingsError(f"{field.name.upper()} = {value!r}: {error}") from None
-        paths = [self.liveness_path, self.readiness_path, self.health_path]
+        paths = [self.liveness_path, self.readiness_path, self.startup_path, self.health_path]
         for path in paths:
             if paths.count(path) > 1 and path != self.health_path:
                 raise SettingsError(
-                    f"two probes share the path {path!r}: give LIVENESS_PATH and READINESS_PATH their own"
+                    f"two probes share the path {path!r}: give LIVENESS_PATH, READINESS_PATH and STARTUP_PATH their own"
                 )
-        if self.liveness_path == self.health_path:
-            raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is LIVENESS_PATH too: health means readiness here")
+        for name, path in (("LIVENESS_PATH", self.liveness_path), ("STARTUP_PATH", self.startup_path)):
+            if path == self.health_path:
+                raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is {name} too: health means readiness here")
         self.stop_budget()
 
     def stop_budget(self) -> StopBudget:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ HANDOVER = "ZDD_WEB_HANDOVER"
 #: not before: load balancers go on sending for some seconds.
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 DRAIN_DELAY_IN_KUBERNETES = 10.0
+
+
+#: Kubernetes tells every pod of a namespace of each Service there: of one that is named `zdd-web`, like this.
+_SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z")
 
 
 class Source(enum.Enum):
@@ -155,6 +160,8 @@ def collect(
     for variable, text in sorted(environ.items()):
         # What a master hands to its successor is no setting; it is still there where no install() has taken it out.
         if not variable.startswith(ENV_PREFIX) or variable == HANDOVER:
+            continue
+        if IN_KUBERNETES in environ and _SERVICE_LINK.match(variable[len(ENV_PREFIX) :]):
             continue
         key = variable[len(ENV_PREFIX) :].lower()
         check_name(key, f"environment variable {variable}", lambda name: f"{ENV_PREFIX}{name.upper()}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 from zdd_web.errors import SettingsError
 
@@ -76,6 +76,47 @@ def _paths(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+class CheckSetting(NamedTuple):
+    """One entry of CHECKS: where the check is, and what it is to be given."""
+
+    path: str
+    options: Mapping[str, Any]
+
+
+def _checks(value: object) -> tuple[CheckSetting, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("must be a list of dotted paths, such as ['shop.checks.database']")
+    found = []
+    for each in value:
+        path, options = each if isinstance(each, (list, tuple)) and len(each) == 2 else (each, {})
+        if not isinstance(path, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
+            raise ValueError(f"{each!r} is no dotted path and no (dotted path, options)")
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise ValueError(f"{each!r}: options must be a dictionary, such as {{'timeout': 1}}")
+        found.append(CheckSetting(path, dict(options)))
+    return tuple(found)
+
+
+DETAILS = ("never", "loopback", "always")
+
+
+def _details(value: object) -> str:
+    if value not in ("", *DETAILS):
+        raise ValueError(f"must be one of {', '.join(map(repr, DETAILS))}")
+    return str(value)
+
+
+def _address(value: object) -> str:
+    if value == "":
+        return ""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9.-]*):(\d{1,5})", value) if isinstance(value, str) else None
+    if match is None or int(match[2]) > 65535:
+        raise ValueError("must be HOST:PORT, such as '0.0.0.0:8081' or '[::]:8081', or empty for none")
+    return str(value)
+
+
 def _generations(value: object) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or not 2 <= int(str(value)) <= 100:
         raise ValueError("must be a whole number between 2 (the old and the new) and 100")
@@ -133,6 +174,11 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "liveness_path": _path,
     "readiness_path": _path,
     "health_path": _path,
+    "startup_path": _path,
+    "checks": _checks,
+    "details": _details,
+    "probe_bind": _address,
+    "log_probes": _switch,
     "generation_header": _header,
     "name": _name,
 }

@@ -52,6 +52,7 @@ __all__ = [
     "close_all",
     "current_request",
     "observer",
+    "oldest",
     "on_drained",
     "renew_locks",
     "run_drained_hooks",
@@ -321,6 +322,14 @@ class WaitGroup:
         with self._changed:
             return list(self._entries.values())
 
+    def _oldest(self) -> float | None:
+        while True:
+            try:
+                # In the order in which they came. Without the lock, for the reason that `_tell` has.
+                return next((entry.started for entry in self._entries.values()), None)
+            except RuntimeError:
+                continue
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -349,6 +358,12 @@ def _run_inline(run: Callable[[], R], entry: Entry) -> concurrent.futures.Future
 def all_entries() -> list[Entry]:
     """Return the work in hand in all groups of this process, oldest first."""
     return sorted((entry for group in _all_groups() for entry in group.entries()), key=lambda entry: entry.started)
+
+
+def oldest() -> float | None:
+    """Return when the oldest work in hand was offered, as `time.monotonic()` has it; None when there is none."""
+    began = (group._oldest() for group in _all_groups())
+    return min((each for each in began if each is not None), default=None)
 
 
 def close_all() -> None:

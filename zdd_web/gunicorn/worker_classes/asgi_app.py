@@ -37,11 +37,15 @@ class Counted:
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            if self._headers or self._says_close:
-                send = self._heading(send, http1=scope["http_version"].startswith("1"))
-            self._side.request_started(None, _Asked(scope.get("client"), scope["method"], scope["path"]))
+            asked = _Asked(scope.get("client"), scope["method"], scope["path"])
+            noting = self._noting(send, asked, http1=scope["http_version"].startswith("1"))
+            self._side.request_started(None, asked)
             try:
-                await self.app(scope, receive, send)
+                await self.app(scope, receive, noting)
+            except Exception:
+                # The server answers 500; where the reply had begun its status was another, and it breaks off.
+                self._side.count_server_error(asked)
+                raise
             finally:
                 # What is cut at the deadline stays in the count.
                 if not self._family.has_cut:
@@ -63,9 +67,11 @@ class Counted:
 
         return note
 
-    def _heading(self, send: Send, *, http1: bool) -> Send:
-        async def with_headers(message: Any) -> None:
+    def _noting(self, send: Send, asked: _Asked, *, http1: bool) -> Send:
+        async def note(message: Any) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] >= 500:
+                    self._side.count_server_error(asked)
                 headers = [*message.get("headers", ()), *self._headers]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
                 if http1 and self._says_close and self._side.process.is_leaving():
@@ -74,4 +80,4 @@ class Counted:
                 message = {**message, "headers": headers}
             await send(message)
 
-        return with_headers
+        return note

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from zdd_web import clock
+from zdd_web.board import Slot
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.warmup import warm_up
 
@@ -25,6 +27,17 @@ class Leaving(Protocol):
         """Stop accepting at the first call; tell whether the loop may be ended. Called once a turn."""
 
 
+def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
+    """Return a heartbeat that probes see too. A closure, since a sync worker beats before each request."""
+    words, at = slot.words, slot.base + Slot.beat_at.index
+
+    def beat_on_board() -> None:
+        beat()
+        words[at] = clock.now_ns()
+
+    return beat_on_board
+
+
 class Family:
     """One worker's; made right after the fork, before `init_process()`."""
 
@@ -36,8 +49,8 @@ class Family:
 
     def __init__(self, side: WorkerSide) -> None:
         self.side, self.worker = side, side.worker
-        #: gunicorn's heartbeat, and nothing else.
-        self.beat: Callable[[], None] = side.worker.notify
+        #: The heartbeat, and nothing else: gunicorn's, and the board's.
+        self.beat = on_board(side.worker.notify, side.slot)
         self._obey: Callable[[int, Any], None] = side.worker.handle_exit
 
     @property

@@ -14,7 +14,7 @@ from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn.worker_classes.family import LINGER, Family
+from zdd_web.gunicorn.worker_classes.family import LINGER, Family, on_board
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.worker import WorkerSide
@@ -26,7 +26,7 @@ class Greenlets(Family):
     def __init__(self, side: WorkerSide) -> None:
         super().__init__(side)
         # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
-        self.beat = functools.partial(Worker.notify, self.worker)
+        self.beat = on_board(functools.partial(Worker.notify, self.worker), side.slot)
         self._servers: list[Any] = []
         self._idle: set[_Idle] = set()
         self._main: Any = None
@@ -54,7 +54,6 @@ class Greenlets(Family):
         # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
         worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
-        worker.notify = self.beat
         worker.handle_exit = self._in_a_greenlet(side.handle_exit)
         worker.handle_quit = self._in_a_greenlet(side.handle_quit)
 

@@ -138,7 +138,7 @@ class Loop(Family):
                 self._raise_startup_error(None)
                 await warm_up_asgi(self.app.app, side.settings.warmup)
                 # The loop goes on beating.
-                await asyncio.to_thread(side.pass_checks, lambda: None)
+                await asyncio.to_thread(side.pass_checks, lambda: None, self.loop)
         except Exception:
             # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None

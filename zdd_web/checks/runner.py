@@ -1,0 +1,195 @@
+"""Checks at work: each in a thread of its own, so that the time limit holds although Python can end no thread.
+
+One that hangs is not started a second time: whatever it holds, there is one thread and one connection of it. Its
+result is late until it has ended.
+
+An async check runs in the worker's own event loop where there is one, since what it uses may belong to that; elsewhere
+in a loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web import clock, log
+from zdd_web.checks.registry import Check, registered
+from zdd_web.health import Kind, Result
+from zdd_web.waitgroup.threads import close_connections
+
+#: Seconds between two tries of a check that keeps a worker from getting ready.
+AGAIN = 1.0
+#: How often a waiting worker beats, seconds.
+BEAT = 0.1
+
+#: In a thread that is none (gevent's greenlets) there can be one running loop at a time.
+_one_loop = threading.Lock()
+
+
+class State:
+    """A check of this process: how it ended the last time, and when it is due."""
+
+    def __init__(self, check: Check, index: int) -> None:
+        self.check, self.index = check, index
+        self.result = Result.NONE
+        self.message = ""
+        #: When that was, and since when it fails, monotonic nanoseconds; 0 for never.
+        self.at = 0
+        self.failing_since = 0
+        self._due = 0.0
+        self._began: float | None = None
+        self._late = False
+        self._ended: tuple[str, float] | None = None
+        self._cancel: Callable[[], object] = lambda: None
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether it keeps a worker from getting ready."""
+        return self.result is Result.NONE or (self.check.critical and self.result is not Result.PASSED)
+
+    def turn(self, runner: Runner) -> float:
+        """Start it when it is due, take what it found; return when it is to be looked at again."""
+        now = time.monotonic()
+        if self._began is not None and self._ended is not None:
+            error, ended = self._ended
+            if not self._late and ended <= self._began + self.check.timeout:
+                self._found(Result.FAILED if error else Result.PASSED, error, runner)
+            elif not self._late:
+                self._found_late(runner)
+            again = min(self.check.interval, runner.again) if self.result is not Result.PASSED else self.check.interval
+            self._due = max(now, self._began + again)
+            if self.check.kind is Kind.STARTUP and self.result is Result.PASSED:
+                self._due = float("inf")
+            self._began = None
+        if self._began is not None:
+            if now < self._began + self.check.timeout:
+                return self._began + self.check.timeout
+            if not self._late:
+                self._late = True
+                self._found_late(runner)
+                self._cancel()
+            return now + 60
+        if now >= self._due and not runner.idle():
+            self._began, self._ended, self._late, self._cancel = now, None, False, lambda: None
+            name = f"zdd_web-check-{self.check.name}"
+            threading.Thread(target=self._run, args=(runner,), name=name, daemon=True).start()
+            return now + self.check.timeout
+        return max(self._due, now + BEAT)
+
+    def _found_late(self, runner: Runner) -> None:
+        self._found(Result.LATE, f"no answer within {self.check.timeout:g} s", runner)
+
+    def _found(self, result: Result, message: str, runner: Runner) -> None:
+        was, was_message, failing_since = self.result, self.message, self.failing_since
+        self.result, self.message, self.at = result, message, clock.now_ns()
+        if result is Result.PASSED:
+            self.failing_since = 0
+            if was not in (Result.NONE, Result.PASSED):
+                log.emit("check.passed", check=self.check.name, after=round(clock.since(failing_since), 3))
+        else:
+            self.failing_since = failing_since or self.at
+            if was in (Result.NONE, Result.PASSED) or message != was_message:
+                log.emit("check.failed", logging.WARNING, check=self.check.name, critical=self.check.critical,
+                         error=message)  # fmt: skip
+        runner.write(self)
+
+    def _run(self, runner: Runner) -> None:
+        try:
+            passed = self.check.function()
+            if inspect.iscoroutine(passed):
+                passed = self._wait_for(passed, runner)
+            error = "it returned False" if passed is False else ""
+        except BaseException as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        finally:
+            # Django's own clean-up knows of requests only.
+            close_connections(group="checks", name=self.check.name)
+        self._ended = error, time.monotonic()
+        runner.wake.set()
+
+    def _wait_for(self, coroutine: Any, runner: Runner) -> Any:
+        if runner.loop is not None:
+            future = asyncio.run_coroutine_threadsafe(coroutine, runner.loop)
+            self._cancel = future.cancel
+            return future.result()
+        with _one_loop:
+            return asyncio.run(asyncio.wait_for(coroutine, self.check.timeout))
+
+
+class Runner:
+    """The checks of this process.
+
+    `write` is told of each result, `idle` whether none should be started now; `loop` is the worker's event loop.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[State], None] = lambda state: None,
+        idle: Callable[[], bool] = lambda: False,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self.write, self.idle, self.loop = write, idle, loop
+        self.states = [State(check, index) for index, check in enumerate(registered())]
+        self.wake = threading.Event()
+        self.again = AGAIN
+        self._stopped = False
+
+    def turn(self) -> float:
+        """Start what is due and take what has ended; return the seconds until the next turn."""
+        self.wake.clear()
+        due = min((state.turn(self) for state in self.states), default=float("inf"))
+        return max(0.0, due - time.monotonic())
+
+    def start(self) -> None:
+        """Go on in a thread, each check at its interval, for as long as the process lives."""
+        self.again = float("inf")
+        if self.states:
+            threading.Thread(target=self._work, name="zdd_web-checks", daemon=True).start()
+
+    def stop(self) -> None:
+        """Start no more."""
+        self._stopped = True
+        self.wake.set()
+
+    def _work(self) -> None:
+        while not self._stopped:
+            self.wake.wait(min(60.0, self.turn()))
+
+    def settle(self, beat: Callable[[], None], until: float) -> None:
+        """Take turns until each check has a result, beating meanwhile; at most until then on the monotonic clock."""
+        while any(state.result is Result.NONE for state in self.states) and time.monotonic() < until:
+            self.wake.wait(min(BEAT, self.turn()))
+            beat()
+
+    def trouble(self) -> str:
+        """Say what keeps a worker from getting ready; "" for nothing."""
+        for state in self.states:
+            if state.holds_up and state.message:
+                return f"check {state.check.name!r} failed: {state.message}"
+        return ""
+
+
+def pass_all(runner: Runner, beat: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Wait until no critical check fails, beating meanwhile; `say` is told what fails, and "" at the end."""
+    said = ""
+    while any(state.holds_up for state in runner.states):
+        runner.wake.wait(min(BEAT, runner.turn()))
+        beat()
+        trouble = runner.trouble()
+        if trouble != said:
+            said = trouble
+            say(said)
+
+
+def failing() -> dict[str, str]:
+    """Run all checks once; return those that failed, with the reason."""
+    runner = Runner()
+    runner.settle(lambda: None, time.monotonic() + max((state.check.timeout for state in runner.states), default=0) + 1)
+    return {
+        state.check.name: state.message or "no result" for state in runner.states if state.result is not Result.PASSED
+    }

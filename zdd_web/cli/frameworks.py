@@ -1,0 +1,53 @@
+"""The commands as `manage.py zdd ...` and `flask zdd ...` have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import click
+
+from zdd_web import checks
+from zdd_web.cli import drain, status, upgrade
+
+
+def group(check: Callable[..., None], *options: click.Option) -> click.Group:
+    """Return `status`, `upgrade`, `drain` and the framework's own `check`."""
+    own = click.Command("check", callback=check, params=list(options), help=check.__doc__)
+    return click.Group("zdd", commands=[status, upgrade, drain, own], help="Deploy and look at this service.")
+
+
+def switch(name: str, text: str) -> click.Option:
+    """Return an option that is there or not."""
+    return click.Option([name], is_flag=True, help=text)
+
+
+def run(commands: click.Group, arguments: Sequence[str], name: str) -> int:
+    """Run a command; return its exit status. Errors are printed."""
+    try:
+        commands.main(list(arguments), name)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+
+
+def report(serious: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Print what a framework has found, run the app's checks once, and end with status 1 if anything serious is wrong.
+
+    A check that is not critical is printed and counts as a warning.
+    """
+    failed = False
+    for text in serious:
+        failed = True
+        click.echo(f"error: {text}", err=True)
+    for text in others:
+        click.echo(f"warning: {text}", err=True)
+    wrong = checks.failing()
+    for each in checks.registered():
+        if each.name not in wrong:
+            click.echo(f"ok: check {each.name!r}")
+            continue
+        failed = failed or each.critical
+        click.echo(f"{'error' if each.critical else 'warning'}: check {each.name!r}: {wrong[each.name]}", err=True)
+    if failed:
+        raise SystemExit(1)
+    # Nothing that was asked is no proof of anything.
+    click.echo("nothing serious was found" if checks.count() else "nothing serious was found; the app has no checks")

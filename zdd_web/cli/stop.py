@@ -1,0 +1,91 @@
+"""Ask a master to stop and follow it on its board to the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zdd_web import clock
+from zdd_web.board import Board, Snapshot, WorkerState
+from zdd_web.cli.follow import ANSWER_WITHIN, POLL, STANDS_STILL
+from zdd_web.lifecycle import STOPPING, Phase
+from zdd_web.service import Generation
+
+
+@dataclass(frozen=True)
+class DrainResult:
+    """How a stop ended: `requests` were cut off and background `tasks` abandoned."""
+
+    ok: bool
+    reason: str
+    seconds: float
+    requests: int = 0
+    tasks: int = 0
+
+
+class Leftovers:
+    """What the workers of a stop had in hand when they ended: their words outlive them on the board."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        # What stands in a slot that nobody has used since is of a worker that was gone before.
+        self._used: set[int] = set()
+
+    def look(self) -> None:
+        """Note which slots have a worker."""
+        slots = enumerate(self._board.used_slots())
+        self._used.update(index for index, slot in slots if slot.state != WorkerState.FREE)
+
+    def count(self) -> tuple[int, int]:
+        """Return how many requests and background tasks were not finished."""
+        slots = [self._board.slot(index) for index in self._used]
+        # One that was killed could not give its work up.
+        return sum(slot.in_flight for slot in slots), sum(max(slot.abandoned, slot.tasks) for slot in slots)
+
+
+def stops(generation: Generation) -> bool:
+    """Tell whether a stop is under way already."""
+    return generation.board.header.phase in STOPPING
+
+
+def request(generation: Generation) -> None:
+    """Send SIGTERM, unless a stop is under way: a second one would end its lame duck. Raises OSError."""
+    if not stops(generation):
+        os.kill(generation.pid, signal.SIGTERM)
+
+
+def drain(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> DrainResult:
+    """Stop a generation and wait until its master has ended; `progress` is told of each phase.
+
+    The master ends within GRACE_PERIOD; one that stands still itself is waited for until `STANDS_STILL`. Raises
+    `BoardError` when the service runs another version of zdd_web, before anything is done, and OSError when it cannot
+    be signalled.
+    """
+    snapshot = generation.snapshot()
+    began = time.monotonic()
+    leftovers = Leftovers(generation.board)
+    leftovers.look()
+    request(generation)
+    told = None
+    while generation.alive:
+        leftovers.look()
+        snapshot = generation.snapshot()
+        if snapshot.phase is not told and snapshot.phase not in (Phase.BOOTING, Phase.SERVING, Phase.STOPPED):
+            told = snapshot.phase
+            progress(snapshot)
+        seconds = time.monotonic() - began
+        if told is None and seconds > ANSWER_WITHIN:
+            return DrainResult(False, f"the master did not answer SIGTERM within {ANSWER_WITHIN:g} s", seconds)
+        if snapshot.tick_at and clock.since(snapshot.tick_at) > STANDS_STILL:
+            return DrainResult(False, f"the master has stood still for {STANDS_STILL:g} s", seconds)
+        time.sleep(POLL)
+    seconds, (requests, tasks) = time.monotonic() - began, leftovers.count()
+    if requests or tasks:
+        return DrainResult(False, "", seconds, requests, tasks)
+    last = generation.snapshot().phase
+    if last in (Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK):
+        return DrainResult(False, f"the master ended while {last.label}: it was killed, or told to stop now", seconds)
+    return DrainResult(True, "", seconds)

@@ -1,0 +1,31 @@
+"""`flask zdd status|upgrade|drain|check`: `zdd-web` where one has `flask` at hand. Only `check` loads the app."""
+
+from __future__ import annotations
+
+import flask
+from flask.cli import with_appcontext
+
+from zdd_web import checks, process
+from zdd_web.cli.frameworks import group, report
+from zdd_web.errors import SettingsError
+from zdd_web.flask import EXTENSION, settings_of
+from zdd_web.settings import of_app
+
+
+@with_appcontext
+def check() -> None:
+    """Look at the settings of the app and run, once, the checks that it has registered."""
+    app = flask.current_app
+    serious = []
+    if EXTENSION not in app.extensions:
+        serious.append(f"Flask app {app.name!r} was not given to ZddWeb: write ZddWeb(app), or zdd.init_app(app)")
+    try:
+        here, brought = process.current(), settings_of(app)
+        of_app(here.settings, here.fixed, brought)
+        checks.load(brought.values.get("checks", ()))
+    except SettingsError as error:
+        serious.append(str(error))
+    report(serious)
+
+
+zdd = group(check)

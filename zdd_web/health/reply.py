@@ -1,0 +1,172 @@
+"""How an answer is written: plain text as Kubernetes' own components write it, JSON for who accepts it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs
+
+from zdd_web.health.decision import Finding, Probe, Status, examine
+from zdd_web.health.view import Health
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that an adaptor translates for its framework; `body` is empty for HEAD."""
+
+    status: int
+    reason: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    @property
+    def status_line(self) -> str:
+        """The status as WSGI wants it."""
+        return f"{self.status} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What came with a probe, besides its path."""
+
+    method: str = "GET"
+    only: str = ""
+    verbose: bool = False
+    exclude: tuple[str, ...] = ()
+    json: bool = False
+    #: Whether this client may see names and messages.
+    details: bool = False
+
+    @classmethod
+    def read(cls, method: str, query: str, accept: str, *, only: str = "", details: bool = False) -> Question:
+        """Read the query string and the Accept header, whatever they hold.
+
+        >>> Question.read("GET", "verbose&exclude=db&exclude=cache", "application/json").exclude
+        ('db', 'cache')
+        """
+        asked = parse_qs(query[:4096], keep_blank_values=True) if query else {}
+        exclude = tuple(asked.get("exclude", ()))
+        return cls(method, only, "verbose" in asked, exclude, _accepts_json(accept), details)
+
+
+#: A balancer that asks again after this many seconds finds another pod, or this one restarted.
+RETRY_AFTER = 5
+
+_JSON = re.compile(r"application/(json|[\w.-]+\+json)\s*(;|\Z)", re.IGNORECASE)
+_TEXT = re.compile(r"(text/plain|text/\*|\*/\*)\s*(;|\Z)", re.IGNORECASE)
+_ZERO = re.compile(r";\s*q=0(\.0*)?\s*(;|\Z)", re.IGNORECASE)
+
+
+def _accepts_json(accept: str) -> bool:
+    # In the order in which a client names them; nobody who asks for probes weighs them by q.
+    for each in accept[:1024].split(","):
+        if _ZERO.search(each):
+            continue
+        if _JSON.match(each.strip()):
+            return True
+        if _TEXT.match(each.strip()):
+            return False
+    return False
+
+
+def answer(probe: Probe, question: Question, health: Health) -> Reply:
+    """Answer a probe.
+
+    >>> from zdd_web.lifecycle import Phase
+    >>> answer(Probe.READINESS, Question(), Health(Phase.SERVING)).body
+    b'ok\\n'
+    """
+    if question.method not in ("GET", "HEAD"):
+        return _not_allowed(question.method)
+    found = examine(probe, health, question.only, question.exclude)
+    failed = any(each.status is Status.FAIL for each in found)
+    text, kind = (_json, "application/json") if question.json else (_text, "text/plain; charset=utf-8")
+    body = text(probe, question, health, found)
+    if not failed:
+        return _reply(200, "OK", body, question.method, content_type=kind)
+    retry = ("Retry-After", str(RETRY_AFTER))
+    return _reply(503, "Service Unavailable", body, question.method, retry, content_type=kind)
+
+
+def _word(health: Health, found: Collection[Finding]) -> str:
+    """What may be said to anybody."""
+    failed = [each.name for each in found if each.status is Status.FAIL]
+    if not failed:
+        return "ok"
+    return health.speaking.label if "phase" in failed else "failed"
+
+
+def _text(probe: Probe, question: Question, health: Health, found: list[Finding]) -> str:
+    word = _word(health, found)
+    if not question.details or not (question.verbose or word != "ok"):
+        return f"{word}\n"
+    lines = [f"{each.status.value}{each.name} {each.text}{_since(each)}" for each in found]
+    lines += [f"warn: {name!r} was to be excluded and is no check here" for name in _unknown(question, health, probe)]
+    if word == "ok":
+        return "\n".join([*lines, f"{probe.value} passed\n"])
+    return "\n".join([*lines, f"{probe.value} failed: {word}\n"])
+
+
+def _since(finding: Finding) -> str:
+    return f", for {finding.failing_for:.0f} s" if finding.failing_for else ""
+
+
+def _json(probe: Probe, question: Question, health: Health, found: list[Finding]) -> str:
+    statuses = {each.status for each in found}
+    status = next(each for each in (Status.FAIL, Status.WARN, Status.OK) if each in statuses or each is Status.OK)
+    said: dict[str, Any] = {"status": status.name.lower(), "probe": probe.value, "phase": health.speaking.label}
+    if question.details:
+        said["findings"] = [
+            {
+                "name": each.name,
+                "status": each.status.name.lower(),
+                "text": each.text,
+                "check": each.is_check,
+                **({"failing_for": round(each.failing_for, 1)} if each.failing_for else {}),
+            }
+            for each in found
+        ]
+        unknown = _unknown(question, health, probe)
+        if unknown:
+            said["warnings"] = [f"{name!r} was to be excluded and is no check here" for name in unknown]
+    elif status is Status.WARN:
+        # That something optional fails is a detail.
+        said["status"] = "ok"
+    return json.dumps(said) + "\n"
+
+
+def _unknown(question: Question, health: Health, probe: Probe) -> list[str]:
+    known = {check.name for worker in health.workers for check in worker.checks}
+    return [name for name in dict.fromkeys(question.exclude) if name not in known]
+
+
+def _reply(
+    status: int, reason: str, text: str, method: str, *headers: tuple[str, str], content_type: str = ""
+) -> Reply:
+    body = text.encode("utf-8", "backslashreplace")
+    all_headers = (
+        ("Content-Type", content_type or "text/plain; charset=utf-8"),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+        *headers,
+    )
+    return Reply(status, reason, all_headers, b"" if method == "HEAD" else body)
+
+
+def _not_allowed(method: str) -> Reply:
+    return _reply(405, "Method Not Allowed", "method not allowed\n", method, ("Allow", "GET, HEAD"))
+
+
+def plain(status: int, reason: str, text: str, method: str, content_type: str = "") -> Reply:
+    """Return an answer with a text that is made already, in the same form; other methods than GET and HEAD get 405."""
+    if method not in ("GET", "HEAD"):
+        return _not_allowed(method)
+    return _reply(status, reason, text, method, content_type=content_type)
+
+
+def not_found(method: str) -> Reply:
+    """Return what a port that has nothing but probes says to every other path."""
+    return _reply(404, "Not Found", "not found\n", method)

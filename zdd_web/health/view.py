@@ -1,0 +1,81 @@
+"""What a probe is decided upon: a service as it was at an instant, without anything that could block."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from zdd_web.lifecycle import Phase
+
+
+class Kind(enum.IntEnum):
+    """Which probe a check has a say in. The numbers are written on the board: append, never renumber."""
+
+    READINESS = 0
+    LIVENESS = 1
+    #: Asked once: it keeps a new worker from getting ready, and says nothing later.
+    STARTUP = 2
+
+    @property
+    def label(self) -> str:
+        """The kind as `check(kind=...)` spells it."""
+        return self.name.lower()
+
+
+class Result(enum.IntEnum):
+    """How a check ended the last time. The numbers are written on the board: append, never renumber."""
+
+    NONE = 0
+    PASSED = 1
+    FAILED = 2
+    #: It did not end within its time limit.
+    LATE = 3
+
+
+@dataclass(frozen=True)
+class CheckSeen:
+    """A check as one worker has seen it last; `failing_for` is in seconds, 0 when it passed."""
+
+    name: str
+    kind: Kind = Kind.READINESS
+    critical: bool = True
+    result: Result = Result.NONE
+    #: Whether the result is from no longer ago than the check's interval and time limit allow.
+    fresh: bool = True
+    failing_for: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerSeen:
+    """A worker: whether it serves, and its checks."""
+
+    serving: bool = True
+    checks: tuple[CheckSeen, ...] = ()
+
+
+@dataclass(frozen=True)
+class Health:
+    """A generation at an instant."""
+
+    phase: Phase
+    #: While this one retires.
+    successor: Phase | None = None
+    #: What is wrong with a successor that serves, "" for nothing.
+    successor_trouble: str = ""
+    #: How many workers there should be; 0 where there is no gunicorn.
+    wanted: int = 0
+    workers: tuple[WorkerSeen, ...] = field(default=())
+    #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
+    silence: float = 0.0
+    worker_timeout: float | None = None
+
+    @property
+    def speaking(self) -> Phase:
+        """The phase that a probe is told.
+
+        A connection that a client keeps to a retiring generation still asks about the service, not about this process.
+        """
+        if self.phase is Phase.RETIRING and self.successor is not None:
+            return self.successor
+        return self.phase

@@ -1,0 +1,188 @@
+"""What a service has done and what it is doing, counted from its boards.
+
+Counters go on across workers that come and go: the master adds up what those had counted that are no more. And across
+generations: each begins with the totals of the one before it, and follows that one's board for as long as it drains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zdd_web import clock
+from zdd_web.board import LAYOUT, Board, Header, WorkerState
+from zdd_web.health import Result
+from zdd_web.lifecycle import Phase
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts since the first generation began. The order is that on the board: append only, sixteen at most."""
+
+    requests: int = 0
+    server_errors: int = 0
+    late_requests: int = 0
+    workers_lost: int = 0
+    upgrades_done: int = 0
+    upgrades_failed: int = 0
+    upgrades_refused: int = 0
+    #: Nanoseconds, and no totals: the last ones.
+    last_upgrade: int = 0
+    last_drain: int = 0
+
+    def at_least(self, other: Totals) -> Totals:
+        """Return what is greater, field by field: a worker's count is nowhere for an instant when it has gone."""
+        return Totals(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+def before(board: Board) -> Totals:
+    """Return what a generation began with."""
+    words = board.header.words
+    return Totals(*(words[Header.BEFORE_AT + index] for index in range(len(dataclasses.fields(Totals)))))
+
+
+def carry(board: Board, predecessor: Board) -> None:
+    """Note on a generation's board what its predecessor has come to; the master's call."""
+    if predecessor.header.layout != LAYOUT:
+        return
+    now = totals(predecessor).at_least(before(board))
+    words = board.header.words
+    for index, value in enumerate(dataclasses.astuple(now)):
+        words[Header.BEFORE_AT + index] = value
+
+
+def totals(board: Board) -> Totals:
+    """Add up a generation's counts and those from before it.
+
+    >>> board = Board.private()
+    >>> board.header.requests_gone = 3
+    >>> totals(board).requests
+    3
+    """
+    header, began = board.header, before(board)
+    slots = [slot for slot in board.used_slots() if slot.state != WorkerState.FREE]
+    return Totals(
+        requests=began.requests + header.requests_gone + sum(slot.requests for slot in slots),
+        server_errors=began.server_errors + header.server_errors_gone + sum(slot.server_errors for slot in slots),
+        late_requests=began.late_requests + header.late_gone + sum(slot.late for slot in slots),
+        workers_lost=began.workers_lost + header.workers_lost,
+        upgrades_done=began.upgrades_done + header.upgrades_done,
+        upgrades_failed=began.upgrades_failed + header.upgrades_failed,
+        upgrades_refused=began.upgrades_refused + header.upgrades_refused,
+        last_upgrade=header.upgrade_took or began.last_upgrade,
+        last_drain=header.drain_took or began.last_drain,
+    )
+
+
+def note_queues(board: Board, queues: list[tuple[str, int, int]]) -> None:
+    """Note the accept queues: (address, length, limit) of each listener; the master's call."""
+    header, queues = board.header, queues[: Header.MOST_QUEUES]
+    names = " ".join(name.replace(" ", "_") for name, _, _ in queues)
+    if header.queue_names != names:
+        header.queue_names = names
+    for index, (_, length, limit) in enumerate(queues):
+        header.words[Header.QUEUES_AT + 2 * index] = length
+        header.words[Header.QUEUES_AT + 2 * index + 1] = limit
+    header.queues = len(queues)
+
+
+def queues_of(board: Board) -> list[tuple[str, int, int]]:
+    """Return the accept queues that `note_queues()` has noted."""
+    header = board.header
+    names = header.queue_names.split(" ")
+    at = [Header.QUEUES_AT + 2 * index for index in range(min(header.queues, len(names)))]
+    return [(name, header.words[word], header.words[word + 1]) for name, word in zip(names, at, strict=False)]
+
+
+class Collector:
+    """For `prometheus_client`: reads the board whenever somebody scrapes."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._seen = Totals()
+        #: Whether the client may see the names of checks.
+        self.details = True
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client.registry.Collector`. Raises `BoardError` for a board of another version."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        def gauge(name: str, text: str, value: float) -> Metric:
+            return GaugeMetricFamily(f"zdd_web_{name}", text, value=value)
+
+        def counter(name: str, text: str, value: float) -> Metric:
+            return CounterMetricFamily(f"zdd_web_{name}", text, value=value)
+
+        board = self._board
+        snapshot = board.snapshot()
+        self._seen = total = totals(board).at_least(self._seen)
+        yield self._labelled("phase", "The generation's phase: 1 for the one it is in.", "phase",
+                             {phase.label: phase is snapshot.phase for phase in Phase})  # fmt: skip
+        yield gauge("generation", "The generation's number along a chain of upgrades.", snapshot.generation)
+        yield gauge("workers_wanted", "How many workers there should be.", snapshot.workers_wanted)
+        states = Counter(worker.state for worker in snapshot.workers)
+        yield self._labelled("workers", "Workers by what they do.", "state",
+                             {state.label: states[state] for state in WorkerState if state})  # fmt: skip
+        yield gauge("requests_in_flight", "Requests in hand.", snapshot.in_flight)
+        yield counter("requests", "Requests that were answered.", total.requests)
+        yield counter("server_errors", "Replies with a status of 500 or more, probes aside.", total.server_errors)
+        yield counter("late_requests", "Requests that came after a stop had begun.", total.late_requests)
+        yield counter("workers_lost", "Workers that ended without having been told to.", total.workers_lost)
+        yield gauge("background_tasks", "Background tasks in hand.", snapshot.tasks)
+        yield gauge("background_oldest_seconds", "Age of the oldest background task in hand.", self._oldest())
+        waiting, limits = {}, {}
+        for name, length, limit in queues_of(board):
+            waiting[name], limits[name] = length, limit
+        yield self._labelled("accept_queue_length", "Connections that wait to be accepted.", "listener", waiting)
+        yield self._labelled("accept_queue_limit", "How many may wait before they are dropped.", "listener", limits)
+        upgrades = CounterMetricFamily("zdd_web_upgrades", "Upgrades by outcome.", labels=["outcome"])
+        for outcome in ("done", "failed", "refused"):
+            upgrades.add_metric([outcome], getattr(total, f"upgrades_{outcome}"))
+        yield upgrades
+        yield gauge("last_upgrade_seconds", "How long the last upgrade took, to its commit.", total.last_upgrade / 1e9)
+        yield gauge("last_drain_seconds", "How long the last generation took to leave.", total.last_drain / 1e9)
+        if not self.details:
+            return
+        yield self._labelled("check_passes", "1 for a check that passes in every worker, 0 otherwise.", "check",
+                             self._checks())  # fmt: skip
+
+    def _labelled(self, name: str, text: str, label: str, values: dict[str, Any]) -> Metric:
+        from prometheus_client.core import GaugeMetricFamily
+
+        family = GaugeMetricFamily(f"zdd_web_{name}", text, labels=[label])
+        for key, value in values.items():
+            family.add_metric([key], float(value))
+        return family
+
+    def _oldest(self) -> float:
+        began = [slot.oldest_task for slot in self._board.used_slots() if slot.state and slot.oldest_task]
+        return clock.since(min(began)) if began else 0.0
+
+    def _checks(self) -> dict[str, bool]:
+        passes: dict[str, bool] = {}
+        for slot in self._board.used_slots():
+            if slot.state == WorkerState.SERVING:
+                for record in (slot.check(index) for index in range(slot.checks)):
+                    name = record.name
+                    passes[name] = passes.get(name, True) and record.result == Result.PASSED
+        return passes
+
+
+def exposition(collector: Collector, accept: str) -> tuple[str, bytes]:
+    """Return the content type and the body of an answer to a scrape, in the format that the client accepts.
+
+    Raises ImportError without `prometheus_client`.
+    """
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import choose_encoder
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    encode, content_type = choose_encoder(accept)
+    return content_type, encode(registry)

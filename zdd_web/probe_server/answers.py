@@ -1,0 +1,140 @@
+"""Which path is what on the probe port, and when a verdict has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from zdd_web import log, proc
+from zdd_web.board import Board
+from zdd_web.health import Health, Probe, Question, Reply, Status, answer, examine, not_found, plain, table
+from zdd_web.lifecycle import Phase
+from zdd_web.metrics import Collector, exposition
+from zdd_web.probes import look, may_see, names
+from zdd_web.settings import Settings
+
+#: How often an unknown path may make the table anew, seconds: a worker may have registered a check meanwhile.
+REMAKE = 1.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, as far as an answer depends on it."""
+
+    method: str
+    path: str
+    query: str = ""
+    accept: str = ""
+    peer: str = ""
+
+    @classmethod
+    def read(cls, method: bytes, target: bytes, accept: bytes, peer: str) -> Asked:
+        """Take a request's target apart; a proxy's absolute form means the same path.
+
+        >>> Asked.read(b"GET", b"http://10.0.0.7/readyz?verbose", b"", "").path
+        '/readyz'
+        """
+        text = target.decode("latin-1")
+        if "://" in text.partition("?")[0]:
+            text = "/" + text.partition("://")[2].partition("/")[2]
+        path, _, query = text.partition("?")
+        return cls(method.decode("latin-1"), unquote(path), query, accept.decode("latin-1"), peer)
+
+
+#: Answers a path that is no probe.
+Route = Callable[[Asked, Board], Reply]
+
+
+def routes(settings: Settings) -> dict[str, Route]:
+    """Return what the probe port has besides probes."""
+    # Kept: what it has shown once never becomes less.
+    collectors: dict[Board, Collector] = {}
+
+    def scrape(asked: Asked, board: Board) -> Reply:
+        collector = collectors.setdefault(board, Collector(board))
+        # Names of checks are details.
+        collector.details = may_see(settings.details, asked.peer, default="loopback")
+        try:
+            content_type, body = exposition(collector, asked.accept)
+        except ImportError:
+            return plain(501, "Not Implemented", "prometheus_client is not installed: zdd-web[metrics]\n", asked.method)
+        return plain(200, "OK", body.decode(), asked.method, content_type=content_type)
+
+    return {"/metrics": scrape}
+
+
+class Answers:
+    """The answers of one generation."""
+
+    def __init__(
+        self,
+        board: Board,
+        settings: Settings,
+        predecessors: Board | None = None,
+        others: Mapping[str, Route] | None = None,
+    ) -> None:
+        self._board, self._settings, self._predecessors = board, settings, predecessors
+        self._others = routes(settings) if others is None else others
+        self._probes: dict[str, tuple[Probe, str]] = {}
+        self._made_at = -REMAKE
+        #: Nobody moves the phase of this generation any more.
+        self.orphaned = False
+
+    def reply(self, asked: Asked) -> Reply:
+        """Answer a request."""
+        found = self._find(asked.path)
+        if found is not None:
+            probe, only = found
+            details = may_see(self._settings.details, asked.peer, default="loopback")
+            question = Question.read(asked.method, asked.query, asked.accept, only=only, details=details)
+            return answer(probe, question, self.look())
+        other = self._others.get(asked.path)
+        return not_found(asked.method) if other is None else other(asked, self._board)
+
+    def look(self) -> Health:
+        """Read the board; that of a master that is gone only says what had been."""
+        health, header = look(self._board), self._board.header
+        if header.successor_pid:
+            # Retired, to the end of its last connection: a question is about the service, which its successor is.
+            return dataclasses.replace(health, phase=Phase.RETIRING)
+        if not self.orphaned:
+            return health
+        before = self._predecessors
+        if before is not None and proc.alive(before.header.master_pid, before.header.master_start):
+            # It takes over again, or has never ceased to serve.
+            return look(before)
+        return dataclasses.replace(health, phase=Phase.STOPPED)
+
+    def _find(self, path: str) -> tuple[Probe, str] | None:
+        if path not in self._probes and time.monotonic() - self._made_at >= REMAKE:
+            self._made_at = time.monotonic()
+            self._probes = table(self._settings, names(self._board))
+        return self._probes.get(path)
+
+
+class Verdicts:
+    """What liveness and readiness were when they were last looked at; a change is logged, once."""
+
+    def __init__(self) -> None:
+        self._failing: dict[Probe, bool] = {Probe.LIVENESS: False, Probe.READINESS: False}
+
+    def see(self, health: Health) -> None:
+        """Log what has changed. Not of a generation that boots, nor of one whose successor says it."""
+        if health.phase in (Phase.BOOTING, Phase.RETIRING):
+            return
+        for probe, was in self._failing.items():
+            bad = [each for each in examine(probe, health) if each.status is Status.FAIL]
+            if bool(bad) == was:
+                continue
+            self._failing[probe] = bool(bad)
+            if bad:
+                # A stop that was asked for is no alarm.
+                level = logging.WARNING if health.speaking is Phase.SERVING else logging.INFO
+                reason = "; ".join(f"{each.name}: {each.text}" for each in bad)
+                log.emit("probe.failing", level, probe=probe.value, reason=reason)
+            else:
+                log.emit("probe.passing", probe=probe.value)

@@ -1,0 +1,125 @@
+"""From a board to an answer: what the adaptors and the probe port share.
+
+`look()` reads the board and nothing else, so an answer takes microseconds, however the app and its neighbours are.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+
+from zdd_web import checks, clock, process
+from zdd_web.board import Board, CheckRecord, WorkerState
+from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
+from zdd_web.lifecycle import Phase
+from zdd_web.settings import FrameworkSettings, Settings, of_app
+
+
+def look(board: Board) -> Health:
+    """Read what a generation says of itself."""
+    header, now = board.header, clock.now_ns()
+    workers, beat_at = [], header.ready_at
+    for slot in board.used_slots():
+        beat_at = max(beat_at, slot.beat_at)
+        state = slot.state
+        if state not in (WorkerState.FREE, WorkerState.LEAVING) or not header.workers_wanted:
+            seen = tuple(_check(slot.check(index), now) for index in range(slot.checks))
+            serving = state == WorkerState.SERVING or not header.workers_wanted
+            workers.append(WorkerSeen(serving, seen))
+    successor = header.successor_phase
+    return Health(
+        phase=Phase(header.phase),
+        successor=Phase(successor) if successor else None,
+        successor_trouble=header.successor_trouble,
+        wanted=header.workers_wanted,
+        workers=tuple(workers),
+        silence=max(0.0, (now - beat_at) / 1e9),
+        worker_timeout=header.worker_timeout / 1e9 if header.worker_timeout else None,
+    )
+
+
+def _check(record: CheckRecord, now: int) -> CheckSeen:
+    return CheckSeen(
+        name=record.name,
+        kind=Kind(record.kind),
+        critical=bool(record.critical),
+        result=Result(record.result),
+        fresh=now < record.fresh_until,
+        failing_for=(now - record.failing_since) / 1e9 if record.failing_since else 0.0,
+        message=record.message,
+    )
+
+
+def names(board: Board) -> set[str]:
+    """Return the names of all checks that any worker has."""
+    return {slot.check(index).name for slot in board.used_slots() for index in range(slot.checks)}
+
+
+def is_loopback(peer: str) -> bool:
+    """Tell whether an address is of this machine.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("10.0.0.7"), is_loopback("")
+    (True, False, False)
+    """
+    try:
+        address = ipaddress.ip_address(peer)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def may_see(details: str, peer: str, default: str) -> bool:
+    """Tell whether a client may see details, by the setting `DETAILS` and the default of the port."""
+    details = details or default
+    return details == "always" or (details == "loopback" and is_loopback(peer))
+
+
+class Probes:
+    """Which paths are probes, for one app, and the answers to them. For adaptors.
+
+    `brought` is called for the app's own settings when they are first needed, and again after `forget()` and whenever
+    the settings of the process, or its checks, have changed.
+    """
+
+    def __init__(self, brought: Callable[[], FrameworkSettings] | None = None) -> None:
+        self._brought = brought
+        # Kept, since each request of the app is looked up in it; in one attribute, so that threads see all or nothing.
+        self._made: tuple[Settings | None, Settings | None, int, dict[str, tuple[Probe, str]]] = (None, None, 0, {})
+
+    def forget(self) -> None:
+        """Have the app's settings read again: they have changed."""
+        self._made = (None, None, 0, {})
+
+    def asks(self, path: str) -> bool:
+        """Tell whether a path is a probe; for everybody else's requests this is all that happens."""
+        made_of, _, count, paths = self._made
+        if made_of is not process.current().settings or count != checks.count():
+            paths = self._make()
+        return path in paths
+
+    def answer(self, path: str, method: str, *, query: str = "", accept: str = "", peer: str = "") -> Reply | None:
+        """Return the reply to a probe; None when the path is none.
+
+        `query` is the raw query string, `accept` the header, `peer` the client's address without its port.
+        """
+        if not self.asks(path):
+            return None
+        _, settings, _, paths = self._made
+        asked = paths.get(path)
+        if asked is None or settings is None:
+            return None  # forgotten in between
+        probe, only = asked
+        here = process.current()
+        here.run_checks()
+        details = may_see(settings.details, peer, default="never")
+        question = Question.read(method, query, accept, only=only, details=details)
+        return answer(probe, question, look(here.board))
+
+    def _make(self) -> dict[str, tuple[Probe, str]]:
+        here = process.current()
+        settings, count = here.settings, checks.count()
+        own = of_app(settings, here.fixed, self._brought()) if self._brought else settings
+        paths = table(own, checks.names())
+        self._made = settings, own, count, paths
+        return paths
