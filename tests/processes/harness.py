@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pytest
 
 from zdd_web import proc
 from zdd_web import service as finder
@@ -79,7 +82,18 @@ APP = """
     app = ProbeMiddleware(app)
 """
 
+#: Every family of worker classes.
+WORKER_CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
+
 CONF = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})\n"
+
+
+def skip_unless_installed(worker_class: str) -> str:
+    """Return a worker class that is there."""
+    module = {"gevent": "gevent", "asgi": "gunicorn.asgi"}.get(worker_class, worker_class.partition(".")[0])
+    if worker_class not in ("sync", "gthread") and importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    return worker_class
 
 
 def until(what: str, probe: Callable[[], T | None], service: Service | None = None, patience: float = PATIENCE) -> T:

@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gunicorn
 import pytest
 
-from tests.processes.harness import Service, serving_workers, until
+from tests.processes.harness import WORKER_CLASSES, Service, serving_workers, skip_unless_installed, until
 
 #: Two checks of one neighbour, over a connection that is made anew for each, as Django's is.
 CHECKS = """
@@ -69,19 +68,10 @@ APPS = {
     """,
 }
 
-CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
 
-
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=WORKER_CLASSES)
 def worker_class(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    if name == "asgi" and gunicorn.version_info < (25,):
-        pytest.skip("gunicorn has an asgi worker since 25")
-    if name == "gevent" and importlib.util.find_spec("gevent") is None:
-        pytest.skip("gevent is not installed")
-    if name.startswith("uvicorn") and importlib.util.find_spec("uvicorn_worker") is None:
-        pytest.skip("uvicorn_worker is not installed")
-    return name
+    return skip_unless_installed(request.param)
 
 
 class Neighbour:

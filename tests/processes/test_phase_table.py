@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gunicorn
 import pytest
 
-from tests.processes.harness import PATIENCE, Service, until
+from tests.processes.harness import PATIENCE, WORKER_CLASSES, Service, skip_unless_installed, until
 
 PAGE = Path(__file__).parents[2] / "docs/reference/phases.md"
 ENDPOINTS = ("/livez", "/readyz", "/healthz", "/startupz")
@@ -60,19 +58,10 @@ APPS = {
     """,
 }
 
-CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
 
-
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=WORKER_CLASSES)
 def worker_class(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    if name == "asgi" and gunicorn.version_info < (25,):
-        pytest.skip("gunicorn has an asgi worker since 25")
-    if name == "gevent" and importlib.util.find_spec("gevent") is None:
-        pytest.skip("gevent is not installed")
-    if name.startswith("uvicorn") and importlib.util.find_spec("uvicorn_worker") is None:
-        pytest.skip("uvicorn_worker is not installed")
-    return name
+    return skip_unless_installed(request.param)
 
 
 def documented() -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
@@ -163,7 +152,7 @@ class Table:
 def test_each_phase_answers_as_documented(make_service: Callable[..., Service], worker_class: str):
     service = make_service(worker_class, workers=1)
     service.arguments = ["--keep-alive", "60"]
-    service.write_app(WAIT + APPS["asgi" if worker_class in CLASSES[3:] else "wsgi"])
+    service.write_app(WAIT + APPS["asgi" if worker_class in WORKER_CLASSES[3:] else "wsgi"])
     service.configure(probe_bind="127.0.0.1:0", drain_delay=100, grace_period=200).spawn()
     table = Table(service)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib.util
 import os
 import re
 import signal
@@ -15,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import gunicorn
 import pytest
 
 from tests.processes.harness import (
     APP,
     LEAVES_BY,
     PATIENCE,
+    WORKER_CLASSES,
     Service,
     answered_from,
     generations_of,
@@ -29,6 +28,7 @@ from tests.processes.harness import (
     outlives,
     serving_workers,
     settled,
+    skip_unless_installed,
     until,
 )
 from zdd_web.board import WorkerState
@@ -95,28 +95,13 @@ ASGI_APP = """
             print("job finished", file=sys.stderr, flush=True)
 """
 
-GUNICORN = tuple(int(part) for part in re.findall(r"\d+", gunicorn.__version__)[:2])
-UVICORN = "uvicorn_worker.UvicornWorker"
-
-WORKER_CLASSES = [
-    pytest.param(
-        "gevent", marks=pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="gevent is not installed")
-    ),
-    pytest.param("asgi", marks=pytest.mark.skipif(GUNICORN < (25,), reason="gunicorn has no asgi worker before 25")),
-    pytest.param(
-        UVICORN,
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("uvicorn_worker") is None, reason="uvicorn-worker is not installed"
-        ),
-        id="uvicorn",
-    ),
-]
-LOOPS = WORKER_CLASSES[1:]
+UVICORN = WORKER_CLASSES[4]
+LOOPS = WORKER_CLASSES[3:]
 
 
-@pytest.fixture(params=WORKER_CLASSES)
+@pytest.fixture(params=WORKER_CLASSES[2:])
 def worker_class(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return skip_unless_installed(request.param)
 
 
 @pytest.fixture
@@ -514,7 +499,7 @@ def test_a_stop_under_load_resets_nobody(service: Service):
 # -- websockets
 
 
-@pytest.mark.parametrize("worker_class", WORKER_CLASSES[1:2], indirect=True)
+@pytest.mark.parametrize("worker_class", LOOPS[:1], indirect=True)
 def test_websockets_are_closed_with_1012_at_the_end(service: Service):
     service.start()
     with connect(service) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -172,3 +173,24 @@ def test_the_age_of_background_work_is_that_of_the_oldest(tasks: int) -> None:
     board = generation()
     board.slot(0).tasks, board.slot(0).oldest_task = tasks, 0
     assert scrape(board)["zdd_web_background_oldest_seconds", ()] == 0
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    board = generation()
+    slot = board.slot(0)
+    slot.checks = 1
+    slot.check(0).name = "database"
+    note_queues(board, [("http://127.0.0.1:80", 0, 1)])
+    families = list(Collector(board).collect())
+    kinds = {
+        each.name.removeprefix("zdd_web_") + ("_total" if each.type == "counter" else ""): (
+            each.type,
+            "".join(sorted({name for sample in each.samples for name in sample.labels})),
+        )
+        for each in families
+    }
+    page = Path(__file__).parents[2] / "docs/reference/metrics.md"
+    rows = [
+        [cell.strip(" `") for cell in row.split("|")[1:-1]] for row in page.read_text().splitlines() if row[:3] == "| `"
+    ]
+    assert {row[0]: (row[1], row[2]) for row in rows} == kinds
