@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.processes.harness import CONF, Held, Service, settled, until
-from tests.processes.test_worker_classes import GUNICORN
+from tests.processes.harness import CONF, Held, Service, settled, skip_unless_installed, until
 
 MakeService = Callable[..., Service]
 
@@ -124,17 +123,9 @@ ASGI = """
 """
 
 
-@pytest.mark.parametrize(
-    "worker_class",
-    [
-        "gthread",
-        pytest.param(
-            "asgi", marks=pytest.mark.skipif(GUNICORN < (25,), reason="gunicorn has no asgi worker before 25")
-        ),
-        "uvicorn_worker.UvicornWorker",
-    ],
-)
+@pytest.mark.parametrize("worker_class", ["gthread", "asgi", "uvicorn_worker.UvicornWorker"])
 def test_access_log_is_without_probes_that_are_well(make_service: MakeService, worker_class: str) -> None:
+    skip_unless_installed(worker_class)
     service = make_service(worker_class, workers=1, drain_delay=10, grace_period=20, log_probes=False)
     service.arguments = ["--access-logfile", "-"]
     if worker_class != "gthread":

@@ -495,9 +495,18 @@ def test_probes_are_no_late_requests(service: Service):
     assert " late=" not in line and "remedy=" not in line
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_several_binds_are_drained_and_closed_together(service: Service, tmp_path: Path):
     first, second = tmp_path / "first.sock", tmp_path / "second.sock"
-    service.arguments = ["--bind", "[::1]:0", "--bind", f"unix:{first}", "--bind", f"unix:{second}"]
+    inside = "[::1]:0" if has_ipv6() else "127.0.0.2:0"
+    service.arguments = ["--bind", inside, "--bind", f"unix:{first}", "--bind", f"unix:{second}"]
     service.configure(drain_delay=2, grace_period=20).start()
     service.signal(signal.SIGTERM)
     service.wait_for("event=phase.lame_duck")
