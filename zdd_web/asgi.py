@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ class ProbeMiddleware:
             # The path within the app, as PATH_INFO is. Servers disagree on whether `path` begins with `root_path`.
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if self._probes.asks(path):
+                if self._probes.must_wait():
+                    await asyncio.to_thread(self._probes.wait)
                 reply = self._answer(scope, path)
                 if reply is not None:
                     await _send(reply, send)

@@ -184,6 +184,10 @@ class Header(Record):
     #: It answers on the socket that was inherited, as its predecessor's does.
     probe_shared = Word(63)
     upgrade_reason = Text(64, 1024)
+    #: For how long a worker may boot, nanoseconds.
+    boot_timeout = Word(194)
+    #: There is no gunicorn, and nobody else has this board.
+    alone = Word(195)
     #: What is wrong with a successor that serves; read by a generation that retires.
     successor_trouble = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
@@ -356,7 +360,7 @@ class Board:
             1,
         )
         header.name, header.generation, header.phase, header.magic = name, 1, Phase.SERVING, MAGIC
-        header.master_pid, header.slots_used = os.getpid(), 1
+        header.master_pid, header.slots_used, header.alone = os.getpid(), 1, 1
         return board
 
     @classmethod

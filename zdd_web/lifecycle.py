@@ -33,6 +33,12 @@ class Phase(enum.IntEnum):
         """
         return self.name.lower()
 
+    def __str__(self) -> str:
+        return self.label
+
+    def __format__(self, spec: str) -> str:
+        return format(self.label, spec)
+
 
 class Event(enum.Enum):
     """What may happen to a generation."""

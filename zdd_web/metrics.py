@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zdd_web import clock
 from zdd_web.board import LAYOUT, Board, Header, WorkerState
-from zdd_web.health import Result
+from zdd_web.health import Kind, Result
 from zdd_web.lifecycle import Phase
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Totals:
 
     def at_least(self, other: Totals) -> Totals:
         """Return what is greater, field by field: a worker's count is nowhere for an instant when it has gone."""
-        return Totals(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+        greater = Totals(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+        return dataclasses.replace(greater, last_upgrade=self.last_upgrade, last_drain=self.last_drain)
 
 
 def before(board: Board) -> Totals:
@@ -106,7 +107,7 @@ class Collector:
     def __init__(self, board: Board) -> None:
         self._board = board
         self._seen = Totals()
-        #: Whether the client may see the names of checks.
+        #: Names of checks are for those who may see details.
         self.details = True
 
     def collect(self) -> Iterator[Metric]:
@@ -161,20 +162,26 @@ class Collector:
         return family
 
     def _oldest(self) -> float:
-        began = [slot.oldest_task for slot in self._board.used_slots() if slot.state and slot.oldest_task]
+        # Read once: it may be over in between.
+        began = [began for slot in self._board.used_slots() if slot.state and (began := slot.oldest_task)]
         return clock.since(min(began)) if began else 0.0
 
     def _checks(self) -> dict[str, bool]:
         passes: dict[str, bool] = {}
+        now = clock.now_ns()
         for slot in self._board.used_slots():
             if slot.state == WorkerState.SERVING:
                 for record in (slot.check(index) for index in range(slot.checks)):
                     name = record.name
-                    passes[name] = passes.get(name, True) and record.result == Result.PASSED
+                    passes[name] = passes.get(name, True) and (
+                        record.result == Result.PASSED
+                        # What is asked once stays true.
+                        and (now < record.fresh_until or record.kind == Kind.STARTUP)
+                    )
         return passes
 
 
-def exposition(collector: Collector, accept: str) -> tuple[str, bytes]:
+def exposition(collector: Collector, accept: str, *, details: bool = True) -> tuple[str, bytes]:
     """Return the content type and the body of an answer to a scrape, in the format that the client accepts.
 
     Raises ImportError without `prometheus_client`.
@@ -182,6 +189,7 @@ def exposition(collector: Collector, accept: str) -> tuple[str, bytes]:
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
 
+    collector.details = details
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
     encode, content_type = choose_encoder(accept)

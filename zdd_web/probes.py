@@ -18,23 +18,26 @@ from zdd_web.settings import FrameworkSettings, Settings, of_app
 def look(board: Board) -> Health:
     """Read what a generation says of itself."""
     header, now = board.header, clock.now_ns()
-    workers, beat_at = [], header.ready_at
+    alone = bool(header.alone)
+    workers, beat_at, limit = [], header.ready_at, header.worker_timeout
     for slot in board.used_slots():
         beat_at = max(beat_at, slot.beat_at)
         state = slot.state
-        if state not in (WorkerState.FREE, WorkerState.LEAVING) or not header.workers_wanted:
+        if state == WorkerState.BOOTING and limit:
+            # It does not beat while it imports, and may be all that is left.
+            limit = max(limit, header.boot_timeout)
+        if state not in (WorkerState.FREE, WorkerState.LEAVING) or alone:
             seen = tuple(_check(slot.check(index), now) for index in range(slot.checks))
-            serving = state == WorkerState.SERVING or not header.workers_wanted
-            workers.append(WorkerSeen(serving, seen))
+            workers.append(WorkerSeen(state == WorkerState.SERVING or alone, seen))
     successor = header.successor_phase
     return Health(
         phase=Phase(header.phase),
         successor=Phase(successor) if successor else None,
         successor_trouble=header.successor_trouble,
-        wanted=header.workers_wanted,
+        wanted=None if alone else header.workers_wanted,
         workers=tuple(workers),
         silence=max(0.0, (now - beat_at) / 1e9),
-        worker_timeout=header.worker_timeout / 1e9 if header.worker_timeout else None,
+        worker_timeout=limit / 1e9 if limit else None,
     )
 
 
@@ -50,9 +53,10 @@ def _check(record: CheckRecord, now: int) -> CheckSeen:
     )
 
 
-def names(board: Board) -> set[str]:
-    """Return the names of all checks that any worker has."""
-    return {slot.check(index).name for slot in board.used_slots() for index in range(slot.checks)}
+def kinds(board: Board) -> dict[str, Kind]:
+    """Return the names of all checks that any worker has, and their kinds."""
+    records = (slot.check(index) for slot in board.used_slots() for index in range(slot.checks))
+    return {record.name: Kind(record.kind) for record in records}
 
 
 def is_loopback(peer: str) -> bool:
@@ -98,6 +102,14 @@ class Probes:
             paths = self._make()
         return path in paths
 
+    def must_wait(self) -> bool:
+        """Whether an answer has to wait for the first results of checks: once, where there is no gunicorn."""
+        return process.current().must_run_checks
+
+    def wait(self) -> None:
+        """Wait for them; in asyncio code in a thread."""
+        process.current().run_checks()
+
     def answer(self, path: str, method: str, *, query: str = "", accept: str = "", peer: str = "") -> Reply | None:
         """Return the reply to a probe; None when the path is none.
 
@@ -111,7 +123,8 @@ class Probes:
             return None  # forgotten in between
         probe, only = asked
         here = process.current()
-        here.run_checks()
+        if here.must_run_checks:
+            here.run_checks()
         details = may_see(settings.details, peer, default="never")
         question = Question.read(method, query, accept, only=only, details=details)
         return answer(probe, question, look(here.board))
@@ -120,6 +133,10 @@ class Probes:
         here = process.current()
         settings, count = here.settings, checks.count()
         own = of_app(settings, here.fixed, self._brought()) if self._brought else settings
-        paths = table(own, checks.names())
+        if here.alone:
+            # gunicorn's workers do so before they serve.
+            checks.load(own.checks)
+            count = checks.count()
+        paths = table(own, checks.kinds())
         self._made = settings, own, count, paths
         return paths

@@ -41,8 +41,10 @@ class Process:
         self._at = slot.base if slot is not None else -1
         if slot is not None:
             waitgroup.observer = self._tasks_changed
-        self._alone = slot is None and board.header.slot_count == 1
+        #: There is no gunicorn.
+        self.alone = bool(board.header.alone)
         self._runner: checks.Runner | None = None
+        self._checks_run = 0
         self._make_runner_once = threading.Lock()
 
     def _tasks_changed(self, count: int) -> None:
@@ -106,15 +108,20 @@ class Process:
 
     def run_checks(self) -> None:
         """Where there is no gunicorn: have the checks run from now on, and wait for their first results."""
-        if not self._alone or (self._runner is not None and len(self._runner.states) == checks.count()):
-            return
         with self._make_runner_once:
-            if self._runner is not None:
-                self._runner.stop()
-            self._runner = runner = self.checks_runner()
+            if not self.must_run_checks:
+                return  # somebody else has, meanwhile
+            self.stop_checks()
+            runner, count = self.checks_runner(), checks.count()
             limit = max((state.check.timeout for state in runner.states), default=0.0)
             runner.settle(lambda: None, time.monotonic() + limit + 1)
             runner.start()
+            self._runner, self._checks_run = runner, count
+
+    @property
+    def must_run_checks(self) -> bool:
+        """Whether there is no gunicorn, and checks that were not run yet."""
+        return self.alone and self._checks_run != checks.count()
 
     def stop_checks(self) -> None:
         """End what `run_checks()` has begun."""

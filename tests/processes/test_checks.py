@@ -225,6 +225,33 @@ def test_one_worker_of_two_with_a_broken_connection_is_a_warning(make_service: C
     service.stop()
 
 
+@pytest.mark.parametrize("worker_class", ["gthread", "gevent"])
+def test_many_async_checks_run_beside_each_other(make_service: Callable[..., Service], worker_class: str):
+    service = make_service(skip_unless_installed(worker_class))
+    service.write_app(
+        """
+        import asyncio, zdd_web
+        from zdd_web.wsgi import ProbeMiddleware
+
+        async def wait():
+            await asyncio.sleep(0.1)
+
+        for name in ("one", "two", "three"):
+            zdd_web.check(name, interval=0.1, timeout=5)(wait)
+            wait = type(wait)(wait.__code__, globals(), name)
+
+        def app(environ, start_response):
+            start_response("200 OK", [])
+            return [b"ok"]
+
+        app = ProbeMiddleware(app)
+        """
+    )
+    service.start()
+    assert [status(service, f"/readyz/{name}") for name in ("one", "two", "three")] == [200] * 3
+    service.stop()
+
+
 def test_checks_rest_while_a_generation_leaves_and_go_on_when_it_serves_again(
     make_service: Callable[..., Service], neighbour: Neighbour
 ):

@@ -208,3 +208,55 @@ def test_app_may_say_it_and_a_reload_takes_it(make_service: MakeService) -> None
     service.get("/livez?after")
     service.stop()
     assert re.findall(r'"GET (\S+) HTTP/1.1" 200', service.log()) == ["/livez?before"]
+
+
+ASGI_PROJECT = """
+    import os
+    os.environ["DJANGO_SETTINGS_MODULE"] = "project"
+    from django.core.asgi import get_asgi_application
+    app = get_asgi_application()
+"""
+
+ASYNC_PROJECT = """
+    import asyncio
+    from django.http import HttpResponse
+    from django.urls import path
+
+    async def view(request):
+        await asyncio.sleep(0.05)
+        return HttpResponse("ok")
+
+    SECRET_KEY = "only for the test"
+    ALLOWED_HOSTS = ["*"]
+    INSTALLED_APPS = ["zdd_web"]
+    MIDDLEWARE = ["zdd_web.django.middleware.ProbeMiddleware"]
+    ROOT_URLCONF = "project"
+    ZDD_WEB = {"READINESS_PATH": "/ready"}
+    urlpatterns = [path("", view)]
+"""
+
+
+@pytest.mark.parametrize("worker_class", ["asgi", "uvicorn_worker.UvicornWorker"])
+def test_an_async_view_of_django_can_be_warmed_up(make_service: MakeService, worker_class: str) -> None:
+    service = make_service(skip_unless_installed(worker_class), workers=1, warmup=["/"])
+    (service.directory / "project.py").write_text(textwrap.dedent(ASYNC_PROJECT))
+    service.write_app(ASGI_PROJECT)
+    service.start()
+    assert service.get().status == 200
+    assert service.get("/ready").status == 200
+    service.stop()
+
+
+def test_a_probe_port_does_not_say_something_else_than_the_app(make_service: MakeService) -> None:
+    # Only the app knows its paths: the master, whose process answers on the probe port, would not have them.
+    service = make_service("gthread", workers=1, probe_bind="127.0.0.1:0")
+    (service.directory / "project.py").write_text(textwrap.dedent(ASYNC_PROJECT))
+    service.write_app(DJANGO_WSGI)
+    process = service.spawn()
+    assert process.wait(30) == 3
+    assert service.matches("READINESS_PATH = '/ready' contradicts the default READINESS_PATH = '/readyz'")
+    service.environ["DJANGO_SETTINGS_MODULE"] = "project"
+    service.log_file.write_text("")
+    service.start()
+    assert service.get("/ready").status == 200
+    service.stop()

@@ -184,10 +184,11 @@ def test_answers_when_all_workers_are_busy_and_when_one_stands_still(probed: Ser
 
 def test_liveness_fails_when_no_worker_has_beaten_for_the_worker_timeout(one: Service) -> None:
     one.arguments = ["--timeout", "1"]
-    one.start()
+    one.configure(upgrade_timeout=2).start()
     port = port_of(one)
     workers = settled(one, 2)
-    # gunicorn kills them; those that it starts instead hang in their import, and do not beat either.
+    # gunicorn kills them; those that it starts instead hang in their import, and do not beat either. That is borne for
+    # as long as a boot may take.
     one.deploy("2", at_import=HANG)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)

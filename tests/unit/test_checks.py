@@ -159,6 +159,74 @@ def test_a_startup_check_is_asked_until_it_passes_and_never_again() -> None:
     assert seen["startup"] == 2
 
 
+def test_a_startup_check_that_is_not_critical_is_not_asked_by_workers_that_serve() -> None:
+    seen: list[int] = []
+    check("optional", kind="startup", critical=False, interval=0.01)(lambda: seen.append(1) or False)
+    here = Runner()
+    pass_all(here, quiet, quiet)
+    asked = len(seen)
+    here.start()
+    assert here.states == []
+    assert len(seen) == asked
+
+
+def test_one_check_does_not_wait_for_another() -> None:
+    @check("slow", critical=False, timeout=0.3)
+    async def slow() -> None:
+        await asyncio.sleep(30)
+
+    @check("quick", timeout=0.3)
+    async def quick() -> None: ...
+
+    assert failing() == {"slow": "no answer within 0.3 s"}
+
+
+def test_all_is_asked_once_whatever_fails(never: threading.Event) -> None:
+    seen: list[int] = []
+    check("wrong", interval=0.01)(lambda: seen.append(1) or False)
+    check("slow", timeout=0.2)(lambda: never.wait(30))
+    assert set(failing()) == {"wrong", "slow"}
+
+
+def test_a_machine_without_threads_fails_a_check_and_not_all_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    check("database", interval=0.01)(lambda: None)
+    start, refused = threading.Thread.start, [1]
+
+    def refuse(thread: threading.Thread) -> None:
+        if refused and thread.name.startswith("zdd_web-check-"):
+            refused.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    here = Runner()
+    turn_until(here, lambda: here.states[0].result is Result.FAILED)
+    assert here.states[0].message == "RuntimeError: can't start new thread"
+    turn_until(here, lambda: here.states[0].result is Result.PASSED)
+
+
+def test_an_error_without_words_is_one_too() -> None:
+    class WordlessError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    @check("wordless")
+    def wordless() -> None:
+        raise WordlessError
+
+    assert failing() == {"wordless": "WordlessError"}
+
+
+def test_whatever_can_be_awaited_is() -> None:
+    class Answer:
+        def __await__(self) -> Iterator[None]:
+            raise ConnectionError("gone")
+            yield
+
+    check("answer")(lambda: Answer())
+    assert failing() == {"answer": "ConnectionError: gone"}
+
+
 def test_nothing_is_started_while_the_process_leaves() -> None:
     seen: list[int] = []
     check("database", interval=0.01)(lambda: seen.append(1))
@@ -203,7 +271,7 @@ def test_one_name_is_one_check() -> None:
     check("database")(one)
 
 
-@pytest.mark.parametrize("name", ["", "two words", 5, "a-b", "a" * 49])
+@pytest.mark.parametrize("name", ["", "two words", 5, "a-b", "a" * 49, "datenbänk"])
 def test_a_name_can_be_logged(name: object) -> None:
     with pytest.raises(SettingsError, match="a name must be letters"):
         check(name)  # type: ignore[arg-type]

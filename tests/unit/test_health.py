@@ -91,7 +91,10 @@ def test_readiness_of_a_retiring_generation_is_that_of_its_successor(successor: 
 def test_a_successor_that_is_not_ready_makes_its_predecessor_say_so() -> None:
     health = Health(Phase.RETIRING, Phase.SERVING, successor_trouble="database", workers=(WorkerSeen(True),), wanted=1)
     reply = answer(Probe.READINESS, DETAILS, health)
-    assert (reply.status, reply.body) == (503, b"[+]phase serving\n[-]successor database\nreadiness failed: failed\n")
+    assert (reply.status, reply.body) == (
+        503,
+        b"[+]phase serving\n[-]successor database\nreadiness failed: successor\n",
+    )
     assert answer(Probe.LIVENESS, DETAILS, health).status == 200
 
 
@@ -140,8 +143,29 @@ def test_paths_are_probes_with_and_without_a_slash_at_their_end() -> None:
         "/healthz": (Probe.READINESS, ""),
     }
     assert table(Settings()) == plain | {f"{path}/": asked for path, asked in plain.items()}
-    assert table(Settings(), ["db"])["/readyz/db"] == (Probe.READINESS, "db")
-    assert table(Settings(), ["db"])["/livez/db/"] == (Probe.LIVENESS, "db")
+    checks = {"db": Kind.READINESS, "stuck": Kind.LIVENESS, "migrations": Kind.STARTUP}
+    alone = {path: asked for path, asked in table(Settings(), checks).items() if asked[1] and path[-1] != "/"}
+    # Each below the probe in which it has a say, and nowhere else.
+    assert alone == {
+        "/readyz/db": (Probe.READINESS, "db"),
+        "/healthz/db": (Probe.READINESS, "db"),
+        "/livez/stuck": (Probe.LIVENESS, "stuck"),
+        "/startupz/migrations": (Probe.STARTUP, "migrations"),
+    }
+    assert table(Settings(), checks)["/livez/stuck/"] == (Probe.LIVENESS, "stuck")
+
+
+def test_no_check_takes_the_path_of_a_probe() -> None:
+    settings = Settings(health_path="/health", liveness_path="/health/live")
+    assert table(settings, {"live": Kind.READINESS})["/health/live"] == (Probe.LIVENESS, "")
+
+
+def test_a_check_alone_is_that_of_the_successor_while_a_generation_retires() -> None:
+    well = Health(Phase.RETIRING, Phase.SERVING)
+    ill = Health(Phase.RETIRING, Phase.SERVING, successor_trouble="cache; database")
+    assert answer(Probe.READINESS, Question(only="database"), well).status == 200
+    assert answer(Probe.READINESS, Question(only="database"), ill).status == 503
+    assert answer(Probe.READINESS, Question(only="search"), ill).status == 200
 
 
 def test_paths_are_those_of_the_settings() -> None:
@@ -195,6 +219,11 @@ def test_a_service_lives_as_long_as_any_worker_beats(silence: float, status: int
 def test_heartbeats_count_in_a_service_that_serves(phase: Phase) -> None:
     # What is still finishing its work must not be killed for it.
     assert answer(Probe.LIVENESS, Question(), Health(phase, silence=99, worker_timeout=1)).status == 200
+
+
+def test_a_service_that_wants_no_worker_is_not_ready_and_one_without_gunicorn_is() -> None:
+    assert answer(Probe.READINESS, Question(), Health(Phase.SERVING, wanted=0)).status == 503
+    assert answer(Probe.READINESS, Question(), Health(Phase.SERVING)).status == 200
 
 
 def test_a_service_without_a_worker_that_serves_is_not_ready() -> None:
@@ -256,8 +285,17 @@ def test_each_kind_has_a_say_in_its_own_probe() -> None:
 def test_a_startup_check_is_shown_while_a_worker_boots() -> None:
     health = Health(Phase.BOOTING, wanted=1, workers=(WorkerSeen(False, (failed("migrations", kind=Kind.STARTUP),)),))
     assert answer(Probe.STARTUP, DETAILS, health).body == (
-        b"[-]phase booting\n[!]migrations no route, for 12 s\nstartup failed: booting\n"
+        b"[-]phase booting\n[!]migrations no route, for 12 s\nstartup failed: phase\n"
     )
+
+
+def test_what_keeps_a_boot_up_is_shown_by_readiness_too() -> None:
+    health = Health(Phase.BOOTING, wanted=1, workers=(WorkerSeen(False, (failed(),)),))
+    shown = b"[-]phase booting\n[-]database no route, for 12 s\nreadiness failed: phase, database\n"
+    assert answer(Probe.READINESS, DETAILS, health).body == shown
+    alone = answer(Probe.READINESS, Question(only="database", details=True), health)
+    assert alone.body.startswith(b"[-]database no route")
+    assert answer(Probe.LIVENESS, Question(), health).status == 200
 
 
 def test_workers_that_do_not_serve_have_no_say() -> None:
@@ -309,7 +347,7 @@ def test_text_is_marked_as_kubernetes_marks_it() -> None:
         "[+]cache ok",
         "[!]search no route (in 1 of 2 workers), for 0 s",
         "warn: 'cahe' was to be excluded and is no check here",
-        "readiness failed: failed",
+        "readiness failed: database",
     ]
     # Without being asked when something fails, and not otherwise.
     assert answer(Probe.READINESS, DETAILS, health).body.startswith(b"[+]phase")

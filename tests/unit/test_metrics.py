@@ -114,7 +114,7 @@ def test_a_scrape_has_everything() -> None:
     slot = board.slot(0)
     slot.in_flight, slot.tasks, slot.oldest_task, slot.checks = 2, 1, 1, 1
     record = slot.check(0)
-    record.name, record.result = "database", Result.PASSED
+    record.name, record.result, record.fresh_until = "database", Result.PASSED, 2**62
     booting = board.claim(2)
     booting.checks = 0
     found = scrape(board)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from zdd_web.probe_server import answers, connection, server
 from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import HEAD_BYTES, Connection
 from zdd_web.probe_server.server import Server
+from zdd_web.probes import kinds
 from zdd_web.settings import Settings
 
 OK = Reply(200, "OK", (("Content-Length", "3"),), b"ok\n")
@@ -77,14 +79,14 @@ def test_a_check_that_is_registered_later_gets_its_path_within_a_second(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(answers, "names", lambda board: made.append(1) or {"db"} if board.slot(0).checks else set())
+    monkeypatch.setattr(answers, "kinds", lambda board: made.append(1) or kinds(board))
     monkeypatch.setattr(answers, "REMAKE", 3600.0)
     found = Answers(board, Settings())
     assert found.reply(Asked("GET", "/readyz/db")).status == 404
     register(board, "db")
     # Whoever asks for thousands of paths that there are not has the board read for them once a second.
     assert {found.reply(Asked("GET", f"/readyz/{number}")).status for number in range(100)} == {404}
-    assert len(made) == 0
+    assert len(made) == 1
     monkeypatch.setattr(answers, "REMAKE", 0.0)
     assert found.reply(Asked("GET", "/readyz/db")).status == 200
 
@@ -102,11 +104,18 @@ def test_details_are_for_this_machine_unless_the_setting_says_otherwise(
     assert (b"database" in reply.body) is seen
 
 
-def test_other_routes_are_asked_for_what_is_no_probe(board: Board) -> None:
-    others = {"/metrics": lambda asked, board: OK, "/livez": lambda asked, board: 1 / 0}
-    found = Answers(board, Settings(), others=others)
-    assert found.reply(Asked("GET", "/metrics")) is OK
-    assert found.reply(Asked("GET", "/livez")).status == 200
+def test_metrics_have_their_path(board: Board) -> None:
+    reply = Answers(board, Settings()).reply(Asked("GET", "/metrics"))
+    assert reply.status == 200
+    assert b"zdd_web_generation " in reply.body
+    assert Answers(board, Settings()).reply(Asked("POST", "/metrics")).status == 405
+
+
+def test_metrics_without_their_library_say_how_to_get_it(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    reply = Answers(board, Settings()).reply(Asked("GET", "/metrics"))
+    assert reply.status == 501
+    assert b"zdd-web[metrics]" in reply.body
 
 
 def test_for_a_master_that_was_killed_its_predecessors_board_speaks_while_that_one_lives(board: Board) -> None:

@@ -232,3 +232,20 @@ def test_every_id_is_documented_and_no_other() -> None:
     for each in ("check_redirect", "check_hosts"):
         for number in re.findall(r'id="(zdd_web\.\w+)"', inspect.getsource(getattr(system_checks, each))):
             assert re.search(rf"`{number}` \| `--deploy` \|", text), number
+
+
+@pytest.mark.parametrize(
+    ("checks", "said"),
+    [
+        (["nowhere.database"], "there is no module 'nowhere'"),
+        (["zdd_web.django.checks.databse"], "has no 'databse'"),
+        ([("zdd_web.django.checks.database", {"alais": "x"})], "alais"),
+        ([("zdd_web.django.checks.database", {"kind": "readyness"})], "must be one of"),
+    ],
+)
+def test_checks_that_cannot_be_are_found(checks: list[Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zdd_web.checks.registry._checks", {})
+    messages = found(ZDD_WEB={"CHECKS": checks})
+    assert set(messages) == {"E003"}
+    assert said in messages["E003"]
+    assert found(ZDD_WEB={"CHECKS": ["zdd_web.django.checks.database"]}) == {}

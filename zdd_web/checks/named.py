@@ -63,7 +63,8 @@ def _find(path: str, source: str) -> Any:
 
 
 def _expect_checks_of(module: types.ModuleType, path: str, source: str) -> None:
-    brought = [each for each in registered() if getattr(each.function, "__module__", "").startswith(path)]
+    modules = [str(getattr(each.function, "__module__", "")) for each in registered()]
+    brought = [each for each in modules if each == path or each.startswith(f"{path}.")]
     if not brought:
         raise SettingsError(
             f"{source}: module {path} registers no check ({count()} are known): name a function in it, or decorate "

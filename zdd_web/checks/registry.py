@@ -47,7 +47,9 @@ def check(
     ... def always():
     ...     return True
     """
-    if not isinstance(name, str) or not name.isidentifier() or len(name) > 48:
+    if callable(name):
+        raise SettingsError(f"check: {place(name)} was decorated without a name: write @zdd_web.check('database')")
+    if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or len(name) > 48:
         raise SettingsError(f"check {name!r}: a name must be letters, digits and '_', such as 'database'")
     if kind not in _KINDS:
         raise SettingsError(f"check {name!r}: kind = {kind!r} must be one of {', '.join(map(repr, _KINDS))}")
@@ -85,9 +87,9 @@ def registered() -> list[Check]:
     return list(_checks.values())
 
 
-def names() -> list[str]:
-    """Return their names."""
-    return list(_checks)
+def kinds() -> dict[str, Kind]:
+    """Return their names and kinds."""
+    return {name: each.kind for name, each in _checks.items()}
 
 
 def count() -> int:

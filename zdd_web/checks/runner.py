@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,9 +28,6 @@ AGAIN = 1.0
 #: How often a waiting worker beats, seconds.
 BEAT = 0.1
 
-#: In a thread that is none (gevent's greenlets) there can be one running loop at a time.
-_one_loop = threading.Lock()
-
 
 class State:
     """A check of this process: how it ended the last time, and when it is due."""
@@ -44,6 +42,8 @@ class State:
         self._due = 0.0
         self._began: float | None = None
         self._late = False
+        #: For its turn, which does not count for its time limit.
+        self._waits = False
         self._ended: tuple[str, float] | None = None
         self._cancel: Callable[[], object] = lambda: None
 
@@ -61,12 +61,16 @@ class State:
                 self._found(Result.FAILED if error else Result.PASSED, error, runner)
             elif not self._late:
                 self._found_late(runner)
-            again = min(self.check.interval, runner.again) if self.result is not Result.PASSED else self.check.interval
+            again = self.check.interval
+            if runner.again is not None and self.result is not Result.PASSED:
+                again = min(again, runner.again)
             self._due = max(now, self._began + again)
             if self.check.kind is Kind.STARTUP and self.result is Result.PASSED:
                 self._due = float("inf")
             self._began = None
         if self._began is not None:
+            if self._waits:
+                return now + BEAT
             if now < self._began + self.check.timeout:
                 return self._began + self.check.timeout
             if not self._late:
@@ -77,7 +81,12 @@ class State:
         if now >= self._due and not runner.idle():
             self._began, self._ended, self._late, self._cancel = now, None, False, lambda: None
             name = f"zdd_web-check-{self.check.name}"
-            threading.Thread(target=self._run, args=(runner,), name=name, daemon=True).start()
+            try:
+                threading.Thread(target=self._run, args=(runner,), name=name, daemon=True).start()
+            except RuntimeError as error:
+                # No thread to be had on this machine, for now.
+                self._ended = f"{type(error).__name__}: {error}", now
+                return now
             return now + self.check.timeout
         return max(self._due, now + BEAT)
 
@@ -101,24 +110,32 @@ class State:
     def _run(self, runner: Runner) -> None:
         try:
             passed = self.check.function()
-            if inspect.iscoroutine(passed):
+            if inspect.isawaitable(passed):
                 passed = self._wait_for(passed, runner)
             error = "it returned False" if passed is False else ""
         except BaseException as raised:
-            error = f"{type(raised).__name__}: {raised}"
+            error = _words(raised)
         finally:
             # Django's own clean-up knows of requests only.
             close_connections(group="checks", name=self.check.name)
         self._ended = error, time.monotonic()
         runner.wake.set()
 
-    def _wait_for(self, coroutine: Any, runner: Runner) -> Any:
+    def _wait_for(self, awaitable: Any, runner: Runner) -> Any:
+        async def wait() -> Any:
+            return await awaitable
+
         if runner.loop is not None:
-            future = asyncio.run_coroutine_threadsafe(coroutine, runner.loop)
+            future = asyncio.run_coroutine_threadsafe(wait(), runner.loop)
             self._cancel = future.cancel
             return future.result()
-        with _one_loop:
-            return asyncio.run(asyncio.wait_for(coroutine, self.check.timeout))
+        limited = asyncio.wait_for(wait(), self.check.timeout)
+        if runner.one_loop is None:
+            return asyncio.run(limited)
+        self._waits = True
+        with runner.one_loop:
+            self._began, self._waits = time.monotonic(), False
+            return asyncio.run(limited)
 
 
 class Runner:
@@ -136,7 +153,11 @@ class Runner:
         self.write, self.idle, self.loop = write, idle, loop
         self.states = [State(check, index) for index, check in enumerate(registered())]
         self.wake = threading.Event()
-        self.again = AGAIN
+        #: How soon one that has failed is tried again; None: at its interval.
+        self.again: float | None = None
+        #: Greenlets are threads to Python and one thread to asyncio, which has one running loop in each. The lock is
+        #: made here, when gevent has patched what it is made of.
+        self.one_loop = threading.Lock() if _is_patched_by_gevent() else None
         self._stopped = False
 
     def turn(self) -> float:
@@ -147,7 +168,8 @@ class Runner:
 
     def start(self) -> None:
         """Go on in a thread, each check at its interval, for as long as the process lives."""
-        self.again = float("inf")
+        # New workers have been asked.
+        self.states = [state for state in self.states if state.check.kind is not Kind.STARTUP]
         if self.states:
             threading.Thread(target=self._work, name="zdd_web-checks", daemon=True).start()
 
@@ -158,7 +180,12 @@ class Runner:
 
     def _work(self) -> None:
         while not self._stopped:
-            self.wake.wait(min(60.0, self.turn()))
+            try:
+                self.wake.wait(min(60.0, self.turn()))
+            except Exception:
+                # Without this thread results would go stale, and readiness with them, for ever.
+                log.emit("internal.error", logging.ERROR, where="checks", exc_info=True)
+                time.sleep(AGAIN)
 
     def settle(self, beat: Callable[[], None], until: float) -> None:
         """Take turns until each check has a result, beating meanwhile; at most until then on the monotonic clock."""
@@ -174,9 +201,21 @@ class Runner:
         return ""
 
 
+def _words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _is_patched_by_gevent() -> bool:
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("threading")
+
+
 def pass_all(runner: Runner, beat: Callable[[], None], say: Callable[[str], None]) -> None:
     """Wait until no critical check fails, beating meanwhile; `say` is told what fails, and "" at the end."""
-    said = ""
+    runner.again, said = AGAIN, ""
     while any(state.holds_up for state in runner.states):
         runner.wake.wait(min(BEAT, runner.turn()))
         beat()
@@ -184,6 +223,7 @@ def pass_all(runner: Runner, beat: Callable[[], None], say: Callable[[str], None
         if trouble != said:
             said = trouble
             say(said)
+    runner.again = None
 
 
 def failing() -> dict[str, str]:

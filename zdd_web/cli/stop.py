@@ -48,7 +48,7 @@ class Leftovers:
 
 def stops(generation: Generation) -> bool:
     """Tell whether a stop is under way already."""
-    return generation.board.header.phase in STOPPING
+    return generation.board.header.phase in (*STOPPING, Phase.STOPPED)
 
 
 def request(generation: Generation) -> None:

@@ -6,6 +6,7 @@ before SECURE_SSL_REDIRECT, sessions and authentication. `request.path_info` nee
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -59,12 +60,19 @@ class ProbeMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
         if _probes.asks(request.path_info):
+            if self._async and _probes.must_wait():
+                return self._later(request)
             response = _answer(request)
             if response is not None:
                 return _now(response) if self._async else response
         # Async too: what the next one returns is awaited by whoever called, and this adds no coroutine of its own.
         passed: HttpResponseBase | Awaitable[HttpResponseBase] = self.get_response(request)
         return passed
+
+    async def _later(self, request: HttpRequest) -> HttpResponseBase:
+        await asyncio.to_thread(_probes.wait)
+        response: HttpResponseBase = _answer(request) or await self.get_response(request)
+        return response
 
 
 async def _now(response: HttpResponse) -> HttpResponseBase:

@@ -14,6 +14,7 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register  # noqa: A004
 
+from zdd_web import checks
 from zdd_web.errors import SettingsError
 from zdd_web.health import table
 from zdd_web.settings import FrameworkSettings, Settings, collect
@@ -51,12 +52,20 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Found:
         return [Error(str(error), hint="All settings stand in docs/reference/settings.md.", id="zdd_web.E001")]
     trouble = _trouble(values)
     if not trouble:
-        return []
+        return _check_checks(values)
     if "grace_period" not in values and not _trouble({**values, "grace_period": _ANY_GRACE_PERIOD}):
         # Nobody here has set it: gunicorn.conf.py may have, which no management command reads.
         hint = "Set GRACE_PERIOD in ZDD_WEB, or silence this where gunicorn.conf.py has install(grace_period=...)."
         return [Warning(trouble, hint=hint, id="zdd_web.W004")]
     return [Error(trouble, hint="gunicorn would refuse to start, or a worker to boot.", id="zdd_web.E002")]
+
+
+def _check_checks(values: dict[str, Any]) -> Found:
+    try:
+        checks.load(values.get("checks", ()), "CHECKS in ZDD_WEB")
+    except (SettingsError, ImportError) as error:
+        return [Error(str(error), hint="No worker would boot: mend the path or its options.", id="zdd_web.E003")]
+    return []
 
 
 def _trouble(values: dict[str, Any]) -> str:

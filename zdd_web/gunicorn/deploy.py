@@ -19,6 +19,7 @@ from zdd_web import clock, log, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.office import Office
@@ -157,7 +158,8 @@ class Deploy:
         if upgrade is None:
             return
         if upgrade.board is not None:
-            self._header.successor_phase, self._header.successor_trouble = _word_of(upgrade.board)
+            self._header.successor_phase = upgrade.board.header.phase
+            guarded("probes", self._speak_for)(upgrade.board)
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
@@ -172,6 +174,9 @@ class Deploy:
             self._commit(upgrade)
         elif upgrade.stage is Stage.IN_OFFICE and self._header.upgrade_state == UpgradeState.COMMITTING:
             self.follow_last_accepts()
+
+    def _speak_for(self, successor: Board) -> None:
+        self._header.successor_phase, self._header.successor_trouble = _word_of(successor)
 
     def follow_last_accepts(self) -> None:
         """Call the upgrade done once no worker of this generation accepts any more."""

@@ -150,6 +150,7 @@ class Master:
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
+        self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
         if self.succession is not None and self.succession.follow():
             self.succession = None
         if self.phase is Phase.BOOTING:
@@ -157,11 +158,15 @@ class Master:
         self.deploy.follow()
         self.reload.follow()
         guarded("probe port", self.probes.follow)(self)
-        metrics.note_queues(self.board, [(str(each), *queue(each.sock)) for each in self.server.LISTENERS])
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self.move(Event.LAME_DUCK_OVER)
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
+        # Last: nothing that moves the phase waits for it.
+        guarded("queues", self._note_queues)()
+
+    def _note_queues(self) -> None:
+        metrics.note_queues(self.board, [(str(each), *queue(each.sock)) for each in self.server.LISTENERS])
 
     def move(self, event: Event, **fields: Any) -> None:
         """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
@@ -240,7 +245,7 @@ class Master:
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()
         self.header.reload_number += 1
-        guarded("probe port", self.probes.renew)(sources.settle(self.server.cfg))
+        guarded("probe port", lambda: self.probes.renew(sources.settle(self.server.cfg)))()
 
     # -- stop
 

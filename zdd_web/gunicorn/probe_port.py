@@ -260,10 +260,12 @@ class ProbePort:
 
     def _fork(self) -> bool:
         master = os.getpid()
+        # Also of a fork that fails: the next one is not tried at once for ever.
+        self._forked_at = clock.now_ns()
         pid = os.fork()
         if pid == 0:
             self._become_the_process(master)
-        self._pid, self._status, self._forked_at = pid, None, clock.now_ns()
+        self._pid, self._status = pid, None
         self._header.probe_start = proc.start_time(pid)
         # It does nothing until it finds itself named.
         self._header.probe_pid = pid

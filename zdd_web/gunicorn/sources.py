@@ -29,6 +29,7 @@ from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import bootlog
 from zdd_web.settings import (
     APP_SETTINGS,
+    PROBE_SETTINGS,
     FrameworkSettings,
     Settings,
     Source,
@@ -194,7 +195,8 @@ def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
                     f"{app.text(name)} contradicts {other.text(name)}: the apps of one worker share its settings; "
                     f"give both the same value"
                 )
-            if name in APP_SETTINGS and name not in master.fixed:
+            apart = bool(master.settings.probe_bind) and name in PROBE_SETTINGS
+            if name in APP_SETTINGS and name not in master.fixed and not apart:
                 values[name] = value
             elif value != getattr(master.settings, name) and not _was_weighed(master, app, name):
                 raise SettingsError(

@@ -5,6 +5,7 @@ Django loads its URLconf, templates and database drivers at the first request; w
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
@@ -85,7 +86,8 @@ async def _get_asgi(app: Callable[..., Any], path: str) -> str:
     async def receive() -> dict[str, Any]:
         nonlocal asked
         if asked:
-            return {"type": "http.disconnect"}
+            # The client is still there: Django listens for its end beside the view, and would cancel that.
+            await asyncio.Event().wait()
         asked = True
         return {"type": "http.request", "body": b"", "more_body": False}
 

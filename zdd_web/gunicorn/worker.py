@@ -414,7 +414,9 @@ class WorkerSide:
                 slot.late_peer = ":".join(map(str, peer[:2])) if isinstance(peer, tuple) else str(peer or "unix")
 
     def _is_probe(self, request: Any) -> bool:
-        return request.path in table(self.settings, checks.names())
+        # At the end: an app may be mounted somewhere.
+        path: str = request.path
+        return path.endswith(tuple(table(self.settings, checks.kinds())))
 
     def count_server_error(self, request: Any) -> None:
         """Count a reply with a status of 500 or more; that of a probe is its proper answer."""
@@ -424,12 +426,12 @@ class WorkerSide:
 
     def request_finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
-        # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
-        if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
-            self.count_server_error(request)
         if self._count_out() >= self._limit and not self.slot.weary:
             self.slot.weary = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
+        # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
+        if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
+            self.count_server_error(request)
 
 
 _PHASE = Header.phase.index

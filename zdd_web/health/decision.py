@@ -11,7 +11,7 @@ connection must not take the others out of service. That one is a warning, and i
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from zdd_web.health.view import CheckSeen, Health, Kind, Result
@@ -50,12 +50,12 @@ class Finding:
 _PROBE = {Kind.READINESS: Probe.READINESS, Kind.LIVENESS: Probe.LIVENESS, Kind.STARTUP: Probe.STARTUP}
 
 
-def table(settings: Settings, checks: Collection[str] = ()) -> dict[str, tuple[Probe, str]]:
+def table(settings: Settings, checks: Mapping[str, Kind] | None = None) -> dict[str, tuple[Probe, str]]:
     """Map each path that is a probe, with and without a slash at its end, to what it asks.
 
-    `checks` are names of checks; each can be asked alone.
+    Each of `checks` can be asked alone, below the probe in which it has a say.
 
-    >>> table(Settings(), ["database"])["/healthz/database"]
+    >>> table(Settings(), {"database": Kind.READINESS})["/healthz/database"]
     (<Probe.READINESS: 'readiness'>, 'database')
     """
     paths = {
@@ -64,9 +64,15 @@ def table(settings: Settings, checks: Collection[str] = ()) -> dict[str, tuple[P
         settings.readiness_path: Probe.READINESS,
         settings.health_path: Probe.READINESS,
     }
-    alone = {path: (probe, "") for path, probe in paths.items()}
-    alone |= {f"{path}/{name}": (probe, name) for path, probe in paths.items() for name in checks}
-    return alone | {f"{path}/": asked for path, asked in alone.items()}
+    found = {
+        f"{path}/{name}": (probe, name)
+        for path, probe in paths.items()
+        for name, kind in (checks or {}).items()
+        if _PROBE[kind] is probe
+    }
+    # No check takes the path of a probe.
+    found |= {path: (probe, "") for path, probe in paths.items()}
+    return {f"{path}/": asked for path, asked in found.items()} | found
 
 
 def examine(probe: Probe, health: Health, only: str = "", exclude: Collection[str] = ()) -> list[Finding]:
@@ -76,12 +82,17 @@ def examine(probe: Probe, health: Health, only: str = "", exclude: Collection[st
     [('phase', 'FAIL')]
     """
     checks = _checks(probe, health)
+    if only and health.phase is Phase.RETIRING:
+        bad = only in health.successor_trouble.split("; ")
+        return [Finding(only, Status.FAIL if bad else Status.OK, "as in the successor", is_check=True)]
     if only:
         found = [each for each in checks if each.name == only]
         return found or [Finding(only, Status.FAIL, "no result yet", is_check=True)]
     phase = _phase(probe, health)
-    # Outside of `serving` the phase is the answer, whatever the checks say.
-    others = [*_service(probe, health), *checks] if health.speaking is Phase.SERVING or probe is Probe.STARTUP else []
+    # Outside of `serving` the phase is the answer, whatever the checks say. Those of a boot show what keeps it up.
+    boots = health.phase is Phase.BOOTING and probe is not Probe.LIVENESS
+    asked = boots or health.speaking is Phase.SERVING or probe is Probe.STARTUP
+    others = [*_service(probe, health), *checks] if asked else []
     return [phase, *(each for each in others if not (each.is_check and each.name in exclude))]
 
 
@@ -95,7 +106,7 @@ def _phase(probe: Probe, health: Health) -> Finding:
 
 
 def _service(probe: Probe, health: Health) -> list[Finding]:
-    if probe is Probe.STARTUP:
+    if probe is Probe.STARTUP or health.phase is Phase.BOOTING:
         return []
     if health.phase is Phase.RETIRING:
         if probe is Probe.LIVENESS or not health.successor_trouble:
@@ -107,7 +118,7 @@ def _service(probe: Probe, health: Health) -> list[Finding]:
         silent = health.silence > limit
         text = f"the last one {health.silence:.0f} s ago, worker timeout {limit:g} s"
         found.append(Finding("heartbeat", Status.FAIL if silent else Status.OK, text))
-    if probe is Probe.READINESS and health.wanted:
+    if probe is Probe.READINESS and health.wanted is not None:
         serving = sum(worker.serving for worker in health.workers)
         text = f"{serving} of {health.wanted} serve"
         status = Status.FAIL if not serving else Status.WARN if serving < health.wanted else Status.OK
@@ -120,10 +131,11 @@ def _checks(probe: Probe, health: Health) -> list[Finding]:
         return []
     seen: dict[str, list[CheckSeen]] = {}
     for worker in health.workers:
-        # A worker that is not ready yet shows what keeps it.
-        if worker.serving or probe is Probe.STARTUP:
+        # A worker that is not ready yet shows what keeps it: any check does.
+        boots = health.phase is Phase.BOOTING and probe is not Probe.LIVENESS
+        if worker.serving or boots or probe is Probe.STARTUP:
             for check in worker.checks:
-                if _PROBE[check.kind] is probe:
+                if _PROBE[check.kind] is probe or boots:
                     seen.setdefault(check.name, []).append(check)
     return [judge(checks, lenient=probe is not Probe.READINESS) for checks in seen.values()]
 

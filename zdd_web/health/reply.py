@@ -107,7 +107,8 @@ def _text(probe: Probe, question: Question, health: Health, found: list[Finding]
     lines += [f"warn: {name!r} was to be excluded and is no check here" for name in _unknown(question, health, probe)]
     if word == "ok":
         return "\n".join([*lines, f"{probe.value} passed\n"])
-    return "\n".join([*lines, f"{probe.value} failed: {word}\n"])
+    failed = ", ".join(each.name for each in found if each.status is Status.FAIL)
+    return "\n".join([*lines, f"{probe.value} failed: {failed}\n"])
 
 
 def _since(finding: Finding) -> str:

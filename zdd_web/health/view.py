@@ -63,8 +63,8 @@ class Health:
     successor: Phase | None = None
     #: What is wrong with a successor that serves, "" for nothing.
     successor_trouble: str = ""
-    #: How many workers there should be; 0 where there is no gunicorn.
-    wanted: int = 0
+    #: How many workers there should be; None where there is no gunicorn.
+    wanted: int | None = None
     workers: tuple[WorkerSeen, ...] = field(default=())
     #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
     silence: float = 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -14,11 +13,13 @@ from zdd_web.board import Board
 from zdd_web.health import Health, Probe, Question, Reply, Status, answer, examine, not_found, plain, table
 from zdd_web.lifecycle import Phase
 from zdd_web.metrics import Collector, exposition
-from zdd_web.probes import look, may_see, names
+from zdd_web.probes import kinds, look, may_see
 from zdd_web.settings import Settings
 
 #: How often an unknown path may make the table anew, seconds: a worker may have registered a check meanwhile.
 REMAKE = 1.0
+
+METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True)
@@ -45,40 +46,13 @@ class Asked:
         return cls(method.decode("latin-1"), unquote(path), query, accept.decode("latin-1"), peer)
 
 
-#: Answers a path that is no probe.
-Route = Callable[[Asked, Board], Reply]
-
-
-def routes(settings: Settings) -> dict[str, Route]:
-    """Return what the probe port has besides probes."""
-    # Kept: what it has shown once never becomes less.
-    collectors: dict[Board, Collector] = {}
-
-    def scrape(asked: Asked, board: Board) -> Reply:
-        collector = collectors.setdefault(board, Collector(board))
-        # Names of checks are details.
-        collector.details = may_see(settings.details, asked.peer, default="loopback")
-        try:
-            content_type, body = exposition(collector, asked.accept)
-        except ImportError:
-            return plain(501, "Not Implemented", "prometheus_client is not installed: zdd-web[metrics]\n", asked.method)
-        return plain(200, "OK", body.decode(), asked.method, content_type=content_type)
-
-    return {"/metrics": scrape}
-
-
 class Answers:
     """The answers of one generation."""
 
-    def __init__(
-        self,
-        board: Board,
-        settings: Settings,
-        predecessors: Board | None = None,
-        others: Mapping[str, Route] | None = None,
-    ) -> None:
+    def __init__(self, board: Board, settings: Settings, predecessors: Board | None = None) -> None:
         self._board, self._settings, self._predecessors = board, settings, predecessors
-        self._others = routes(settings) if others is None else others
+        # Kept: what it has shown once never becomes less.
+        self._collector = Collector(board)
         self._probes: dict[str, tuple[Probe, str]] = {}
         self._made_at = -REMAKE
         #: Nobody moves the phase of this generation any more.
@@ -87,13 +61,26 @@ class Answers:
     def reply(self, asked: Asked) -> Reply:
         """Answer a request."""
         found = self._find(asked.path)
+        details = may_see(self._settings.details, asked.peer, default="loopback")
         if found is not None:
             probe, only = found
-            details = may_see(self._settings.details, asked.peer, default="loopback")
             question = Question.read(asked.method, asked.query, asked.accept, only=only, details=details)
             return answer(probe, question, self.look())
-        other = self._others.get(asked.path)
-        return not_found(asked.method) if other is None else other(asked, self._board)
+        if asked.path == METRICS_PATH:
+            return self._metrics(asked, details=details)
+        return not_found(asked.method)
+
+    def _metrics(self, asked: Asked, *, details: bool) -> Reply:
+        try:
+            content_type, body = exposition(self._collector, asked.accept, details=details)
+        except ImportError:
+            return plain(
+                501,
+                "Not Implemented",
+                "prometheus_client is not installed: pip install 'zdd-web[metrics]'\n",
+                asked.method,
+            )
+        return plain(200, "OK", body.decode(), asked.method, content_type=content_type)
 
     def look(self) -> Health:
         """Read the board; that of a master that is gone only says what had been."""
@@ -112,7 +99,7 @@ class Answers:
     def _find(self, path: str) -> tuple[Probe, str] | None:
         if path not in self._probes and time.monotonic() - self._made_at >= REMAKE:
             self._made_at = time.monotonic()
-            self._probes = table(self._settings, names(self._board))
+            self._probes = table(self._settings, kinds(self._board))
         return self._probes.get(path)
 
 

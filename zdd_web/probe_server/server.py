@@ -28,9 +28,9 @@ SPARE_DESCRIPTORS = 32
 #: How many are accepted before those that are here are heard again.
 AT_ONCE = 64
 BUFFER_BYTES = 16_384
-#: How often the header of the board is read when nobody asks, seconds.
+#: How often the header of the board is read seconds.
 TURN = 0.1
-#: How often the verdicts are looked at when nobody asks, seconds.
+#: How often the verdicts are looked at seconds.
 LOOK = 1.0
 #: How long a kept connection has for one more request when no more are accepted, seconds.
 LINGER = 2.0
@@ -165,6 +165,7 @@ class Server:
         self._hear(time.monotonic())
         try:
             reply = self._answers.reply(asked)
+            # What somebody was told stands in the log, however soon it changes again.
             self._see()
         except Exception as error:
             self._complain(self._loop, {"exception": error})

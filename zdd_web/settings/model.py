@@ -13,6 +13,9 @@ APP_SETTINGS = frozenset(
     {"liveness_path", "readiness_path", "health_path", "startup_path", "checks", "details", "log_probes"}
 )
 
+#: Of these, what a probe port says as well: its process is the master's, and must not say something else.
+PROBE_SETTINGS = APP_SETTINGS - {"checks", "log_probes"}
+
 #: Kubernetes' default terminationGracePeriodSeconds, and what its users have tuned their load balancers to.
 DEFAULT_GRACE_PERIOD = 30.0
 #: tableflip's default; long enough for a Django project with a few hundred models on a busy machine.

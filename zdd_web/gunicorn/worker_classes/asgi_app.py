@@ -20,6 +20,12 @@ class _Asked(NamedTuple):
     path: str
 
 
+class _Noted:
+    """What has come of a request: some frameworks send their 500 and raise nevertheless."""
+
+    error = False
+
+
 class Counted:
     """Counts requests in and out: from the moment their headers are here until the app has returned."""
 
@@ -38,15 +44,17 @@ class Counted:
         """ASGI."""
         if scope["type"] == "http":
             asked = _Asked(scope.get("client"), scope["method"], scope["path"])
-            noting = self._noting(send, asked, http1=scope["http_version"].startswith("1"))
+            noted = _Noted()
             self._side.request_started(None, asked)
             try:
-                await self.app(scope, receive, noting)
+                await self.app(scope, receive, self._noting(send, noted, http1=scope["http_version"].startswith("1")))
             except Exception:
                 # The server answers 500; where the reply had begun its status was another, and it breaks off.
-                self._side.count_server_error(asked)
+                noted.error = True
                 raise
             finally:
+                if noted.error:
+                    self._side.count_server_error(asked)
                 # What is cut at the deadline stays in the count.
                 if not self._family.has_cut:
                     self._side.request_finished(None, None, None, None)
@@ -67,11 +75,10 @@ class Counted:
 
         return note
 
-    def _noting(self, send: Send, asked: _Asked, *, http1: bool) -> Send:
+    def _noting(self, send: Send, noted: _Noted, *, http1: bool) -> Send:
         async def note(message: Any) -> None:
             if message["type"] == "http.response.start":
-                if message["status"] >= 500:
-                    self._side.count_server_error(asked)
+                noted.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *self._headers]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
                 if http1 and self._says_close and self._side.process.is_leaving():
