@@ -58,7 +58,19 @@ def carry(board: Board, predecessor: Board) -> None:
         words[Header.BEFORE_AT + index] = value
 
 
-def totals(board: Board) -> Totals:
+def take_back(board: Board, successor: Board) -> None:
+    """Add to a generation's board what a successor had counted that is lost; its master's call."""
+    if successor.header.layout != LAYOUT:
+        return
+    more = totals(successor).at_least(totals(board))
+    began, ours = before(board), totals(board)
+    for index, name in enumerate(field.name for field in dataclasses.fields(Totals)):
+        if not name.startswith("last_"):
+            had = getattr(began, name) + getattr(more, name) - getattr(ours, name)
+            board.header.words[Header.BEFORE_AT + index] = had
+
+
+def totals(board: Board, predecessor: Board | None = None) -> Totals:
     """Add up a generation's counts and those from before it.
 
     >>> board = Board.private()
@@ -67,6 +79,9 @@ def totals(board: Board) -> Totals:
     3
     """
     header, began = board.header, before(board)
+    if predecessor is not None and predecessor.header.layout == LAYOUT:
+        # It counts on, and what this generation's master has noted of it is a tick old.
+        began = totals(predecessor).at_least(began)
     slots = [slot for slot in board.used_slots() if slot.state != WorkerState.FREE]
     return Totals(
         requests=began.requests + header.requests_gone + sum(slot.requests for slot in slots),
@@ -104,8 +119,8 @@ def queues_of(board: Board) -> list[tuple[str, int, int]]:
 class Collector:
     """For `prometheus_client`: reads the board whenever somebody scrapes."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, board: Board, predecessor: Board | None = None) -> None:
+        self._board, self._predecessor = board, predecessor
         self._seen = Totals()
         #: Names of checks are for those who may see details.
         self.details = True
@@ -122,7 +137,7 @@ class Collector:
 
         board = self._board
         snapshot = board.snapshot()
-        self._seen = total = totals(board).at_least(self._seen)
+        self._seen = total = totals(board, self._predecessor).at_least(self._seen)
         yield self._labelled("phase", "The generation's phase: 1 for the one it is in.", "phase",
                              {phase.label: phase is snapshot.phase for phase in Phase})  # fmt: skip
         yield gauge("generation", "The generation's number along a chain of upgrades.", snapshot.generation)
@@ -192,5 +207,9 @@ def exposition(collector: Collector, accept: str, *, details: bool = True) -> tu
     collector.details = details
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (ValueError, TypeError, LookupError):
+        # A version in it that is no number.
+        encode, content_type = choose_encoder("")
     return content_type, encode(registry)

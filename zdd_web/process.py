@@ -100,10 +100,7 @@ class Process:
         runner = checks.Runner(lambda state: _write(slot, state), self.is_leaving, loop)
         slot.checks = 0
         for state in runner.states:
-            record = slot.check(state.index)
-            record.name, record.kind, record.critical = state.check.name, state.check.kind, state.check.critical
             _write(slot, state)
-        slot.checks = len(runner.states)
         return runner
 
     def run_checks(self) -> None:
@@ -137,11 +134,15 @@ class Process:
 
 def _write(slot: Slot, state: checks.State) -> None:
     record = slot.check(state.index)
+    if state.index >= slot.checks:
+        record.name, record.kind, record.critical = state.check.name, state.check.kind, state.check.critical
     record.message = state.message
     record.at, record.failing_since = state.at, state.failing_since
     limit = state.check.interval + state.check.timeout + STALE_SLACK
     record.fresh_until = state.at + int(limit * 1e9) if state.at else 0
     record.result = state.result
+    # Last: whoever sees it counted sees all of it.
+    slot.checks = max(slot.checks, state.index + 1)
 
 
 _PHASE = Header.phase.index

@@ -26,6 +26,7 @@ DEADLINE = 20
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "listener", None)
     monkeypatch.setattr(runner, "AGAIN", 0.01)
     monkeypatch.setattr(runner, "BEAT", 0.01)
     yield

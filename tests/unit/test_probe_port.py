@@ -103,7 +103,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def serving(port: Port) -> Any:
     header = port._header
-    return SimpleNamespace(phase=Phase.SERVING, header=header, succession=None, awaits_office=False)
+    return SimpleNamespace(
+        phase=Phase.SERVING, header=header, succession=None, awaits_office=False, deploy=SimpleNamespace(upgrade=None)
+    )
 
 
 def reaped(port: Port) -> None:

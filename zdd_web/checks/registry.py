@@ -30,6 +30,9 @@ class Check:
 
 _checks: dict[str, Check] = {}
 
+#: Is told of a check that is registered when others run already.
+listener: Callable[[Check], None] | None = None
+
 
 def check(
     name: str, *, kind: str = "readiness", timeout: float = 2.0, interval: float = 10.0, critical: bool = True
@@ -66,7 +69,9 @@ def check(
             )
         if known is None and len(_checks) >= MAX_CHECKS:
             raise SettingsError(f"check {name!r} is one too many: a process may have {MAX_CHECKS}; combine some")
-        _checks[name] = Check(name, function, float(timeout), float(interval), bool(critical), _KINDS[kind])
+        made = _checks[name] = Check(name, function, float(timeout), float(interval), bool(critical), _KINDS[kind])
+        if known is None and listener is not None:
+            listener(made)
         return function
 
     return register

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zdd_web import clock, log
+from zdd_web.checks import registry
 from zdd_web.checks.registry import Check, registered
 from zdd_web.health import Kind, Result
 from zdd_web.waitgroup.threads import close_connections
@@ -122,20 +123,34 @@ class State:
         runner.wake.set()
 
     def _wait_for(self, awaitable: Any, runner: Runner) -> Any:
-        async def wait() -> Any:
-            return await awaitable
-
         if runner.loop is not None:
-            future = asyncio.run_coroutine_threadsafe(wait(), runner.loop)
-            self._cancel = future.cancel
-            return future.result()
-        limited = asyncio.wait_for(wait(), self.check.timeout)
+            return self._wait_in_loop(awaitable, runner.loop)
+        limited = asyncio.wait_for(_contained(awaitable), self.check.timeout)
         if runner.one_loop is None:
             return asyncio.run(limited)
         self._waits = True
         with runner.one_loop:
             self._began, self._waits = time.monotonic(), False
             return asyncio.run(limited)
+
+    def _wait_in_loop(self, awaitable: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        begun, ended = threading.Event(), threading.Event()
+
+        async def wait() -> Any:
+            begun.set()
+            try:
+                return await _contained(awaitable)
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(wait(), loop)
+        self._cancel = future.cancel
+        try:
+            return future.result()
+        finally:
+            # Cancelled, the future is over at once; the task may take its time, or not care.
+            if begun.is_set():
+                ended.wait()
 
 
 class Runner:
@@ -152,6 +167,8 @@ class Runner:
     ) -> None:
         self.write, self.idle, self.loop = write, idle, loop
         self.states = [State(check, index) for index, check in enumerate(registered())]
+        self._late_comers: list[State] = []
+        self._thread: threading.Thread | None = None
         self.wake = threading.Event()
         #: How soon one that has failed is tried again; None: at its interval.
         self.again: float | None = None
@@ -163,19 +180,41 @@ class Runner:
     def turn(self) -> float:
         """Start what is due and take what has ended; return the seconds until the next turn."""
         self.wake.clear()
+        while self._late_comers:
+            self.states.append(self._late_comers.pop(0))
         due = min((state.turn(self) for state in self.states), default=float("inf"))
         return max(0.0, due - time.monotonic())
 
     def start(self) -> None:
         """Go on in a thread, each check at its interval, for as long as the process lives."""
         # New workers have been asked.
+        self._count = len(self.states)
         self.states = [state for state in self.states if state.check.kind is not Kind.STARTUP]
+        registry.listener = self._add
         if self.states:
-            threading.Thread(target=self._work, name="zdd_web-checks", daemon=True).start()
+            self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="zdd_web-checks", daemon=True)
+        self._thread.start()
+
+    def _add(self, check: Check) -> None:
+        # An app that imports its views at the first request, as Django does, registers some then.
+        if check.kind is Kind.STARTUP:
+            return
+        state = State(check, self._count)
+        self._count += 1
+        self.write(state)
+        self._late_comers.append(state)
+        if self._thread is None:
+            self._start()
+        self.wake.set()
 
     def stop(self) -> None:
         """Start no more."""
         self._stopped = True
+        if registry.listener == self._add:
+            registry.listener = None
         self.wake.set()
 
     def _work(self) -> None:
@@ -203,9 +242,23 @@ class Runner:
 
 def _words(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        # In one line, since answers are made of lines.
+        return " ".join(f"{type(error).__name__}: {error}".split())
     except Exception:
         return type(error).__name__
+
+
+async def _contained(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        # asyncio hands these on to whoever runs the loop: the worker.
+        raise RuntimeError(_words(error)) from None
+    finally:
+        # What async code of Django's opens belongs to the thread that asgiref has for it.
+        asgiref, db = sys.modules.get("asgiref.sync"), sys.modules.get("django.db")
+        if asgiref is not None and db is not None and sys.modules["django.conf"].settings.configured:
+            await asgiref.sync_to_async(db.close_old_connections)()
 
 
 def _is_patched_by_gevent() -> bool:

@@ -15,7 +15,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from zdd_web import clock, log, proc
+from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog, compat
@@ -231,6 +231,8 @@ class Deploy:
         self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
 
     def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
+        if upgrade.board is not None:
+            guarded("metrics", metrics.take_back)(self._master.board, upgrade.board)
         upgrade.end(now=False)
         self._forget_successor()
         if self._header.upgrade_state == UpgradeState.COMMITTING:

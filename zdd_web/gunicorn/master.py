@@ -287,6 +287,8 @@ class Master:
         guarded("forward", self.deploy.forwards)(sig)
         if self.succession is not None:
             guarded("pid file", self.succession.unlink_pid_file)()
+        # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
+        self.header.phase = Phase.STOPPED
         # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
         self.server.cfg.set("graceful_timeout", min(self.server.cfg.graceful_timeout, STOP_NOW_WITHIN))
 

@@ -24,6 +24,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -212,9 +213,13 @@ class ProbePort:
             return master.succession is None or master.succession.alone
         if master.awaits_office and not any(each.state is WorkerState.SERVING for each in master.roster.members()):
             return False  # the gate was opened a moment ago
-        if not master.header.successor_pid:
-            return True
         upgrade = master.deploy.upgrade
+        if not master.header.successor_pid:
+            # Two that answer in turn would each tell their own counts.
+            board = upgrade.board if upgrade is not None and not upgrade.gone else None
+            return board is None or not (
+                board.header.layout == LAYOUT and board.header.probe_shared and board.header.probe_accepts
+            )
         if upgrade is None:
             return True
         board = upgrade.board
@@ -291,6 +296,10 @@ class ProbePort:
 
     def _serve(self, master: int) -> None:
         assert self._listener is not None
+        # First of all: whatever hangs below ends with the master. Forgotten when the user changes, hence said again.
+        if not proc.die_with_parent(signal.SIGKILL, master):
+            return
+        _forget_imports()
         server = self._server
         for sig in (*server.SIGNALS, signal.SIGCHLD):
             # They reach whole groups, and mean the master. SIGTERM is heard later, SIGUSR1 too.
@@ -309,6 +318,16 @@ class ProbePort:
         if not proc.die_with_parent(signal.SIGTERM, master):
             return
         Server(board, self._listener, self.settings, master, server.log.reopen_files, self._predecessors).run()
+
+
+def _forget_imports() -> None:
+    """Forget what threads of a preloaded app were importing: they are not here to go on, nor to release its locks."""
+    bootstrap: Any = sys.modules["importlib._bootstrap"]
+    for name in ("_module_locks", "_blocking_on"):
+        getattr(bootstrap, name, {}).clear()
+    for name, module in list(sys.modules.items()):
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            del sys.modules[name]
 
 
 def _let_go_of_all_but(keep: set[int]) -> None:

@@ -52,7 +52,7 @@ class Answers:
     def __init__(self, board: Board, settings: Settings, predecessors: Board | None = None) -> None:
         self._board, self._settings, self._predecessors = board, settings, predecessors
         # Kept: what it has shown once never becomes less.
-        self._collector = Collector(board)
+        self._collector = Collector(board, predecessors)
         self._probes: dict[str, tuple[Probe, str]] = {}
         self._made_at = -REMAKE
         #: Nobody moves the phase of this generation any more.

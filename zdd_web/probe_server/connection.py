@@ -63,6 +63,8 @@ class Connection(asyncio.BufferedProtocol):
         self._dropped = 0
         #: Between two requests.
         self.idle = False
+        #: Has been answered once.
+        self.known = False
         self.deadline = time.monotonic() + HEAD_SECONDS
 
     @staticmethod

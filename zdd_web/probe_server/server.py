@@ -152,7 +152,9 @@ class Server:
             task.add_done_callback(self._beginning.discard)
 
     def _make_room(self) -> bool:
-        longest = next(iter(self._connections), None)
+        # A kept connection that was answered before is somebody's who probes.
+        strangers = (each for each in self._connections if not each.known)
+        longest = next(strangers, next(iter(self._connections), None))
         if longest is None:
             return False
         self.lost(longest)
@@ -182,6 +184,7 @@ class Server:
 
     def served(self, connection: Connection) -> None:
         """Take note of a reply: of all connections this one is now the last to be closed."""
+        connection.known = True
         if self._connections.pop(connection, self) is None:
             self._connections[connection] = None
 
