@@ -21,7 +21,8 @@ files = {module.__file__ for module in (sock, util, wsgi, base, gthread, sync)}
 def post_worker_init(worker):
     from zdd_web.gunicorn import hooks
     left = int(turn.read_text()) if turn.exists() else 1
-    turn.write_text(str(left + 1))
+    turn.with_suffix(".new").write_text(str(left + 1))
+    turn.with_suffix(".new").replace(turn)
 
     def trace(frame, event, argument):
         nonlocal left

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from zdd_web import clock, log
@@ -167,6 +168,11 @@ class Server:
         self._hear(time.monotonic())
         try:
             reply = self._answers.reply(asked)
+            if reply.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                # It may have seen the end of its master, whose workers leave: this process, the first of its children,
+                # hears of it before any of them.
+                self._hear(time.monotonic())
+                reply = self._answers.reply(asked)
             # What somebody was told stands in the log, however soon it changes again.
             self._see()
         except Exception as error:
