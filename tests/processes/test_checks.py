@@ -165,7 +165,8 @@ def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
     assert [status(service, path) for path in ("/livez", "/readyz", "/startupz", "/")] == [200, 503, 200, 200]
     # Two checks of two workers, and each once more for as long as this end has not seen the other close.
     assert neighbour.most <= 2 * 2 * 2
-    assert all(threads(pid) <= before[pid] + 3 for pid in workers)
+    # A thread for each check, and those that gthread takes for its first requests.
+    assert all(threads(pid) <= before[pid] + 2 + 4 for pid in workers)
     said = details(service)
     findings = {each["name"]: each for each in said["findings"]}
     why = "no answer within 0.3 s" if answer is None else "it returned False"
