@@ -48,7 +48,7 @@ def test_counters_go_on_across_workers_and_generations(service: Service):
     assert first[f"accept_queue_limit{{http://127.0.0.1:{service.port}}}"] > 0
 
     # A crash, a worker that is replaced, and one that is told to go.
-    os.kill(serving_workers(service)[0], signal.SIGKILL)
+    os.kill(settled(service, 2)[0], signal.SIGKILL)
     workers = settled(service, 2)
     until("the loss", lambda: scrape(service)["workers_lost_total"] == 1, service)
     service.signal(signal.SIGHUP)
