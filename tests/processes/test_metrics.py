@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes.harness import Service, serving_workers, settled, until
+from tests.processes.harness import Service, settled, until
 
 
 def scrape(service: Service) -> dict[str, float]:
