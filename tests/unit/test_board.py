@@ -16,19 +16,19 @@ from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.board import (
     LAYOUT,
     MAGIC,
-    WORD,
+    MAX_CHECKS,
     Board,
+    CheckRecord,
     Header,
     Slot,
     Snapshot,
-    Text,
     UpgradeState,
-    Word,
     WorkerState,
     WorkerView,
 )
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
+from zdd_web.record import WORD, Text, Word
 
 
 @pytest.fixture
@@ -83,8 +83,13 @@ def test_every_word_of_the_header_has_a_place_of_its_own(board: Board) -> None:
 
 
 def test_fields_of_a_record_do_not_overlap() -> None:
-    for record in (Header, Slot):
-        taken: list[int] = []
+    blocks = {
+        Header: [(Header.BEFORE_AT, Header.QUEUES_AT), (Header.QUEUES_AT, Header.QUEUES_AT + 2 * Header.MOST_QUEUES)],
+        Slot: [(Slot.CHECKS_AT, Slot.CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS)],
+        CheckRecord: [],
+    }
+    for record, behind in blocks.items():
+        taken = [word for block in behind for word in range(*block)]
         for descriptor in vars(record).values():
             if isinstance(descriptor, Text):
                 assert descriptor.size % WORD == 0
