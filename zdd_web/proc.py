@@ -114,18 +114,6 @@ def become_subreaper() -> None:
         pass
 
 
-def peek(child: int) -> int | None:
-    """Return the wait status of a child that has ended, without reaping it; None while it runs, or is none of ours."""
-    try:
-        found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    if found is None:
-        return None
-    killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-    return found.si_status if killed else found.si_status << 8
-
-
 def describe(status: int) -> str:
     """Say how a process ended, from its wait status.
 

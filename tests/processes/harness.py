@@ -85,7 +85,15 @@ APP = """
 #: Every family of worker classes.
 WORKER_CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
 
-CONF = "from zdd_web.gunicorn import install\ninstall(globals(), {settings})\n"
+#: A process that gets it writes down what its threads are doing.
+SHOW_STACKS = signal.SIGRTMIN + 5
+
+CONF = f"""
+import faulthandler
+faulthandler.register({int(SHOW_STACKS)})
+from zdd_web.gunicorn import install
+install(globals(), {{settings}})
+"""
 
 
 def skip_unless_installed(worker_class: str) -> str:
@@ -104,7 +112,7 @@ def until(what: str, probe: Callable[[], T | None], service: Service | None = No
         if found:
             return found
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {patience:g} s for {what}" + (f"\n{service.log()}" if service else ""))
+            raise AssertionError(f"waited {patience:g} s for {what}\n{service.describe() if service else ''}")
         time.sleep(0.01)
 
 
@@ -331,6 +339,32 @@ class Service:
             except OSError:
                 continue
         return found
+
+    def describe(self) -> str:
+        """Return the log, and what each process is doing: for a test that has waited in vain."""
+        lines = []
+        for pid in self.processes():
+            self._show_stacks(pid)
+            said = [f"process {pid} of {proc.parent(pid)} is {proc.state(pid)}"]
+            for name in ("wchan", "syscall"):
+                with contextlib.suppress(OSError):
+                    said.append(f"{name} {Path(f'/proc/{pid}/{name}').read_text().strip()}")
+            lines.append(", ".join(said))
+        for each in self.generations():
+            snapshot = each.snapshot()
+            lines.append(f"generation {snapshot.generation} is {snapshot.phase.label}: {snapshot.workers}")
+        return "\n".join([self.log(), *lines])
+
+    def _show_stacks(self, pid: int) -> None:
+        with contextlib.suppress(OSError):
+            caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+            if caught and int(caught[1], 16) >> (SHOW_STACKS - 1) & 1:
+                size = self.log_file.stat().st_size
+                os.kill(pid, SHOW_STACKS)
+                # Nobody is to wait for one that is stopped.
+                give_up = time.monotonic() + 1
+                while self.log_file.stat().st_size == size and time.monotonic() < give_up:
+                    time.sleep(0.01)
 
     def clean_up(self) -> None:
         """Kill and close what is left."""

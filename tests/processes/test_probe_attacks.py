@@ -876,6 +876,9 @@ def test_debug_pages_of_django_show_nothing_of_a_check(make_service: Make, worke
     service.write_app(DJANGO.replace("{kind}", "asgi" if worker_class == "asgi" else "wsgi"))
     service.configure(probe_bind="127.0.0.1:0").start()
     (service.directory / "bad").touch()
+    # Each fails at a run of its own.
+    service.wait_for("event=check.failed check=plain")
+    service.wait_for("event=check.failed check=aside")
     becomes(service.port, 503, service)
     for path in (READY, "/readyz/plain", "/readyz/", "/readyz?verbose&exclude=nothing", "/readyz/plain/?verbose"):
         assert body_of(service.port, path) == "failed\n"

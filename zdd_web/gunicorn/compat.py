@@ -14,10 +14,11 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import gunicorn
-from gunicorn import sock
+from gunicorn import arbiter, sock
 from gunicorn.config import make_settings
 from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
@@ -125,6 +126,26 @@ def is_kept_by_somebody_else(server: Any) -> bool:
     # A predecessor with zdd_web has taken GUNICORN_PID out: this one has none, and serves on.
     stock = server.master_pid != 0 and server.master_pid == os.getppid()
     return stock or bool(server.systemd) or any(bind.startswith("fd://") for bind in server.cfg.bind)
+
+
+def tell_exits(tell: Callable[[int, int], None]) -> None:
+    """Have `tell(pid, status)` called for each child that gunicorn reaps, before it forgets the status.
+
+    No hook is given it, and a look at the children before gunicorn's reaper runs misses whoever ends in between.
+    """
+
+    class Telling(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        @staticmethod
+        def waitpid(pid: int, options: int) -> tuple[int, int]:
+            found, status = os.waitpid(pid, options)
+            if found:
+                tell(found, status)
+            return found, status
+
+    vars(arbiter)["os"] = Telling("os")
 
 
 def suspend_control_server(server: Any) -> None:

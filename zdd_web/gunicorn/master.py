@@ -9,7 +9,7 @@ A handful of the arbiter's methods are replaced on the *instance* when `on_start
     handle_term, _usr2, _hup, _int, _quit
     manage_workers         spawn, retire, and end: the drain happens here and not in `stop()`, which closes the
                            listeners first, blocks, kills without a word and exits 0
-    reap_workers           look at exit statuses before gunicorn throws them away
+    reap_workers           hear of exit statuses before gunicorn throws them away
 
 Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
@@ -107,6 +107,7 @@ class Master:
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
+        compat.tell_exits(self._reaped)
         server.maybe_promote_master = guarded("tick", self.tick)
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
@@ -443,16 +444,15 @@ class Master:
         return clock.since(self.header.stop_since or self.header.phase_since)
 
     def reap_workers(self) -> None:
-        """Note the exit status of our own children, then have gunicorn reap the rest."""
-        # gunicorn's reaper takes any child and forgets the status: look first, without reaping.
-        self.roster.look()
+        """Have gunicorn reap all but the probe port's process, which it does not know."""
         self.probes.look()
-        for child in (self.deploy.upgrade, self.deploy.cancelled, self.reload.proof):
-            if child is not None and child.status is None:
-                status = proc.peek(child.pid)
-                if status is not None:
-                    child.reaped(status)
         self._gunicorn_reap()
+
+    def _reaped(self, pid: int, status: int) -> None:
+        self.roster.reaped(pid, status)
+        for child in (self.deploy.upgrade, self.deploy.cancelled, self.reload.proof):
+            if child is not None and child.pid == pid:
+                child.reaped(status)
 
     # -- in the children
 

@@ -225,11 +225,11 @@ class Roster:
             slot.state = WorkerState.FREE
         return gone
 
-    def look(self) -> None:
-        """Note how workers have ended, before gunicorn reaps them and forgets it."""
+    def reaped(self, pid: int, status: int) -> None:
+        """Note how a worker has ended."""
         for place in self._places:
-            if place.status is None and isinstance(place.worker.pid, int):
-                place.status = proc.peek(place.worker.pid)
+            if place.worker.pid == pid:
+                place.status = status
 
     def outdate(self) -> None:
         """Mark everybody who is here now as to be replaced."""
