@@ -76,3 +76,64 @@ class Load:
         for sock in self._received:
             sock.close()
         self._selector.close()
+
+
+class FreshLoad:
+    """Clients that open a connection for each request, in one thread; the latency of every reply is kept."""
+
+    def __init__(self, port: int, clients: int) -> None:
+        self._address, self._clients = ("127.0.0.1", port), clients
+        self._selector = selectors.DefaultSelector()
+        self._began: dict[socket.socket, float] = {}
+        self._received: dict[socket.socket, bytes] = {}
+        #: Seconds from connect() to the end of the reply.
+        self.latencies: list[float] = []
+
+    def _connect(self) -> None:
+        sock = socket.socket()
+        sock.setblocking(False)
+        self._began[sock], self._received[sock] = time.monotonic(), b""
+        sock.connect_ex(self._address)
+        self._selector.register(sock, selectors.EVENT_WRITE)
+
+    def ask(self, seconds: float) -> tuple[int, float]:
+        """Ask for so long; return how many replies came, and the seconds until the last one.
+
+        Raises OSError when a connection is refused, reset or closed without a reply.
+        """
+        began = time.monotonic()
+        for _ in range(self._clients):
+            self._connect()
+        answered = 0
+        while self._began:
+            more = time.monotonic() < began + seconds
+            for key, events in self._selector.select(1.0):
+                sock: socket.socket = key.fileobj  # type: ignore[assignment]
+                if events & selectors.EVENT_WRITE:
+                    sock.sendall(REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                    self._selector.modify(sock, selectors.EVENT_READ)
+                elif self._is_answered(sock):
+                    answered += 1
+                    if more:
+                        self._connect()
+        return answered, time.monotonic() - began
+
+    def _is_answered(self, sock: socket.socket) -> bool:
+        data = sock.recv(4096)
+        received = self._received[sock] = self._received[sock] + data
+        length = reply_length(received)
+        if not 0 < length <= len(received):
+            if not data:
+                raise ConnectionError("the server closed a connection without a reply")
+            return False
+        self.latencies.append(time.monotonic() - self._began.pop(sock))
+        del self._received[sock]
+        self._selector.unregister(sock)
+        sock.close()
+        return True
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for sock in self._began:
+            sock.close()
+        self._selector.close()

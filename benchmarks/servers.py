@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,18 +64,26 @@ def pinned(cpus: set[int] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gunicorn(
-    arguments: Sequence[str], *, cpus: set[int] | None = None, through: Sequence[str] = ()
+    arguments: Sequence[str],
+    *,
+    cpus: set[int] | None = None,
+    through: Sequence[str] = (),
+    port: int = 0,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run gunicorn with `arguments` from the root of the project; `through` is a command that starts it.
+
+    `port` is one that another may have too, 0 for a free one; `environ` is added to the environment.
 
     Raises `ServerError` with the end of its log when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-") as directory:
         log_path = Path(directory, "log")
-        port = free_port()
+        port = port or free_port()
         command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
         command += _without_control_socket()
-        environ = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
+        inherited = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
+        environ = {**inherited, **(environ or {})}
         with log_path.open("wb") as log, pinned(cpus):
             # A session of its own: whatever it leaves behind can be ended as one group.
             process = subprocess.Popen(

@@ -4,11 +4,10 @@ import subprocess
 import sys
 
 chdir = os.path.abspath(os.path.dirname(__file__))
-wsgi_app = "mysite.wsgi"
-
 bind = f"127.0.0.1:{os.environ.get('PORT', '8000')}"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 worker_class = os.environ.get("WORKER_CLASS", "gthread")
+wsgi_app = "mysite.asgi" if worker_class == "asgi" else "mysite.wsgi"
 if worker_class == "gthread":
     threads = 8  # not for the others: gunicorn turns sync with threads into gthread
 # A sync worker is alive to gunicorn only between requests, and /slow may take 120 s.

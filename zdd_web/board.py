@@ -34,7 +34,7 @@ from zdd_web.record import WORD, Record, Text, Word
 
 MEMFD_PREFIX = "zdd_web:"
 MAGIC = int.from_bytes(b"ZDDBOARD", "little")
-LAYOUT = 2
+LAYOUT = 3
 
 #: More than any host runs of gunicorn workers; untouched slots cost no memory, a memfd is sparse.
 SLOTS = 512
@@ -66,10 +66,31 @@ class UpgradeState(enum.IntEnum):
     REFUSED = 5
 
 
+#: More than anybody binds; what is never written costs no memory.
+MOST_LISTENERS = 256
+
+
+class ListenerRecord(Record):
+    """A listener and its accept queue; the master's words. Times are monotonic nanoseconds."""
+
+    #: How far it lets new connections in (listeners/backlog.py), and since when.
+    door = Word(0)
+    door_since = Word(1)
+    #: Nothing is under way to it any more, although others stay on its port.
+    settled = Word(2)
+    #: Connections that wait in its queue, and how many may.
+    length = Word(3)
+    limit = Word(4)
+    name = Text(6, 128)
+    WORDS = 24
+
+
 class Header(Record):
     """The master's words. Times are monotonic nanoseconds."""
 
-    # Words 0-17 and the name never move: masters and commands of another version of zdd_web read them.
+    # Words 0-17 and the name never move: masters and commands of another version of zdd_web read them, and know that
+    # there are at least so many.
+    FIXED = 64
     magic = Word(0)
     layout = Word(1)
     slots_at = Word(2)
@@ -98,9 +119,10 @@ class Header(Record):
     reload_number = Word(24)
     #: When SIGTERM came.
     stop_since = Word(26)
-    #: The listeners' door (listeners/backlog.py), and since when it is what it is.
-    door = Word(27)
+    #: When it was decided what becomes of the listeners' queues: each has its door, see `ListenerRecord`.
     door_since = Word(28)
+    #: When the first of this service's listeners began to listen: those of unrelated masters are told apart by it.
+    listening_since = Word(29)
     name = Text(32, 128)
     #: How many slots were ever used: nobody needs to look at those behind.
     slots_used = Word(50)
@@ -115,8 +137,8 @@ class Header(Record):
     #: How long the last upgrade and the retirement of this generation took, nanoseconds.
     upgrade_took = Word(57)
     drain_took = Word(58)
-    #: How many listeners the words from `QUEUES_AT` on speak of.
-    queues = Word(59)
+    #: How many listeners there are, of those that have a record.
+    listener_count = Word(59)
     #: The probe port's process; any other than the one named here goes.
     probe_pid = Word(60)
     probe_start = Word(61)
@@ -132,11 +154,12 @@ class Header(Record):
     successor_trouble = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
     BEFORE_AT = 220
-    #: (length, limit) of each listener's accept queue; their addresses, separated by spaces.
-    QUEUES_AT = 236
-    MOST_QUEUES = 8
-    queue_names = Text(256, 480)
-    WORDS = 320
+    LISTENERS_AT = 240
+    WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
+
+    def listener(self, index: int) -> ListenerRecord:
+        """Return the record of a listener, with an index from 0."""
+        return ListenerRecord(self.memory, self.LISTENERS_AT + index * ListenerRecord.WORDS)
 
 
 class CheckRecord(Record):
@@ -190,7 +213,9 @@ class Slot(Record):
     #: When the oldest background task was offered.
     oldest_task = Word(96)
     CHECKS_AT = 104
-    WORDS = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
+    #: Connections accepted from each listener, by all workers that have had this slot.
+    ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
+    WORDS = ACCEPTS_AT + MOST_LISTENERS
 
     def check(self, index: int) -> CheckRecord:
         """Return the record of a check, with an index from 0."""
@@ -210,6 +235,19 @@ class WorkerView:
     requests: int
     tasks: int
     error: str
+
+
+@dataclass(frozen=True)
+class ListenerView:
+    """One listener as the board had it: connections that wait, how many may, and how many were accepted from it.
+
+    `accepted` is counted where each worker has a queue of its own (LISTENER = "reuseport"), and 0 elsewhere.
+    """
+
+    name: str
+    length: int
+    limit: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -237,6 +275,7 @@ class Snapshot:
     upgrades_done: int
     upgrades_failed: int
     workers: tuple[WorkerView, ...]
+    listeners: tuple[ListenerView, ...]
 
     @property
     def in_flight(self) -> int:
@@ -310,7 +349,7 @@ class Board:
         Raises `BoardError` when it is no board.
         """
         size = os.fstat(fd).st_size
-        if size < Header.WORDS * WORD:
+        if size < Header.FIXED * WORD:
             raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         # Whole words: a foreign file may end anywhere.
@@ -335,6 +374,10 @@ class Board:
     def slot(self, index: int) -> Slot:
         """Return the slot with an index from 0."""
         return Slot(self.memory, self.header.slots_at + index * self.header.slot_words)
+
+    def index_of(self, slot: Slot) -> int:
+        """Return the index of a slot of this board."""
+        return (slot.base - self.header.slots_at) // self.header.slot_words
 
     def slots(self) -> Iterator[Slot]:
         """Return all slots, used or not."""
@@ -375,6 +418,13 @@ class Board:
                 found.append((header.words[at], header.words[at + 1]))
         return found
 
+    def listeners(self) -> Iterator[ListenerView]:
+        """Return the listeners that have a record."""
+        for index in range(self.header.listener_count):
+            record = self.header.listener(index)
+            accepted = sum(slot.words[slot.base + Slot.ACCEPTS_AT + index] for slot in self.used_slots())
+            yield ListenerView(record.name, record.length, record.limit, accepted)
+
     def snapshot(self) -> Snapshot:
         """Read the whole board. Raises `BoardError` when another version of zdd_web wrote it."""
         header = self.header
@@ -403,12 +453,13 @@ class Board:
         fields: dict[str, Any] = {
             name: getattr(header, name)
             for name in Snapshot.__dataclass_fields__
-            if name not in ("phase", "successor_phase", "upgrade_state", "workers")
+            if name not in ("phase", "successor_phase", "upgrade_state", "workers", "listeners")
         }
         return Snapshot(
             phase=Phase(header.phase),
             successor_phase=Phase(header.successor_phase) if header.successor_phase else None,
             upgrade_state=UpgradeState(header.upgrade_state),
             workers=tuple(sorted(views, key=lambda view: view.age)),
+            listeners=tuple(self.listeners()),
             **fields,
         )

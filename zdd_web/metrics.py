@@ -96,26 +96,6 @@ def totals(board: Board, predecessor: Board | None = None) -> Totals:
     )
 
 
-def note_queues(board: Board, queues: list[tuple[str, int, int]]) -> None:
-    """Note the accept queues: (address, length, limit) of each listener; the master's call."""
-    header, queues = board.header, queues[: Header.MOST_QUEUES]
-    names = " ".join(name.replace(" ", "_") for name, _, _ in queues)
-    if header.queue_names != names:
-        header.queue_names = names
-    for index, (_, length, limit) in enumerate(queues):
-        header.words[Header.QUEUES_AT + 2 * index] = length
-        header.words[Header.QUEUES_AT + 2 * index + 1] = limit
-    header.queues = len(queues)
-
-
-def queues_of(board: Board) -> list[tuple[str, int, int]]:
-    """Return the accept queues that `note_queues()` has noted."""
-    header = board.header
-    names = header.queue_names.split(" ")
-    at = [Header.QUEUES_AT + 2 * index for index in range(min(header.queues, len(names)))]
-    return [(name, header.words[word], header.words[word + 1]) for name, word in zip(names, at, strict=False)]
-
-
 class Collector:
     """For `prometheus_client`: reads the board whenever somebody scrapes."""
 
@@ -153,8 +133,8 @@ class Collector:
         yield gauge("background_tasks", "Background tasks in hand.", snapshot.tasks)
         yield gauge("background_oldest_seconds", "Age of the oldest background task in hand.", self._oldest())
         waiting, limits = {}, {}
-        for name, length, limit in queues_of(board):
-            waiting[name], limits[name] = length, limit
+        for each in board.listeners():
+            waiting[each.name], limits[each.name] = each.length, each.limit
         yield self._labelled("accept_queue_length", "Connections that wait to be accepted.", "listener", waiting)
         yield self._labelled("accept_queue_limit", "How many may wait before they are dropped.", "listener", limits)
         upgrades = CounterMetricFamily("zdd_web_upgrades", "Upgrades by outcome.", labels=["outcome"])

@@ -92,11 +92,19 @@ def rehearse(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+#: Each mode once, and the app's own.
+MODES = {
+    ("example_flask", "gthread"): ["--listener", "reuseport"],
+    ("example_django", "sync"): ["--listener", "systemd"],
+    ("example_django", "gthread"): ["--listener", "fd"],
+}
+
+
 @pytest.mark.parametrize("example", ["example_flask", "example_django"])
 def test_rehearsal_of_an_example_loses_nothing(tmp_path: Path, example: str, worker_class: str):
     report = tmp_path / "report.json"
     database = {"DATABASE_PATH": str(tmp_path / "db.sqlite3"), "WORKER_CLASS": worker_class}
-    paths = ["--path", "/", "--path", "/items"]
+    paths = ["--path", "/", "--path", "/items", *MODES.get((example, worker_class), [])]
     done = rehearse(example, "--upgrades", "2", "--clients", "16", "--json", str(report), *paths, **database)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = json.loads(report.read_text())

@@ -19,8 +19,7 @@ REFUSED = {
         INSTALL + "install(globals(), grace_period=10, drain_delay=10)",
         ["DRAIN_DELAY = 10", "GRACE_PERIOD = 10", "raise GRACE_PERIOD"],
     ),
-    "reuseport": (INSTALL + "install(globals(), listener='reuseport')", ["listener='reuseport'", "not available yet"]),
-    "systemd": (INSTALL + "install(globals(), listener='systemd')", ["listener='systemd'", "not available yet"]),
+    "systemd without systemd": (INSTALL + "install(globals(), listener='systemd')", ["LISTEN_FDS", "socket unit"]),
     "two installs": (
         INSTALL + "install(globals())\ninstall(globals())",
         ["install() was called twice", "keep the last"],

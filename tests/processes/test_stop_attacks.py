@@ -19,9 +19,6 @@ from tests.processes.test_stop import may_close_the_door
 from zdd_web.cli.rehearse.load import Load, LoadThread
 
 NEEDS_NET_ADMIN = pytest.mark.skipif(not may_close_the_door(), reason="needs CAP_NET_ADMIN, to have it or to drop it")
-NO_UPGRADE = pytest.mark.xfail(
-    strict=True, reason="gunicorn takes the number in fd:// for a descriptor once more: compat.py adopt_listeners"
-)
 WITHOUT_NET_ADMIN = ["setpriv", "--bounding-set=-net_admin", "--"]
 
 
@@ -199,7 +196,7 @@ def still_lets_in(listener: socket.socket, count: int = 5) -> bool:
         ("systemd", 1),
         ("systemd", 2),
         ("fd", 1),
-        pytest.param("fd", 2, marks=NO_UPGRADE),
+        ("fd", 2),
     ],
 )
 @pytest.mark.parametrize("launcher", ["with", pytest.param("without", marks=NEEDS_NET_ADMIN)])

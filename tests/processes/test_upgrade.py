@@ -177,19 +177,6 @@ def test_a_configuration_that_does_not_load_costs_nothing(service: Service):
     service.stop()
 
 
-def test_a_changed_bind_is_refused_with_both_values(service: Service):
-    service.bind = None
-    conf = service.directory / "gunicorn.conf.py"
-    good = conf.read_text()
-    conf.write_text("bind = '127.0.0.1:0'\n" + good)
-    service.start()
-    conf.write_text("bind = ['127.0.0.1:0', '127.0.0.1:0']\n" + good)
-    line = service.upgrade(expect="upgrade.failed")
-    assert "127.0.0.1:0, 127.0.0.1:0" in line
-    assert "restart the service" in line
-    service.stop()
-
-
 def test_phase_is_serving_again_in_the_successor(service: Service):
     service.start()
     service.upgrade()

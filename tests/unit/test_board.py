@@ -17,9 +17,11 @@ from zdd_web.board import (
     LAYOUT,
     MAGIC,
     MAX_CHECKS,
+    MOST_LISTENERS,
     Board,
     CheckRecord,
     Header,
+    ListenerRecord,
     Slot,
     Snapshot,
     UpgradeState,
@@ -84,8 +86,12 @@ def test_every_word_of_the_header_has_a_place_of_its_own(board: Board) -> None:
 
 def test_fields_of_a_record_do_not_overlap() -> None:
     blocks = {
-        Header: [(Header.BEFORE_AT, Header.QUEUES_AT), (Header.QUEUES_AT, Header.QUEUES_AT + 2 * Header.MOST_QUEUES)],
-        Slot: [(Slot.CHECKS_AT, Slot.CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS)],
+        Header: [(Header.BEFORE_AT, Header.LISTENERS_AT), (Header.LISTENERS_AT, Header.WORDS)],
+        Slot: [
+            (Slot.CHECKS_AT, Slot.CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS),
+            (Slot.ACCEPTS_AT, Slot.ACCEPTS_AT + MOST_LISTENERS),
+        ],
+        ListenerRecord: [],
         CheckRecord: [],
     }
     for record, behind in blocks.items():
@@ -330,7 +336,7 @@ def test_length_that_cannot_be_true_is_not_believed(board: Board) -> None:
 
 
 def test_what_is_no_board_is_refused(tmp_path: Path) -> None:
-    size = Header.WORDS * WORD
+    size = Header.FIXED * WORD
     for content, said in (
         (b"", "holds 0 bytes, too few for a board"),
         (bytes(size - 1), f"holds {size - 1} bytes, too few"),

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from zdd_web.board import Board, Header, WorkerState
+from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.health import Result
 from zdd_web.lifecycle import Phase
-from zdd_web.metrics import Collector, Totals, before, carry, exposition, note_queues, queues_of, totals
+from zdd_web.metrics import Collector, Totals, before, carry, exposition, totals
 
 made: list[Board] = []
 
@@ -25,6 +25,13 @@ def close_boards() -> Iterator[None]:
     yield
     while made:
         made.pop().close()
+
+
+def listen(board: Board, *listeners: tuple[str, int, int]) -> None:
+    for index, each in enumerate(listeners):
+        record = board.header.listener(index)
+        record.name, record.length, record.limit = each
+    board.header.listener_count = len(listeners)
 
 
 def generation(requests: int = 0, **header: int) -> Board:
@@ -92,25 +99,24 @@ def test_nothing_goes_back(seen: list[tuple[int, ...]]) -> None:
 
 
 def test_there_is_room_for_all_totals() -> None:
-    assert Header.BEFORE_AT + len(dataclasses.fields(Totals)) <= Header.QUEUES_AT
-    assert Header.queue_names.index >= Header.QUEUES_AT + 2 * Header.MOST_QUEUES
+    assert Header.BEFORE_AT + len(dataclasses.fields(Totals)) <= Header.LISTENERS_AT
 
 
-def test_queues_are_those_of_all_listeners() -> None:
+def test_each_listener_has_its_queue_and_what_was_accepted_from_it() -> None:
     board = generation()
-    assert queues_of(board) == []
-    noted = [("http://127.0.0.1:80", 3, 2048), ("unix:/run/a b", 0, 0)]
-    note_queues(board, noted)
-    assert queues_of(board) == [("http://127.0.0.1:80", 3, 2048), ("unix:/run/a_b", 0, 0)]
-    note_queues(board, [(f"http://[::]:{port}", port, 1) for port in range(20)])
-    assert len(queues_of(board)) == Header.MOST_QUEUES
-    note_queues(board, [])
-    assert queues_of(board) == []
+    assert list(board.listeners()) == []
+    listen(board, ("http://127.0.0.1:80#0", 3, 2048), ("http://127.0.0.1:80#1", 0, 2048))
+    slot = board.claim(1)
+    slot.words[slot.base + Slot.ACCEPTS_AT + 1] = 7
+    assert [(each.name, each.length, each.limit, each.accepted) for each in board.listeners()] == [
+        ("http://127.0.0.1:80#0", 3, 2048, 0),
+        ("http://127.0.0.1:80#1", 0, 2048, 7),
+    ]
 
 
 def test_a_scrape_has_everything() -> None:
     board = generation(requests=5, generation=3, phase=Phase.SERVING, workers_wanted=2, upgrade_took=1_500_000_000)
-    note_queues(board, [("http://127.0.0.1:80", 3, 2048)])
+    listen(board, ("http://127.0.0.1:80", 3, 2048))
     slot = board.slot(0)
     slot.in_flight, slot.tasks, slot.oldest_task, slot.checks = 2, 1, 1, 1
     record = slot.check(0)
@@ -180,7 +186,7 @@ def test_every_metric_is_documented_and_no_other() -> None:
     slot = board.slot(0)
     slot.checks = 1
     slot.check(0).name = "database"
-    note_queues(board, [("http://127.0.0.1:80", 0, 1)])
+    listen(board, ("http://127.0.0.1:80", 0, 1))
     families = list(Collector(board).collect())
     kinds = {
         each.name.removeprefix("zdd_web_") + ("_total" if each.type == "counter" else ""): (

@@ -15,14 +15,18 @@ from zdd_web.settings import ENV_PREFIX, Settings, StopBudget, merge, resolve
 
 SECONDS = "must be a number of seconds"
 PATH = "must be an absolute path without query and without a slash at its end"
-NOT_YET = "this listener mode is not available yet: use 'fd'"
 
 # Values that are as wrong in a configuration file as in an environment variable.
 IMPOSSIBLE: list[Any] = [
     ("listener", "tcp", "must be one of 'fd', 'reuseport', 'systemd'"),
     ("listener", "", "must be one of 'fd', 'reuseport', 'systemd'"),
-    ("listener", "reuseport", NOT_YET),
-    ("listener", "systemd", NOT_YET),
+    ("systemd_names", "web", "must be NAME=app or NAME=probe, each name once, separated by commas"),
+    ("systemd_names", "web=app,web=probe", "must be NAME=app or NAME=probe, each name once"),
+    ("systemd_names", "web=both", "'web' is for 'both': must be one of 'app', 'probe'"),
+    ("systemd_names", "=app", "'' is no FileDescriptorName"),
+    ("systemd_names", "a:b=app", "'a:b' is no FileDescriptorName"),
+    ("systemd_names", "health=probe", "no socket is the app's: add NAME=app"),
+    ("systemd_names", "web=app,a=probe,b=probe", "more than one socket is the probe port's"),
     ("upgrade_timeout", "soon", SECONDS),
     ("upgrade_timeout", "", SECONDS),
     ("upgrade_timeout", "60s", SECONDS),
@@ -41,6 +45,9 @@ IMPOSSIBLE: list[Any] = [
     ("max_generations", "", "must be a whole number between 2"),
     ("keep_pid", "maybe", "must be True or False"),
     ("keep_pid", "", "must be True or False"),
+    ("takeover", "please", "must be True or False"),
+    ("takeover_socket", "takeover.sock", "must be an absolute path, or empty for none"),
+    ("takeover_socket", "/run/" + "x" * 103, "must be at most 107 bytes long"),
     ("release_dir", "current", "must be an absolute path, or empty for none"),
     ("env_file", "./env", "must be an absolute path, or empty for none"),
     ("liveness_path", "livez", PATH),
@@ -64,6 +71,10 @@ IMPOSSIBLE: list[Any] = [
 WRONG_TYPE: list[Any] = [
     ("listener", 5, "must be one of"),
     ("listener", None, "must be one of"),
+    ("systemd_names", None, "must map names of sockets to 'app' or 'probe'"),
+    ("systemd_names", ["web"], "must map names of sockets"),
+    ("systemd_names", {"web": ["app"]}, "'web' is for ['app']: must be one of"),
+    ("systemd_names", {5: "app"}, "5 is no FileDescriptorName"),
     ("grace_period", None, SECONDS),
     ("grace_period", True, SECONDS),
     ("grace_period", [30], SECONDS),

@@ -88,7 +88,8 @@ class Bench:
     def launch(self, command: tuple[str, ...], *, directory: Path | None = None, timeout: float = PATIENCE) -> Upgrade:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         launch = Launch(directory=str(directory or self.directory), command=command, environ=environ)
-        upgrade = Upgrade.begin(launch, 2, [self.writer], ["127.0.0.1:0"], self.boot_log, timeout)
+        listening = {"listeners": (self.writer,), "binds": ("127.0.0.1:0",)}
+        upgrade = Upgrade.begin(launch, 2, listening, self.boot_log, timeout)
         self.upgrades.append(upgrade)
         return upgrade
 

@@ -161,6 +161,8 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
     click.echo(_generation_table(snapshots))
     click.echo()
     click.echo(_worker_table(snapshots))
+    click.echo()
+    click.echo(_listener_table(snapshots))
 
 
 def _generation_table(snapshots: list[Snapshot]) -> str:
@@ -192,6 +194,15 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
         for worker in snapshot.workers
     ]
     return tabulate(rows, ("generation", "worker", "state", "in flight", "requests", "tasks", "error"))
+
+
+def _listener_table(snapshots: list[Snapshot]) -> str:
+    rows = [
+        (snapshot.generation, each.name, each.length, each.limit, each.accepted or "")
+        for snapshot in snapshots
+        for each in snapshot.listeners
+    ]
+    return tabulate(rows, ("generation", "listener", "waiting", "limit", "accepted"))
 
 
 def _state(worker: WorkerView) -> str:

@@ -6,19 +6,19 @@ Everything here is a difference between releases, or a name inside gunicorn that
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import select
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import gunicorn
-from gunicorn import arbiter, sock
+from gunicorn import arbiter, sock, systemd
 from gunicorn.config import make_settings
 from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
@@ -107,18 +107,73 @@ def set_wait(server: Any, interval: Callable[[], float]) -> None:
     server.sleep = sleep
 
 
-def adopt_listeners(server: Any, fds: Iterable[int]) -> list[Any]:
-    """Wrap inherited descriptors in gunicorn's socket objects (sock.py:180)."""
-    listeners: list[Any] = sock.create_sockets(server.cfg, server.log, list(fds))
-    return listeners
+def create_listener(server: Any, address: Any) -> Any:
+    """Bind an address and listen, with gunicorn's own tries and errors: it ends the process when it cannot."""
+
+    class Alone:
+        address: Any
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(server.cfg, name)
+
+    conf = Alone()
+    conf.address = [address]
+    (listener,) = sock.create_sockets(conf, server.log)
+    listener.conf = server.cfg
+    return listener
 
 
-def close_listeners(server: Any, *, unlink: bool) -> None:
-    """Close the master's own listeners; `unlink` removes the paths of Unix sockets."""
-    listeners, server.LISTENERS = server.LISTENERS, []
-    for listener in listeners:
-        with contextlib.suppress(FileNotFoundError):
-            sock.close_sockets([listener], unlink)
+def _kind(address: Any, slot: int | None) -> Any:
+    """Return gunicorn's class for an address; with a slot, one whose objects say which of several they are."""
+    kind = sock._sock_type(address)
+    if slot is None:
+        return kind
+
+    class Slotted(kind):  # type: ignore[misc, valid-type]
+        def __str__(self) -> str:
+            return f"{super().__str__()}#{slot}"
+
+    return Slotted
+
+
+def adopt_listener(server: Any, fd: int, slot: int | None = None) -> Any:
+    """Wrap a listening descriptor in gunicorn's socket object (sock.py:180), which takes it over.
+
+    Not by its own `create_sockets()`: that takes the number in `fd://` for a descriptor once more. Raises OSError.
+    """
+    with socket.socket(fileno=os.dup(fd)) as look:
+        name = look.getsockname()
+    # An abstract Unix socket's is bytes.
+    name = os.fsdecode(name) if isinstance(name, bytes) else name
+    return _kind(name, slot)(name, server.cfg, server.log, fd=fd)
+
+
+def bind_listener(server: Any, address: Any, slot: int | None = None) -> Any:
+    """Bind an address and do not listen yet; with a slot, as one of several sockets on it. Raises OSError."""
+    kind = _kind(address, slot)
+    # gunicorn's constructor listens at once (sock.py:61): what is done here is the rest of it.
+    listener = kind.__new__(kind)
+    listener.log, listener.conf, listener.cfg_addr = server.log, server.cfg, address
+    made = socket.socket(kind.FAMILY, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind.FAMILY != socket.AF_UNIX:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if slot is not None:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(made)
+    except OSError:
+        made.close()
+        raise
+    made.setblocking(False)
+    listener.sock = made
+    return listener
+
+
+def take_stock_inheritance() -> list[int]:
+    """Take the descriptors that a gunicorn without zdd_web hands to its successor (arbiter.py:201)."""
+    text = os.environ.pop("GUNICORN_FD", "")
+    return [int(fd) for fd in text.split(",") if fd]
 
 
 def is_kept_by_somebody_else(server: Any) -> bool:
@@ -146,6 +201,20 @@ def tell_exits(tell: Callable[[int, int], None]) -> None:
             return found, status
 
     vars(arbiter)["os"] = Telling("os")
+
+
+def silence_systemd() -> None:
+    """Keep the arbiter from telling systemd READY=1 before a worker exists (arbiter.py:210)."""
+
+    class Silent(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(systemd, name)
+
+        @staticmethod
+        def sd_notify(*said: Any, **options: Any) -> None:
+            pass
+
+    vars(arbiter)["systemd"] = Silent("gunicorn.systemd")
 
 
 def suspend_control_server(server: Any) -> None:

@@ -13,20 +13,23 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from typing import TYPE_CHECKING
 
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
+from zdd_web.gunicorn.newcomer import Newcomer
 from zdd_web.gunicorn.office import Office
 from zdd_web.gunicorn.parentage import Parentage
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import Event, Phase
+from zdd_web.listeners import passing
 from zdd_web.probes import look
 from zdd_web.service import Line, kept_by
 
@@ -63,8 +66,12 @@ class Deploy:
         self.upgrade: Upgrade | None = None
         #: A successor that was told to stop, together with this generation, when it had requests in hand already.
         self.cancelled: Upgrade | None = None
+        #: Successors that were given up, are nobody's children here, and have not ended yet.
+        self._given_up: list[Newcomer] = []
+        #: Whoever has started this process waits for its pid.
+        self._was_started = heir is None or heir.taken
         self._boot_log = -1
-        self._office = Office(master.server, keep_pid=master.settings.keep_pid)
+        self._office = Office(master.server, master.supervisor)
         self._when_in_office = False
         self._line: Line | None = None
 
@@ -80,18 +87,14 @@ class Deploy:
         try:
             self._refuse_unless_possible()
             launch = self._next_launch()
-            if self._boot_log >= 0:
-                os.close(self._boot_log)
-                self._boot_log = -1
-            self._boot_log = self._header.boot_log_fd = bootlog.create()
+            self._new_boot_log()
             self.upgrade = Upgrade.begin(
                 launch,
                 self._header.generation + 1,
-                [listener.fileno() for listener in self._server.LISTENERS],
-                self._server.cfg.bind,
+                master.listening.inheritance(),
                 self._boot_log,
                 self._settings.upgrade_timeout,
-                [*self._alive_ancestors(), (os.getpid(), self._header.master_start)],
+                self._line_of_masters(),
                 kept=master.kept,
                 board=master.board.fd,
                 probe=master.probes.inheritance,
@@ -100,8 +103,10 @@ class Deploy:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
+            guarded("systemd", master.supervisor.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
+        guarded("systemd", master.supervisor.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
         self._outcome(UpgradeState.BOOTING, "")
@@ -109,7 +114,53 @@ class Deploy:
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(launch.command), directory=launch.directory,)  # fmt: skip
 
-    def _refuse_unless_possible(self) -> None:
+    def admit(self, end: socket.socket, who: passing.Credentials, told: int, name: str) -> None:
+        """A takeover: send one that was started what one that is forked inherits, or say why not."""
+        master = self._master
+        try:
+            if name != self._header.name:
+                raise UpgradeError(
+                    f"this is the service {self._header.name!r}, and that one {name!r}: give each its TAKEOVER_SOCKET, "
+                    f"or the same NAME if they are one"
+                )
+            self._refuse_unless_possible(forks=False)
+            self._new_boot_log()
+            probe, probe_bind = master.probes.inheritance
+            inheritance = Inheritance(
+                generation=self._header.generation + 1,
+                predecessor=os.getpid(),
+                channel=-1,
+                boot_log=self._boot_log,
+                stderr=-1,
+                ancestors=self._line_of_masters(),
+                **master.listening.inheritance(),
+                kept=master.kept,
+                board=master.board.fd,
+                probe=probe,
+                probe_bind=probe_bind,
+            )
+            self.upgrade = Newcomer.welcome(end, who, told, inheritance, self._settings.upgrade_timeout)
+        except (ZddError, OSError) as error:
+            with contextlib.suppress(OSError):
+                passing.send(end, {"kind": "refused", "reason": str(error)})
+            end.close()
+            self._header.upgrades_refused += 1
+            log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
+            return
+        self._outcome(UpgradeState.BOOTING, "")
+        log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
+                 by="takeover")  # fmt: skip
+
+    def _new_boot_log(self) -> None:
+        if self._boot_log >= 0:
+            os.close(self._boot_log)
+            self._boot_log = -1
+        self._boot_log = self._header.boot_log_fd = bootlog.create()
+
+    def _line_of_masters(self) -> tuple[tuple[int, int], ...]:
+        return (*self._alive_ancestors(), (os.getpid(), self._header.master_start))
+
+    def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
         if self._master.phase is not Phase.SERVING:
@@ -127,7 +178,7 @@ class Deploy:
                 "dirty_apps are set: their processes cannot be handed over, and a second master would end those of the "
                 "first; restart the service, or move them into a service of their own"
             )
-        if not self._settings.keep_pid:
+        if forks and not self._settings.keep_pid:
             obstacle = Parentage.of_this_process().obstacle()
             if obstacle:
                 raise UpgradeError(obstacle)
@@ -154,6 +205,7 @@ class Deploy:
         if self._when_in_office and not self._master.awaits_office:
             self._when_in_office = False
             self.request()
+        self._given_up = [each for each in self._given_up if not each.follow_end()]
         upgrade = self.upgrade
         if upgrade is None:
             return
@@ -163,7 +215,7 @@ class Deploy:
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
-            compat.close_listeners(self._server, unlink=False)
+            self._master.listening.close(unlink=False)
         if verdict is not None and verdict.ready:
             self._let_go(upgrade, verdict.workers)
         elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
@@ -184,6 +236,7 @@ class Deploy:
         leaving = all(member.state is WorkerState.LEAVING for member in self._master.roster.members())
         if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
             self._header.upgrades_done += 1
+            guarded("listeners", self._master.listening.close_dropped)()
             self._outcome(UpgradeState.DONE, "")
 
     def _let_go(self, upgrade: Upgrade, workers: int) -> None:
@@ -197,9 +250,12 @@ class Deploy:
         upgrade.go()
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
-        upgrade.end(now=upgrade.stage is Stage.BOOTING)
+        self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
         self._office.discard()
         self._office.forget_attempt(upgrade.pid)
+        for path in upgrade.added_paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         self._forget_successor()
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
@@ -207,8 +263,19 @@ class Deploy:
             with contextlib.suppress(OSError):
                 os.write(2, said.encode())
         self._header.upgrades_failed += 1
+        guarded("systemd", self._master.supervisor.upgrade_ended)("failed", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
+
+    def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
+        upgrade.end(now=now, reason=reason)
+        if isinstance(upgrade, Newcomer) and not upgrade.follow_end():
+            self._given_up.append(upgrade)
+
+    def end_given_up(self) -> None:
+        """Have none of those that were given up outlive this master, if it can be helped: they hold its listeners."""
+        for each in self._given_up:
+            each.follow_end(wait=False)
 
     def _forget_successor(self) -> None:
         self.upgrade = None
@@ -217,7 +284,8 @@ class Deploy:
 
     def _commit(self, upgrade: Upgrade) -> None:
         try:
-            self._office.hand_over(upgrade.pid)
+            workers = upgrade.board.header.workers_wanted if upgrade.board is not None else 0
+            self._office.hand_over(upgrade.pid, workers=workers, is_child=upgrade.is_child)
         except Exception as error:
             # Each step once: tried again at every tick, an error that lasts would hold the upgrade for ever.
             self._fail(upgrade, f"the office cannot be handed over: {type(error).__name__}: {error}")
@@ -225,7 +293,11 @@ class Deploy:
             return
         self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
+        # First of all: the successor offers itself there when it hears that it is in office.
+        guarded("takeover", self._master.offer.close)()
         upgrade.hand_over_office()
+        if upgrade.dropped:
+            guarded("listeners", self._master.listening.drop)(upgrade.dropped)
         self._master.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
         self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
@@ -233,7 +305,7 @@ class Deploy:
     def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
         if upgrade.board is not None:
             guarded("metrics", metrics.take_back)(self._master.board, upgrade.board)
-        upgrade.end(now=False)
+        self._end(upgrade, now=False, reason=reason)
         self._forget_successor()
         if self._header.upgrade_state == UpgradeState.COMMITTING:
             self._outcome(UpgradeState.FAILED, reason)
@@ -242,11 +314,12 @@ class Deploy:
         log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
         # First of all: whatever fails below, there is nobody else to serve.
         self._master.move(Event.SUCCESSOR_LOST)
+        guarded("listeners", self._master.listening.take_back)()
         self._office.take_back()
 
     def forwards(self, sig: signal.Signals) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
-        if not (self._settings.keep_pid and self._master.phase is Phase.RETIRING and self.upgrade is not None):
+        if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         if self._line is None:
             self._line = Line(os.getpid(), self._header.name, self.upgrade.pid)
@@ -254,6 +327,16 @@ class Deploy:
         if current is not None:
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
+
+    @property
+    def leaves_a_keeper(self) -> bool:
+        """Whether this pid must stay for a successor: KEEP_PID, and who came on its own has a pid and a parent too."""
+        return self._settings.keep_pid and self.upgrade is not None and self.upgrade.is_child
+
+    @property
+    def becomes_the_keeper(self) -> bool:
+        """Whether this is the process that stays: the first of those that have forked each other."""
+        return self.leaves_a_keeper and self._was_started
 
     def services_status(self) -> int | None:
         """Return the exit status of the service that this master's successors were; None while one of them lives."""
@@ -271,19 +354,26 @@ class Deploy:
         if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
             return
         reason = "the service was stopped"
+        if upgrade.stage is Stage.COMMITTING and not upgrade.is_child:
+            # It serves, and whoever stops this process means this one alone: that one has a pid of its own.
+            self._commit(upgrade)
+            return
         if upgrade.stage is Stage.COMMITTING:
             # It has requests in hand: it stops as this generation does, which waits for it.
             upgrade.ask_to_stop(sig)
             self.cancelled = upgrade
         else:
-            upgrade.end(now=True)
+            self._end(upgrade, now=True, reason=reason)
         self._office.discard()
         self._forget_successor()
+        guarded("systemd", self._master.supervisor.upgrade_ended)("was cancelled", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
     def waits_for_cancelled(self) -> bool:
         """Tell whether a cancelled successor is still here; one that stands still, or takes too long, is killed."""
+        if any(each.stage is Stage.BOOTING for each in self._given_up) and not clock.passed(self._header.deadline):
+            return True  # it is to say why it ends, and has two seconds for it
         upgrade = self.cancelled
         if upgrade is None or upgrade.status is not None:
             return False
@@ -299,7 +389,7 @@ class Deploy:
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone."""
-        for upgrade in (self.upgrade, self.cancelled):
+        for upgrade in (self.upgrade, self.cancelled, *self._given_up):
             if upgrade is not None:
                 upgrade.forget()
         if self._boot_log >= 0:

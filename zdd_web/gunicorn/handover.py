@@ -12,10 +12,11 @@ the end of the file at the other. Every message is a JSON object with a "kind":
     predecessor -> go      open the gate. Asked for rather than assumed: the deadline and the answer meet at one
                            place, so a generation that was given up can never open its gate a moment later
                    office  the commit window is over: the pid file and the control socket are yours
+                   given_up  reason: only to a successor that is no child (takeover.py); a child is killed
 
-The listeners, the other end of the pair and the boot log are inherited by exec; the environment variable says under
-which descriptors. gunicorn's own `GUNICORN_PID` and `GUNICORN_FD` are set so that a new release without zdd_web ends
-before it binds, instead of serving ungated.
+A successor that was forked inherits the listeners, the other end of the pair and the boot log by exec; the environment
+variable says under which descriptors. gunicorn's own `GUNICORN_PID` and `GUNICORN_FD` are set so that a new release
+without zdd_web ends before it binds, instead of serving ungated. One that was started on its own is sent the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import dataclasses
 import json
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +131,13 @@ class Inheritance:
     #: The probe port's listener, and the PROBE_BIND that it was bound by.
     probe: int = -1
     probe_bind: str = ""
+    #: LISTENER; which of several sockets on its address each listener is; when the first of them began to listen.
+    mode: str = "fd"
+    slots: tuple[int, ...] = ()
+    listening_since: int = 0
+    #: This process was not forked by the predecessor, but has asked it for all this; when that one started.
+    taken: bool = False
+    predecessor_start: int = 0
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -151,11 +160,7 @@ class Inheritance:
             return None
         environ.pop("GUNICORN_PID", None)
         try:
-            fields = json.loads(text)
-            fields["listeners"], fields["binds"] = tuple(fields["listeners"]), tuple(fields["binds"])
-            fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
-            # A predecessor of a later version may give more.
-            found = cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+            found = cls._read(json.loads(text))
             for fd in found.descriptors:
                 os.fstat(fd)
                 os.set_inheritable(fd, False)
@@ -164,6 +169,40 @@ class Inheritance:
                 f"{ENV}={text}: not an inheritance of this process ({error}): unset the variable"
             ) from None
         return found
+
+    @classmethod
+    def _read(cls, fields: dict[str, Any]) -> Inheritance:
+        for name in ("listeners", "binds"):
+            fields[name] = tuple(fields[name])
+        fields["slots"] = tuple(fields.get("slots", ()))
+        fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
+        # A predecessor of a later version may give more.
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+
+    def to_message(self) -> tuple[dict[str, Any], list[int]]:
+        """Return what a process that is no child is sent: fields, and descriptors in an order that these tell."""
+        names = ["boot_log", *(name for name in ("board", "probe") if getattr(self, name) >= 0)]
+        fields = {**dataclasses.asdict(self), "descriptors": names}
+        return fields, [*(getattr(self, name) for name in names), *self.listeners]
+
+    @classmethod
+    def from_message(
+        cls, fields: dict[str, Any], descriptors: Sequence[int], channel: int, predecessor: int, start: int
+    ) -> Inheritance:
+        """Make an inheritance of what such a process was sent, from the predecessor with that pid and start time.
+
+        Raises `UpgradeError` for what no predecessor sends.
+        """
+        try:
+            names = [str(name) for name in fields["descriptors"]]
+            named = dict(zip(names, descriptors, strict=False))
+            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in ("board", "probe")}}
+            own = {"channel": channel, "predecessor": predecessor, "predecessor_start": start, "taken": True}
+            return cls._read({**fields, **given, **own, "stderr": -1, "listeners": descriptors[len(names) :]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UpgradeError(
+                f"the running master has sent no inheritance ({type(error).__name__}: {error})"
+            ) from None
 
     def open_channel(self) -> Channel:
         """Return this successor's end of the pair."""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn import compat, sources, takeover
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
@@ -123,14 +123,18 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             fail(error, server)
         try:
             name = service_name(state.settings, server.cfg)
+            if state.heir is None and state.settings.takeover:
+                state.heir = takeover.ask(state.settings, name, server.cfg.pidfile or "")
             state.master = Master(server, state.settings, state.launch, name, state.heir)
             if server.cfg.pidfile and state.heir is None:
                 PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
             server.pidfile = None
+            takeover.decline(state.heir, str(error))
             fail(ZddError(f"the board or the pid file cannot be made: {error}"), server)
-        except (SettingsError, ListenerError) as error:
+        except (SettingsError, ListenerError, UpgradeError) as error:
             server.pidfile = None
+            takeover.decline(state.heir, str(error))
             fail(error, server)
         if state.master.succession is not None:
             state.master.succession.hide_pid_file()
@@ -159,7 +163,7 @@ def on_starting(server: Any) -> None:
         if hook is not None:
             hook(server)
         state.master.take_over()
-    except (SettingsError, UpgradeError) as error:
+    except (SettingsError, UpgradeError, ListenerError) as error:
         if succession is not None:
             succession.fail(str(error))
         fail(error, server)
@@ -202,7 +206,10 @@ def post_fork(server: Any, worker: Any) -> None:
     slot = master.roster.slot_of(worker)
     boot_log = master.succession.handler if master.succession is not None else None
     master.after_fork()
-    state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log)
+    listeners = master.listening.for_worker(worker, master.board.index_of(slot))
+    state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
+    if master.listening.counts_accepts:
+        state.worker.family.count_accepts()
     state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter()
     # On every request: where the user has no hook there is nothing in between either.

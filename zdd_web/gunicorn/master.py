@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, keeper, lifecycle, log, metrics, proc, process
+from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, UpgradeState, WorkerState
 from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.boundary import guarded
@@ -38,13 +38,15 @@ from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
+from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload
 from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
 from zdd_web.gunicorn.succession import Succession
+from zdd_web.gunicorn.supervisor import Supervisor
+from zdd_web.gunicorn.takeover import Offer
 from zdd_web.lifecycle import Event, Phase
-from zdd_web.listeners.backlog import Door, close_door, queue
 from zdd_web.settings import IN_KUBERNETES, Settings
 
 #: How often the loop turns while something is under way, seconds.
@@ -76,16 +78,19 @@ class Master:
         self.roster = Roster(server, self.board)
         self.succession = Succession(heir, server, self.board) if heir else None
         self._inherited_as_kept = heir.kept if heir else False
+        self.supervisor = Supervisor(self, heir)
         self.deploy = Deploy(self, launch, heir)
+        self.offer = Offer(self)
         self.reload = Reload(self)
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
         self._killed_at_work = False
         self._late = LateArrivals()
+        self.listening = Listening(server, self.board, settings, heir)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
-        self.probes = ProbePort(server, self.board, settings, heir)
+        self.probes = ProbePort(server, self.board, settings, heir, self.listening.probe_socket)
         if heir is None:
             # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
             self.probes.start(None)
@@ -104,14 +109,17 @@ class Master:
         self._gunicorn_int: Callable[[], None] = server.handle_int
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
+        self._gunicorn_stop: Callable[[bool], None] = server.stop
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
         compat.tell_exits(self._reaped)
+        compat.silence_systemd()
         server.maybe_promote_master = guarded("tick", self.tick)
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
         server.handle_term = guarded("handle_term", self.handle_term)
+        server.stop = self._stop
         server.handle_int = self.handle_int
         server.handle_quit = self.handle_quit
         server.handle_hup = guarded("handle_hup", self.reload.request)
@@ -125,9 +133,12 @@ class Master:
                 handler = f"handle_{sig.name[3:].lower()}"
                 setattr(server, handler, self._unless_forwarded(sig, getattr(server, handler)))
         if self.succession is not None:
-            self.succession.adopt()
-        elif server.pidfile is not None:
-            server.pidfile = PidFile(server.pidfile.fname, os.getpid())
+            self.succession.adopt(self.listening)
+        else:
+            if server.pidfile is not None:
+                server.pidfile = PidFile(server.pidfile.fname, os.getpid())
+            self.listening.take()
+            self.offer.open()
         server.handle_usr1 = self._reopening(server.handle_usr1)
         self.probes.start(self.succession)
         self.header.workers_wanted = server.num_workers
@@ -136,10 +147,12 @@ class Master:
                  kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name)  # fmt: skip
 
     def _interval(self) -> float:
-        return IDLE_TICK if self.phase is Phase.SERVING and self._settled() else BUSY_TICK
+        if self.phase is Phase.SERVING and self._settled():
+            return min(IDLE_TICK, self.supervisor.interval)
+        return BUSY_TICK
 
     def _settled(self) -> bool:
-        if self.deploy.under_way or self.awaits_office or self.reload.under_way:
+        if self.deploy.under_way or self.awaits_office or self.reload.under_way or self.offer.busy:
             return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
@@ -157,27 +170,27 @@ class Master:
         if self.phase is Phase.BOOTING:
             self._follow_boot()
         self.deploy.follow()
+        guarded("takeover", self.offer.follow)()
         self.reload.follow()
         guarded("probe port", self.probes.follow)(self)
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self.move(Event.LAME_DUCK_OVER)
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
-        # Last: nothing that moves the phase waits for it.
-        guarded("queues", self._note_queues)()
-
-    def _note_queues(self) -> None:
-        metrics.note_queues(self.board, [(str(each), *queue(each.sock)) for each in self.server.LISTENERS])
+        # Last: nothing that moves the phase waits for them.
+        guarded("systemd", self.supervisor.follow)()
+        guarded("listeners", self.listening.note)()
 
     def move(self, event: Event, **fields: Any) -> None:
         """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
-        since = self.header.phase_since
-        phase = lifecycle.after(self.phase, event)
-        if phase is self.phase:
+        since, before = self.header.phase_since, self.phase
+        phase = lifecycle.after(before, event)
+        if phase is before:
             return
         self.header.phase_since = clock.now_ns()
         self.header.phase = phase
         log.emit(f"phase.{phase.label}", after=round(clock.since(since), 3), workers=len(self.roster), **fields)
+        guarded("systemd", self.supervisor.moved)(before, phase)
 
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
@@ -219,6 +232,13 @@ class Master:
     def _serve(self) -> None:
         if self.succession is not None:
             self.succession.about_to_serve()
+        try:
+            self.listening.open()
+        except OSError as error:
+            reason = f"the listeners cannot listen: {error.strerror}"
+            if self.succession is not None:
+                self.succession.fail(reason)
+            raise HaltServer(reason, type(self.server).WORKER_BOOT_ERROR) from None
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
@@ -288,6 +308,7 @@ class Master:
         guarded("forward", self.deploy.forwards)(sig)
         if self.succession is not None:
             guarded("pid file", self.succession.unlink_pid_file)()
+        guarded("systemd", self.supervisor.ends_now)(STOP_NOW_WITHIN)
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self.header.phase = Phase.STOPPED
         # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
@@ -340,6 +361,7 @@ class Master:
         if self.phase is Phase.DRAINING and not self.header.door_since:
             guarded("close_door", self._close_door)()
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
+            guarded("listeners", self.listening.follow)()
             if not self.server.WORKERS:
                 self._end_when_nobody_is_left()
             else:
@@ -367,15 +389,18 @@ class Master:
             raise
 
     def _close_door(self) -> None:
-        # First of all: what fails below is not tried at each turn.
-        self.header.door_since = clock.now_ns()
         if self.kept or self.header.successor_pid or self.awaits_office:
-            self.header.door = Door.KEPT
-            return
-        doors = [close_door(listener.sock) for listener in self.server.LISTENERS]
-        self.header.door = min(doors, default=Door.CLOSED)
-        # The workers have their own: the last of them closes the queue, right after it has found it empty.
-        compat.close_listeners(self.server, unlink=True)
+            self.listening.keep()
+        else:
+            self.listening.shut()
+
+    def _stop(self, graceful: bool = True) -> None:
+        # gunicorn's own closes them in an order of its own, and cannot close an abstract Unix socket.
+        is_last = not (self.kept or self.server.reexec_pid or self.header.successor_pid or self.awaits_office)
+        guarded("takeover", self.offer.close)()
+        guarded("takeover", self.deploy.end_given_up)()
+        guarded("listeners", lambda: self.listening.close(unlink=is_last))()
+        self._gunicorn_stop(graceful)
 
     def _end_when_nobody_is_left(self) -> None:
         if self.deploy.waits_for_cancelled():
@@ -418,7 +443,7 @@ class Master:
         )
 
     def _leave(self, *, abandoned: bool) -> NoReturn:
-        if self.settings.keep_pid and self.header.successor_pid and not self.header.predecessor_pid:
+        if self.header.successor_pid and self.deploy.becomes_the_keeper:
             self._end_with_the_service()
             # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
             compat.suspend_control_server(self.server)
@@ -463,6 +488,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.deploy.after_fork()
+        self.offer.after_fork()
         if self.succession is not None:
             self.succession.forget()
         if self.board.fd >= 0:

@@ -14,14 +14,14 @@ from typing import Any
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
-from zdd_web.listeners.notify import notify
+from zdd_web.gunicorn.supervisor import Supervisor
 
 
 class Office:
     """What this master holds of it, or hands over."""
 
-    def __init__(self, server: Any, *, keep_pid: bool) -> None:
-        self._server, self._keep_pid = server, keep_pid
+    def __init__(self, server: Any, supervisor: Supervisor) -> None:
+        self._server, self._supervisor = server, supervisor
         self._prepared = ""
 
     def prepare(self, pid: int, pid_file: str) -> None:
@@ -40,13 +40,17 @@ class Office:
                 os.unlink(self._prepared)
             self._prepared = ""
 
-    def hand_over(self, pid: int) -> None:
-        """Give everything to a successor; raises whatever stands in the way, with some of it done."""
+    def hand_over(self, pid: int, *, workers: int = 0, is_child: bool = True) -> None:
+        """Give everything to a successor with so many workers; raises whatever stands in the way, some of it done."""
         if self._prepared:
             self._server.pidfile.commit(self._prepared)
             self._prepared = ""
         compat.suspend_control_server(self._server)
-        self._tell_systemd(pid)
+        if is_child:
+            self._tell_systemd(pid, workers)
+        else:
+            # One that has taken over is of another unit, whose READY=1 it says itself.
+            guarded("systemd", self._supervisor.superseded)(pid)
 
     def take_back(self) -> None:
         """Make everything this master's again, each for itself: to serve without is better than not to serve."""
@@ -64,7 +68,9 @@ class Office:
         if self._server.pidfile is not None:
             PidFile(f"{self._server.pidfile.fname}.2", pid).unlink()
 
-    def _tell_systemd(self, main_pid: int) -> None:
+    def _tell_systemd(self, main_pid: int, workers: int = 0) -> None:
         # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
-        if not self._keep_pid:
-            notify(f"MAINPID={main_pid}")
+        if main_pid == os.getpid():
+            self._supervisor.take_back()
+        else:
+            self._supervisor.hand_over(main_pid, workers)

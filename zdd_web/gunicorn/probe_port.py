@@ -53,6 +53,9 @@ LIVED = 10.0
 #: A killed process is gone in microseconds; one in uninterruptible sleep is not waited for any longer, seconds.
 END_WITHIN = 1.0
 
+#: Where others have PROBE_BIND, a socket of systemd's has its name behind this.
+SYSTEMD = "systemd:"
+
 WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound
 
 _REMEDIES = {
@@ -72,12 +75,14 @@ def address(bind: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def spell(bound: tuple[Any, ...]) -> str:
-    """Spell a socket's address as `PROBE_BIND` does.
+def spell(bound: tuple[Any, ...] | str) -> str:
+    """Spell a socket's address as `PROBE_BIND` does; the path of a Unix socket, which only systemd makes, as a bind.
 
     >>> spell(("::1", 8081, 0, 0))
     '[::1]:8081'
     """
+    if isinstance(bound, str):
+        return f"unix:{bound}"
     return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
 
@@ -127,8 +132,18 @@ def listen(bind: str, patience: float = BIND_PATIENCE) -> socket.socket:
 class ProbePort:
     """The socket, and the process of this generation."""
 
-    def __init__(self, server: Any, board: Board, settings: Settings, heir: Inheritance | None) -> None:
-        """Bind, or take what was inherited. Raises `SettingsError` or `ListenerError`."""
+    def __init__(
+        self,
+        server: Any,
+        board: Board,
+        settings: Settings,
+        heir: Inheritance | None,
+        activated: tuple[int, str] = (-1, ""),
+    ) -> None:
+        """Bind, or take what was inherited or what systemd has `activated` (descriptor and name; -1 for nothing).
+
+        Raises `SettingsError` or `ListenerError`.
+        """
         self._server, self._board, self._header = server, board, board.header
         #: What the process knows; app settings may change at a reload.
         self.settings = settings
@@ -143,12 +158,22 @@ class ProbePort:
         self._deaths = 0
         if heir is not None and heir.probe >= 0:
             inherited = socket.socket(fileno=heir.probe)
-            if self._bind == heir.probe_bind:
+            if self._bind == heir.probe_bind or (not self._bind and heir.probe_bind.startswith(SYSTEMD)):
+                self._bind = heir.probe_bind
                 self._listener = inherited
                 self._header.probe_shared = 1
             else:
                 inherited.close()
-        if self._bind:
+        if activated[0] >= 0:
+            fd, name = activated
+            if self._bind:
+                raise SettingsError(
+                    f"PROBE_BIND = {self._bind!r}, and SYSTEMD_NAMES has systemd's socket {name!r} for probes: there "
+                    f"is one probe port; remove one of the two"
+                )
+            self._bind, self._listener = f"{SYSTEMD}{name}", socket.socket(fileno=fd)
+            self._listener.setblocking(False)
+        elif self._bind and not self._bind.startswith(SYSTEMD):
             refuse_if_taken(self._bind, server.cfg.address)
             self._listener = self._listener or listen(self._bind)
 

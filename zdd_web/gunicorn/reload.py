@@ -19,6 +19,7 @@ from gunicorn import util
 from zdd_web import clock, log, proc
 from zdd_web.errors import ZddError
 from zdd_web.gunicorn import bootlog, sources
+from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
 
@@ -89,6 +90,7 @@ class Reload:
         if self._server.cfg.preload_app:
             # The app is imported in this process, and a module is imported once.
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade)")
             return
         obstacle = self._master.not_now()
@@ -96,6 +98,7 @@ class Reload:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
         self.proof = Proof.begin(self._server, self._master.settings)
+        guarded("systemd", self._master.supervisor.reload_began)()
         log.emit("reload.started", child=self.proof.pid)
 
     def follow(self) -> None:
@@ -108,6 +111,7 @@ class Reload:
         said = proof.close()
         if not reason:
             reason = apply(self._server)
+        guarded("systemd", self._master.supervisor.reload_ended)(reason)
         if reason:
             with contextlib.suppress(OSError):
                 os.write(2, said.encode())
@@ -122,6 +126,7 @@ class Reload:
             self.proof.end()
             self.proof.close()
             self.proof = None
+            guarded("systemd", self._master.supervisor.reload_ended)("the service was stopped")
 
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
@@ -162,7 +167,8 @@ def _try(server: Any, settings: Settings, output: int) -> None:
 def _unchangeable(before: Any, after: Any) -> str:
     if before.address != after.address:
         return (
-            f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; restart the service"
+            f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; use an upgrade "
+            f"(SIGUSR2), which drains what is bound no more"
         )
     if before.worker_class != after.worker_class:
         return (

@@ -195,7 +195,7 @@ def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
                     f"{app.text(name)} contradicts {other.text(name)}: the apps of one worker share its settings; "
                     f"give both the same value"
                 )
-            apart = bool(master.settings.probe_bind) and name in PROBE_SETTINGS
+            apart = master.settings.has_probe_port and name in PROBE_SETTINGS
             if name in APP_SETTINGS and name not in master.fixed and not apart:
                 values[name] = value
             elif value != getattr(master.settings, name) and not _was_weighed(master, app, name):
@@ -231,6 +231,10 @@ def _remedy(master: Sourced, app: FrameworkSettings, name: str) -> str:
     if master.origin[name].source is Source.INSTALL:
         return f"{write}, or {remove}"
     if master.origin[name].source is Source.ENVIRONMENT:
-        text = ",".join(value) if isinstance(value, (list, tuple)) else value
+        text = value
+        if isinstance(value, Mapping):
+            text = ",".join(f"{key}={each}" for key, each in value.items())
+        elif isinstance(value, (list, tuple)):
+            text = ",".join(value)
         return f"export ZDD_WEB_{upper}={text}, or {remove}"
     return f"{remove} in one of the two"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, log, metrics
+from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board
-from zdd_web.errors import BoardError, UpgradeError
+from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
 
 #: Seconds in which a master that was killed is gone for good, also on a machine that is short of everything.
@@ -32,6 +34,8 @@ class Succession:
         self._asked = False
         self._told = False
         self._ended_at = clock.NEVER
+        #: Why the predecessor has given up one that is not its child; None while it has not.
+        self._given_up: str | None = None
         self._pid_file = ""
         self._predecessors: Board | None = None
         if heir.board >= 0:
@@ -57,28 +61,24 @@ class Succession:
         """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
         assert self.handler is not None
         logging.getLogger("gunicorn.error").addHandler(self.handler)
-        bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
+        if not self.heir.taken:
+            bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
         self._channel.send("speaks")
 
-    def adopt(self) -> None:
+    def adopt(self, listening: Listening) -> None:
         """Make the inherited listeners this master's, and introduce it to its predecessor.
 
-        Raises `UpgradeError` when the configuration wants other listeners than there are.
+        Raises `UpgradeError` or `ListenerError` when the configuration wants what cannot be had.
         """
-        binds = tuple(self._server.cfg.bind)
-        if binds != self.heir.binds:
-            raise UpgradeError(
-                f"bind is {', '.join(binds)} in the new configuration and {', '.join(self.heir.binds)} in the running "
-                f"one: an upgrade keeps the listeners; restore bind, or restart the service"
-            )
         os.environ.pop("GUNICORN_FD", None)
         self._server.cfg.set("pidfile", self._pid_file or None)
-        self._server.LISTENERS = compat.adopt_listeners(self._server, self.heir.listeners)
+        dropped = listening.take()
         # gunicorn's stop() unlinks Unix sockets while this is 0 (arbiter.py:449): not before they are ours alone.
         self._server.master_pid = self.heir.predecessor
         compat.hold_control_server(self._server)
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
-        self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path)
+        self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path, dropped=dropped,
+                            added_paths=listening.added_paths)  # fmt: skip
 
     def may_serve(self, ready: int) -> bool:
         """Ask the predecessor for the gate, once; tell whether it has answered or is gone."""
@@ -99,9 +99,12 @@ class Succession:
                 self._told = True
             elif message.kind == "office":
                 self._take_office()
-        if not self._channel.ended:
+            elif message.kind == "given_up" and self._given_up is None:
+                self._given_up = str(message.fields.get("reason", ""))
+                self._end()
+        if self._given_up is not None or not self._channel.ended:
             return False
-        if not self.in_office and os.getppid() == self.heir.predecessor:
+        if not self.in_office and self._predecessor_lives():
             # A process's descriptors close a moment before it is gone. One that stays has given this master up.
             self._ended_at = self._ended_at or clock.now_ns()
             if clock.since(self._ended_at) > GIVEN_UP_AFTER:
@@ -120,6 +123,25 @@ class Succession:
             # Once more: what it wrote last.
             metrics.carry(self._board, self._predecessors)
         return self.in_office
+
+    def _predecessor_lives(self) -> bool:
+        if not self.heir.taken:
+            return os.getppid() == self.heir.predecessor
+        # One in another pid namespace cannot be looked at; it would have said that it gives this one up.
+        return proc.alive(self.heir.predecessor, self.heir.predecessor_start)
+
+    def _end(self) -> None:
+        """End because the predecessor, which is not this one's parent and cannot simply kill it, has given it up."""
+        log.emit("upgrade.given_up", logging.ERROR, predecessor=self.heir.predecessor, reason=self._given_up)
+        # Whatever it was told before: the listeners and their paths are the other's.
+        self.in_office = False
+        if self._board.header.ready_at:
+            # Its gate is open: what it has in hand it finishes.
+            self._server.handle_term()
+            return
+        # Nobody has been served, and one that hangs in an import does not hear SIGTERM.
+        self._server.kill_workers(signal.SIGKILL)
+        raise HaltServer(f"the running master has given this one up: {self._given_up}", 1)
 
     def about_to_serve(self) -> None:
         """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""

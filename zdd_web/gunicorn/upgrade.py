@@ -22,6 +22,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zdd_web import clock, proc
 from zdd_web.board import LAYOUT, Board
@@ -58,6 +59,9 @@ class Verdict:
 class Upgrade:
     """One successor, from its fork to the end of this master."""
 
+    #: Whether it was forked here, and this process is told by the kernel how it ends.
+    is_child = True
+
     def __init__(self, pid: int, channel: Channel, boot_log: int, timeout: float) -> None:
         self.pid, self.boot_log = pid, boot_log
         self.start = proc.start_time(pid)
@@ -67,6 +71,9 @@ class Upgrade:
         self.stage = Stage.BOOTING
         self.went_at = 0
         self.pid_file = ""
+        #: Indices of the listeners that it does not want, and paths of Unix sockets that it has made.
+        self.dropped: tuple[int, ...] = ()
+        self.added_paths: tuple[str, ...] = ()
         self.board: Board | None = None
         self.status: int | None = None
         self.released = False
@@ -78,8 +85,7 @@ class Upgrade:
         cls,
         launch: Launch,
         generation: int,
-        listeners: Sequence[int],
-        binds: Sequence[str],
+        listening: dict[str, Any],
         boot_log: int,
         timeout: float,
         ancestors: Sequence[tuple[int, int]] = (),
@@ -96,9 +102,8 @@ class Upgrade:
             channel=theirs.fileno(),
             boot_log=boot_log,
             stderr=-1,
-            listeners=tuple(listeners),
-            binds=tuple(binds),
             ancestors=tuple(ancestors),
+            **listening,
             kept=kept,
             board=board,
             probe=probe[0],
@@ -134,6 +139,8 @@ class Upgrade:
         while message := self._channel.receive():
             if message.kind == "hello":
                 self.pid_file = str(message.fields.get("pid_file", ""))
+                self.dropped = tuple(map(int, message.fields.get("dropped", ())))
+                self.added_paths = tuple(map(str, message.fields.get("added_paths", ())))
                 self._read_board(message.fd)
             elif message.kind == "speaks":
                 self.speaks = True
@@ -190,7 +197,7 @@ class Upgrade:
         self.stage = Stage.IN_OFFICE
         self._channel.send("office")
 
-    def end(self, *, now: bool) -> None:
+    def end(self, *, now: bool, reason: str = "") -> None:
         """Kill the new master and its workers; `now` spares no request. Idempotent."""
         # Our own child, so its pid is its own until it is reaped. Not by way of /proc, which cannot be read when this
         # process has run out of descriptors: the successor would live on, and serve.
@@ -198,13 +205,16 @@ class Upgrade:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
-        # Only now, when it can fork no more. One that has not written its pid yet finds its parent gone.
+        self._end_workers(now=now)
+        self.forget()
+
+    def _end_workers(self, *, now: bool) -> None:
+        # Only when the master can fork no more. One that has not written its pid yet finds its parent gone.
         for pid, start in self._workers():
             proc.kill(pid, start, signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM)
         if now and self.board is not None and self.board.header.layout == LAYOUT and self.board.header.probe_pid:
             # It would go by itself, a moment later.
             proc.kill(self.board.header.probe_pid, self.board.header.probe_start, signal.SIGKILL)
-        self.forget()
 
     def ask_to_stop(self, sig: signal.Signals) -> None:
         """Pass on to the new master what this one was told: it has requests in hand."""
@@ -280,6 +290,9 @@ def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
             os.set_inheritable(fd, True)
         environ = dict(launch.environ)
         environ[ENV] = heir.to_environ()
+        if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
+            # systemd's watchdog is the main process's, which this one is to be.
+            environ["WATCHDOG_PID"] = str(os.getpid())
         # For a release without install(): gunicorn reads the second as numbers before it binds (arbiter.py:201), and
         # ends there. It would unlink a live Unix socket otherwise, and serve ungated. With install(), the second also
         # keeps --daemon from detaching again (util.py:526). Both are taken out before gunicorn looks.

@@ -24,14 +24,14 @@ from typing import Any
 from gunicorn.errors import AppImportError
 
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
-from zdd_web.board import Board, Header, Slot, WorkerState
+from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
 from zdd_web.listeners import backlog
-from zdd_web.listeners.backlog import Door
+from zdd_web.listeners.backlog import SHUT, Door
 from zdd_web.settings import Settings
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.
@@ -58,7 +58,10 @@ class WorkerSide:
         settings: Settings,
         gate: Gate,
         boot_log: bootlog.Handler | None,
+        listeners: dict[int, int],
     ) -> None:
+        #: The index of each listener, by descriptor.
+        self.listeners = listeners
         self.worker, self.board, self.slot, self.settings, self.gate = worker, board, slot, settings, gate
         self.boot_log = boot_log
         self.process = process.attach(board, slot, settings)
@@ -204,7 +207,9 @@ class WorkerSide:
             if self.slot.state == WorkerState.BOOTING:
                 # It has promised nothing yet, and may hang.
                 os._exit(0)
-            if phase is Phase.DRAINING and not self.board.header.successor_pid:
+            header = self.board.header
+            nobody_after = phase is Phase.DRAINING and not header.successor_pid
+            if nobody_after or any(header.listener(index).door in SHUT for index in self.listeners.values()):
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
                 self.worker.notify = self.notify
@@ -253,13 +258,11 @@ class WorkerSide:
 
     def _has_emptied(self) -> bool:
         header = self.board.header
-        since = header.door_since
-        if clock.passed(header.deadline) or header.door == Door.KEPT:
+        if clock.passed(header.deadline):
             return True
-        if header.door == Door.NARROW and clock.since(since) >= NARROW_AT_MOST:
-            return True
-        # With the door closed, those whose handshake was under way are still to come.
-        return backlog.is_empty(self.worker.sockets) and not (since and clock.since(since) < SETTLE)
+        if not header.door_since:
+            return backlog.is_empty(self.worker.sockets)
+        return all(_is_emptied(fd, header.listener(index)) for fd, index in self.listeners.items())
 
     def leave(self) -> None:
         """Have the worker finish what it has and end its loop."""
@@ -432,6 +435,17 @@ class WorkerSide:
         # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
         if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
             self.count_server_error(request)
+
+
+def _is_emptied(fd: int, listener: ListenerRecord) -> bool:
+    """Tell whether nobody waits in a listener's queue, and nobody is on the way into it."""
+    door, since = listener.door, clock.since(listener.door_since)
+    if door not in SHUT or (door == Door.NARROW and since >= NARROW_AT_MOST):
+        return True
+    # With the door closed, those whose handshake was under way are still to come.
+    if since < SETTLE or (door == Door.STEERED and not listener.settled):
+        return False
+    return backlog.is_empty([fd])
 
 
 _PHASE = Header.phase.index

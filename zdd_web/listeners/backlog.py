@@ -10,6 +10,7 @@ The filter is the socket's, not the process's: never where somebody else goes on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import select
@@ -17,7 +18,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-SO_ATTACH_FILTER = 26
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
 #: Load the TCP flags; where SYN is set keep nothing of the segment, else all of it.
 _DROP_SYN = b"".join(
@@ -41,6 +42,12 @@ class Door(enum.IntEnum):
     CLOSED = 2
     #: Not ours to close: somebody else serves, or will.
     KEPT = 3
+    #: New connections go to others on the same port (listeners/reuseport.py).
+    STEERED = 4
+
+
+#: Nobody new comes in, and somebody may still wait.
+SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
 
 
 def close_door(listener: socket.socket) -> Door:
@@ -62,6 +69,13 @@ def close_door(listener: socket.socket) -> Door:
     return Door.NARROW
 
 
+def open_door(listener: socket.socket, backlog: int) -> None:
+    """Undo `close_door()`."""
+    with contextlib.suppress(OSError):  # ENOENT: it was only narrowed
+        listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+    listener.listen(backlog)
+
+
 def queue(listener: socket.socket) -> tuple[int, int]:
     """Return how many connections wait in a TCP listener's queue, and how many may; zeroes for other sockets.
 
@@ -77,9 +91,9 @@ def queue(listener: socket.socket) -> tuple[int, int]:
     return length, limit
 
 
-def is_empty(listeners: Iterable[socket.socket]) -> bool:
-    """Tell whether nobody waits in any of the queues."""
+def is_empty(listeners: Iterable[socket.socket | int]) -> bool:
+    """Tell whether nobody waits in any of the queues: of sockets or descriptors."""
     poller = select.poll()
     for listener in listeners:
-        poller.register(listener.fileno(), select.POLLIN)
+        poller.register(listener, select.POLLIN)
     return not poller.poll(0)

@@ -17,7 +17,7 @@ from zdd_web.settings.sources import (
     of_app,
     resolve,
 )
-from zdd_web.settings.values import DETAILS, LISTENERS, LISTENERS_AVAILABLE, CheckSetting, spelled
+from zdd_web.settings.values import DETAILS, LISTENERS, CheckSetting, spelled
 
 __all__ = [
     "APP_SETTINGS",
@@ -26,7 +26,6 @@ __all__ = [
     "HANDOVER",
     "IN_KUBERNETES",
     "LISTENERS",
-    "LISTENERS_AVAILABLE",
     "PROBE_SETTINGS",
     "CheckSetting",
     "FrameworkSettings",

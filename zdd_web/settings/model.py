@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zdd_web.errors import SettingsError
@@ -33,6 +34,7 @@ class Settings:
     """
 
     listener: str = "fd"
+    systemd_names: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     upgrade_timeout: float = DEFAULT_UPGRADE_TIMEOUT
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
@@ -42,6 +44,8 @@ class Settings:
     warmup: tuple[str, ...] = ()
     max_generations: int = 4
     keep_pid: bool = False
+    takeover: bool = False
+    takeover_socket: str = ""
     release_dir: str = ""
     env_file: str = ""
     liveness_path: str = "/livez"
@@ -72,6 +76,11 @@ class Settings:
             if path == self.health_path:
                 raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is {name} too: health means readiness here")
         self.stop_budget()
+
+    @property
+    def has_probe_port(self) -> bool:
+        """Whether probes are answered on a port of their own, bound by us or by systemd."""
+        return bool(self.probe_bind) or "probe" in dict(self.systemd_names).values()
 
     def stop_budget(self) -> StopBudget:
         """Split `grace_period` into lame duck, work and margin.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from zdd_web.errors import SettingsError
 
 LISTENERS = ("fd", "reuseport", "systemd")
-LISTENERS_AVAILABLE = ("fd",)
 
 
 def check_name(key: str, source: str, spell: Callable[[str], str] = str) -> None:
@@ -39,8 +38,6 @@ def spelled(value: object) -> str:
 def _listener(value: object) -> str:
     if value not in LISTENERS:
         raise ValueError(f"must be one of {', '.join(map(repr, LISTENERS))}")
-    if value not in LISTENERS_AVAILABLE:
-        raise ValueError(f"this listener mode is not available yet: use {LISTENERS_AVAILABLE[0]!r}")
     return str(value)
 
 
@@ -123,6 +120,33 @@ def _generations(value: object) -> int:
     return int(str(value))
 
 
+#: What a socket that systemd passes may be for.
+ROLES = ("app", "probe")
+
+
+def _socket_names(value: object) -> dict[str, str]:
+    if isinstance(value, str):
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        if any(not equals for _, equals, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+            raise ValueError(
+                "must be NAME=app or NAME=probe, each name once, separated by commas: 'web=app,health=probe'"
+            )
+        value = {name.strip(): role.strip() for name, _, role in pairs}
+    if not isinstance(value, Mapping):
+        raise ValueError("must map names of sockets to 'app' or 'probe', such as {'web': 'app', 'health': 'probe'}")
+    for name, role in value.items():
+        # What systemd takes for FileDescriptorName=.
+        if not isinstance(name, str) or not re.fullmatch(r"[!-9;-~]([ -9;-~]{0,253}[!-9;-~])?", name):
+            raise ValueError(f"{name!r} is no FileDescriptorName: must be 1 to 255 ASCII characters without ':'")
+        if role not in ROLES:
+            raise ValueError(f"{name!r} is for {role!r}: must be one of {', '.join(map(repr, ROLES))}")
+    if value and "app" not in value.values():
+        raise ValueError("no socket is the app's: add NAME=app for the one that is")
+    if list(value.values()).count("probe") > 1:
+        raise ValueError("more than one socket is the probe port's: leave one")
+    return dict(value)
+
+
 def _exit_status(value: object) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) > 255:
         raise ValueError("must be a whole number from 0 to 255")
@@ -144,6 +168,14 @@ def _absolute(value: object) -> str:
     return value
 
 
+def _socket_path(value: object) -> str:
+    path = _absolute(value)
+    # The kernel's limit for the address of a Unix socket.
+    if len(path.encode()) > 107:
+        raise ValueError("must be at most 107 bytes long, as the path of any Unix socket")
+    return path
+
+
 def _header(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9-]*", value):
         raise ValueError("must be a header name of letters, digits and '-', or empty for none")
@@ -160,6 +192,7 @@ def _name(value: object) -> str:
 #: Each returns what the value becomes, and raises ValueError with what it must be.
 NORMALISE: dict[str, Callable[[object], Any]] = {
     "listener": _listener,
+    "systemd_names": _socket_names,
     "upgrade_timeout": _seconds(least=1),
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
@@ -169,6 +202,8 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "warmup": _paths,
     "max_generations": _generations,
     "keep_pid": _switch,
+    "takeover": _switch,
+    "takeover_socket": _socket_path,
     "release_dir": _absolute,
     "env_file": _absolute,
     "liveness_path": _path,

@@ -18,6 +18,7 @@ from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
 from zdd_web.cli.rehearse.server import RehearsalError, Server
 from zdd_web.lifecycle import Phase
+from zdd_web.settings import LISTENERS
 
 if TYPE_CHECKING:
     from zdd_web.cli.rehearse.load import LoadThread
@@ -38,6 +39,8 @@ SETTLE = 1.5
               help="What is requested, with GET; may be repeated.")  # fmt: skip
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.1, 600),
               help="Seconds after which a request counts as lost.")  # fmt: skip
+@click.option("--listener", type=click.Choice(LISTENERS),
+              help="Rehearse this listener mode and not the app's own; systemd's part is played.")  # fmt: skip
 @click.option("--json", "json_file", type=click.File("w"), help="Write the report to FILE ('-' for stdout) too.")
 def rehearse(
     target: str,
@@ -48,6 +51,7 @@ def rehearse(
     think: float,
     paths: tuple[str, ...],
     timeout: float,
+    listener: str | None,
     json_file: TextIO | None,
 ) -> None:
     """Prove that an app is upgraded and stopped without losing a request, under load, on this machine.
@@ -61,7 +65,7 @@ def rehearse(
     except ImportError:
         _give_up("the load generator needs h11: pip install 'zdd-web[rehearse]'")
     try:
-        with Server(target, arguments) as server:
+        with Server(target, arguments, listener) as server:
             click.echo(f"$ {shlex.join(server.command)}")
             click.echo("overridden, away from production:")
             for name, value in server.overrides.items():
@@ -71,7 +75,8 @@ def rehearse(
             load = LoadThread(Load("127.0.0.1", server.port, paths, clients, keepalive, think, timeout))
             report = _perform(server, generation, load, upgrades)
             _show(report, server, json_file, {"target": target, "arguments": arguments, "clients": clients,
-                                              "keepalive": keepalive, "think": think, "paths": paths})  # fmt: skip
+                                              "keepalive": keepalive, "think": think, "paths": paths,
+                                              "listener": listener})  # fmt: skip
     except (RehearsalError, ValueError) as error:
         _give_up(str(error))
     sys.exit(0 if report.ok else 1)

@@ -8,8 +8,10 @@ passes for those is refused, not silently dropped.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,7 +88,7 @@ def refuse_own(arguments: Sequence[str], source: str) -> None:
 class Server:
     """The rehearsed service; a context manager that leaves nothing behind."""
 
-    def __init__(self, target: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, target: str, arguments: Sequence[str] = (), listener: str | None = None) -> None:
         self.configuration = configuration_of(target)
         refuse_own(arguments, "GUNICORN ARGS")
         refuse_own(shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")), "GUNICORN_CMD_ARGS")
@@ -104,6 +106,13 @@ class Server:
         if not _knows("control_socket"):
             del on_command_line["control-socket"]
         self.environ = {"ZDD_WEB_NAME": self.name, "ZDD_WEB_GENERATION_HEADER": GENERATION_HEADER}
+        #: Where the rehearsal plays systemd, which holds the socket for as long as it likes.
+        self._held: socket.socket | None = None
+        if listener is not None:
+            self.environ["ZDD_WEB_LISTENER"] = listener
+        if listener == "systemd":
+            self._held = socket.create_server(("127.0.0.1", 0), backlog=2048)
+            del on_command_line["bind"]
         #: Shown to the user: every setting that is not theirs.
         self.overrides: dict[str, Any] = {**on_command_line, **IN_FILE, **self.environ}
         wrapper = os.path.join(self._directory.name, "gunicorn.conf.py")
@@ -121,6 +130,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        if self._held is not None:
+            self._held.close()
         self._directory.cleanup()
 
     def start(self, timeout: float = 90.0) -> service.Generation:
@@ -130,9 +141,19 @@ class Server:
         """
         # Upgrades orphan the masters that follow: their exit statuses shall still come to us.
         proc.become_subreaper()
+        command = self.command
+        pass_fds: tuple[int, ...] = ()
+        if self._held is not None:
+            pass_fds = (self._held.fileno(),)
+            command = [sys.executable, "-m", "zdd_web.cli.rehearse.activate", str(pass_fds[0]), *command]
         with open(self.log_path, "wb") as log:
             self._first = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environ}
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environ},
+                pass_fds=pass_fds,
             )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -151,7 +172,8 @@ class Server:
         for line in self.log_tail(1_000_000).splitlines():
             _, found, rest = line.partition("Listening at: http://127.0.0.1:")
             if found:
-                return int(rest.split()[0])
+                # In `reuseport` mode there are several, and each has its number behind the port.
+                return int(re.match(r"\d+", rest)[0])  # type: ignore[index]
         raise RehearsalError(f"gunicorn did not log its port:\n{self.log_tail()}")
 
     def generations(self) -> list[service.Generation]:

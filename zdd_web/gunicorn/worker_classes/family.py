@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +39,21 @@ def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
     return beat_on_board
 
 
+class Counting(socket.socket):
+    """A listener that says so when it has accepted; takes the place of another object for the same descriptor."""
+
+    def __init__(self, listener: socket.socket, accepted: Callable[[], None]) -> None:
+        super().__init__(fileno=listener.detach())
+        self.setblocking(False)
+        self._accepted = accepted
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """See `socket.socket`."""
+        found = super().accept()
+        self._accepted()
+        return found
+
+
 class Family:
     """One worker's; made right after the fork, before `init_process()`."""
 
@@ -60,6 +76,22 @@ class Family:
 
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
+
+    def count_accepts(self) -> None:
+        """Count on the board what is accepted, listener by listener; called right after the fork."""
+        for listener in self.worker.sockets:
+            accepted = self.accept_counter(listener.fileno())
+            listener.sock = Counting(listener.sock, accepted)
+
+    def accept_counter(self, fd: int) -> Callable[[], None]:
+        """Return what counts a connection that was accepted from a listener."""
+        slot = self.side.slot
+        words, at = slot.words, slot.base + Slot.ACCEPTS_AT + self.side.listeners[fd]
+
+        def accepted() -> None:
+            words[at] += 1
+
+        return accepted
 
     def before_load(self) -> None:
         """Called before the app is imported."""

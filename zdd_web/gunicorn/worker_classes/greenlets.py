@@ -40,7 +40,7 @@ class Greenlets(Family):
             def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
                 super().__init__(listener, *arguments, **options)
                 servers.append(self)
-                names[listener] = _Named(self.address)
+                names[listener] = _Named(self.address, listener.fileno())
 
             def close(self) -> None:
                 # close() forgets the handler, which a connection in its TLS handshake still needs.
@@ -66,6 +66,17 @@ class Greenlets(Family):
                 gevent.spawn(handler, sig, frame)
 
         return handle
+
+    def count_accepts(self) -> None:
+        """See `Family`: gevent's own sockets accept, and not those of gunicorn."""
+        handle = self.worker.handle
+        counters = {fd: self.accept_counter(fd) for fd in self.side.listeners}
+
+        def counting(listener: _Named, client: Any, addr: Any) -> Any:
+            counters[listener.fd]()
+            return handle(listener, client, addr)
+
+        self.worker.handle = counting
 
     def before_load(self) -> None:
         """See `Family`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
@@ -108,8 +119,8 @@ class Greenlets(Family):
 class _Named:
     """A listener of which only the name is left."""
 
-    def __init__(self, name: Any) -> None:
-        self._name = name
+    def __init__(self, name: Any, fd: int) -> None:
+        self._name, self.fd = name, fd
 
     def getsockname(self) -> Any:
         return self._name

@@ -1,0 +1,244 @@
+"""Listeners across upgrades, in `fd` mode: what they are bound to, and a list of them that changes."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.processes.harness import PATIENCE, Held, Service, ask_unix, until
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody has at the moment."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
+
+
+def bound_to(service: Service, *binds: str) -> Service:
+    """Write a configuration with these binds; the first that is a port is the one that the harness asks."""
+    service.bind = None
+    service.configure(f"bind = {list(binds)!r}\n")
+    ports = [int(bind.rpartition(":")[2]) for bind in binds if bind.rpartition(":")[2].isdigit()]
+    service.port = service.port or (ports[0] if ports else 0)
+    return service
+
+
+def start(service: Service) -> Service:
+    """Start a service that may have no TCP port for the harness to learn."""
+    process = service.spawn()
+    until("phase.serving", lambda: service.matches(r"event=phase\.serving") or process.poll() is not None, service)
+    assert process.poll() is None, service.log()
+    return service
+
+
+def refuses(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_binds_in_another_order_are_the_same_listeners(service: Service, tmp_path: Path):
+    one, two, path = free_port(), free_port(), tmp_path / "app.sock"
+    start(bound_to(service, f"127.0.0.1:{one}", f"unix:{path}", f"127.0.0.1:{two}"))
+    with service.under_load(4):
+        bound_to(service, f"127.0.0.1:{two}", f"127.0.0.1:{one}", f"unix:{path}")
+        service.upgrade()
+        assert ask_unix(path).generation == 2
+        assert service.get().generation == 2
+    service.port = two
+    assert service.get().generation == 2
+    assert not service.matches("event=listener")
+    service.stop()
+    assert not path.exists()
+
+
+def test_a_bind_that_is_new_listens_when_the_new_generation_serves(service: Service, tmp_path: Path):
+    one, two, path = free_port(), free_port(), tmp_path / "new.sock"
+    start(bound_to(service, f"127.0.0.1:{one}"))
+    bound_to(service, f"127.0.0.1:{one}", f"127.0.0.1:{two}", f"unix:{path}")
+    early = f"import socket\nassert socket.socket().connect_ex(('127.0.0.1', {two})), 'early'"
+    service.deploy("2", at_import=early)
+    with service.under_load(4):
+        service.upgrade()
+    assert ask_unix(path).generation == 2
+    service.port = two
+    assert service.get().generation == 2
+    assert len(service.matches("event=listener.added")) == 2
+    service.stop()
+    assert not path.exists()
+
+
+def test_a_new_generation_that_fails_takes_its_new_binds_with_it(service: Service, tmp_path: Path):
+    one, two, path = free_port(), free_port(), tmp_path / "new.sock"
+    start(bound_to(service, f"127.0.0.1:{one}"))
+    bound_to(service, f"127.0.0.1:{one}", f"127.0.0.1:{two}", f"unix:{path}")
+    service.deploy("2", at_import="import no_such_module_here")
+    with service.under_load(4):
+        service.upgrade(expect="upgrade.failed")
+    assert not path.exists()
+    assert refuses(two)
+    service.deploy("3")
+    service.upgrade()
+    assert ask_unix(path).version == "3"
+    service.stop()
+
+
+def test_a_new_bind_that_somebody_has_fails_the_upgrade_with_what_to_do(service: Service):
+    start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        theirs = f"127.0.0.1:{other.getsockname()[1]}"
+        bound_to(service, f"127.0.0.1:{service.port}", theirs)
+        line = service.upgrade(expect="upgrade.failed")
+    assert f"bind = '{theirs}'" in line
+    assert "address already in use" in line
+    assert service.get().generation == 1
+    service.stop()
+
+
+def test_a_path_that_somebody_serves_is_not_taken_from_them(service: Service, tmp_path: Path):
+    path = tmp_path / "theirs.sock"
+    start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        bound_to(service, f"127.0.0.1:{service.port}", f"unix:{path}")
+        assert "somebody else serves there" in service.upgrade(expect="upgrade.failed")
+        assert path.exists()
+    # Now it is stale.
+    service.upgrade()
+    assert ask_unix(path).generation == 2
+    service.stop()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_bind_that_is_gone_finishes_what_waits_in_its_queue(
+    make_service: Callable[..., Service], kind: str, tmp_path
+):
+    service = make_service("sync", workers=1)
+    kept, path = free_port(), tmp_path / "old.sock"
+    old = f"unix:{path}" if kind == "unix" else f"127.0.0.1:{free_port()}"
+    start(bound_to(service, f"127.0.0.1:{kept}", old))
+    held = Held(service, path) if kind == "unix" else Held(service)
+    bound_to(service, f"127.0.0.1:{kept}")
+
+    def ask() -> int:
+        if kind == "unix":
+            return ask_unix(path).generation
+        connection = http.client.HTTPConnection("127.0.0.1", int(old.rpartition(":")[2]), timeout=PATIENCE)
+        connection.request("GET", "/", headers={"Connection": "close"})
+        return int(connection.getresponse().read().split()[1])
+
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(ask) for _ in range(5)]
+        until("a queue", lambda: kind == "unix" or service.snapshot().listeners[1].length == 5, service)
+        service.signal(signal.SIGUSR2)
+        service.wait_for("event=upgrade.committed")
+        assert held.is_answered()
+        assert [each.result() for each in waiting] == [1] * 5
+    service.wait_for("event=listener.closed")
+    assert not path.exists()
+    service.until_one_generation()
+    assert service.get().generation == 2
+    service.stop()
+
+
+def test_an_old_generation_that_must_serve_again_opens_what_was_dropped(make_service: Callable[..., Service]):
+    service = make_service("gthread", workers=1)
+    old, kept = free_port(), free_port()
+    start(bound_to(service, f"127.0.0.1:{old}", f"127.0.0.1:{kept}"))
+    first = service.pid
+    with Held(service) as held:
+        bound_to(service, f"127.0.0.1:{kept}")
+        service.signal(signal.SIGUSR2)
+        service.wait_for("event=listener.closed")
+        second = until("the successor", lambda: service.pid != first and service.pid, service)
+        os.kill(second, signal.SIGKILL)
+        service.wait_for("event=successor.lost")
+        until("an answer on the old port", lambda: not refuses(old), service)
+        assert service.get().generation == 1
+        assert held.is_answered()
+    service.stop(status=None)
+
+
+def test_a_unix_socket_keeps_its_file_mode_and_owner(service: Service, tmp_path: Path):
+    path = tmp_path / "app.sock"
+    start(bound_to(service, f"unix:{path}"))
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, -1, 12345)
+    before = path.stat()
+    for generation in (2, 3):
+        service.upgrade()
+        assert ask_unix(path).generation == generation
+    after = path.stat()
+    assert (after.st_ino, after.st_mode, after.st_gid) == (before.st_ino, before.st_mode, before.st_gid)
+    assert stat.S_IMODE(after.st_mode) == 0o640
+    service.stop()
+    assert not path.exists()
+
+
+def test_an_abstract_unix_socket_is_handed_over(service: Service):
+    name = f"\0{service.name}"
+    start(bound_to(service, f"unix:{name}"))
+    service.upgrade()
+    assert ask_unix(name).generation == 2
+    assert service.snapshot().listeners[0].name == f"unix:@{service.name}"
+    service.stop()
+    assert not service.matches("Traceback|internal.error")
+
+
+@pytest.mark.parametrize(("host", "asks"), [("[::1]", ["::1"]), ("[::]", ["::1", "127.0.0.1"])])
+def test_ipv6_and_both_at_once(service: Service, host: str, asks: list[str]):
+    port = free_port("::1")
+    start(bound_to(service, f"{host}:{port}"))
+    service.upgrade()
+    for each in asks:
+        connection = http.client.HTTPConnection(each, port, timeout=PATIENCE)
+        connection.request("GET", "/")
+        assert connection.getresponse().read().split()[1] == b"2"
+        connection.close()
+    service.stop()
+
+
+def test_tls_is_handed_over(service: Service, tmp_path: Path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
+         key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("openssl cannot make a certificate here")
+    service.arguments = ["--certfile", str(certificate), "--keyfile", str(key)]
+    start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    context = ssl.create_default_context(cafile=str(certificate))
+
+    def ask() -> str:
+        raw = socket.create_connection(("127.0.0.1", service.port), PATIENCE)
+        with context.wrap_socket(raw, server_hostname="localhost") as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            return response.read().decode().split()[1]
+
+    assert ask() == "1"
+    service.upgrade()
+    assert ask() == "2"
+    service.stop()
+
+
+def test_a_mode_cannot_change_in_an_upgrade(service: Service):
+    service.start()
+    service.configure(listener="reuseport")
+    line = service.upgrade(expect="upgrade.failed")
+    assert "LISTENER is 'reuseport' in the new configuration and 'fd' in the running one" in line
+    service.stop()

@@ -1,0 +1,213 @@
+"""`reuseport` mode: a queue for each worker, all held by the master; and two masters that share a port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.processes.harness import (
+    WORKER_CLASSES,
+    Held,
+    Service,
+    answered_from,
+    generations_of,
+    lost,
+    serving_workers,
+    settled,
+    skip_unless_installed,
+    until,
+)
+from tests.processes.test_listeners import free_port
+from tests.processes.test_worker_classes import deploy
+from zdd_web.cli.rehearse.load import Load, LoadThread
+
+Make = Callable[..., Service]
+
+
+@pytest.fixture
+def reuseport(make_service: Make, worker_class: str) -> Service:
+    """A service in this mode, not started yet."""
+    return make_service(worker_class, workers=3).configure(listener="reuseport")
+
+
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
+def test_upgrades_under_load_lose_nothing_whatever_the_number_of_workers(make_service: Make, worker_class: str):
+    service = make_service(skip_unless_installed(worker_class), workers=3, grace_period=15)
+    # On the command line the number would be the same for ever.
+    count = service.directory / "count"
+    count.write_text("3")
+    service.workers = 0
+    service.configure("workers = int(open('count').read())\n", listener="reuseport")
+    if worker_class not in ("sync", "gthread"):
+        deploy(service, "1")
+    service.start()
+    assert len(service.snapshot().listeners) == 3
+    with service.under_load(8) as load:
+        for generation, workers in ((2, 5), (3, 2), (4, 3)):
+            count.write_text(str(workers))
+            service.upgrade()
+            assert service.snapshot().generation == generation
+            settled(service, workers)
+        answered_from(load, 100)
+    names = [each.name for each in service.snapshot().listeners]
+    assert names == [f"http://127.0.0.1:{service.port}#{slot}" for slot in range(3)]
+    service.stop()
+
+
+def test_every_queue_is_emptied_by_whoever_is_idle(make_service: Make):
+    service = make_service("sync", workers=2).configure(listener="reuseport").start()
+    settled(service, 2)
+    with Held(service):
+        # One of two is busy: with a queue of its own for each, half of these would wait behind it.
+        assert len({service.get().pid for _ in range(30)}) == 1
+    until("both queues used", lambda: all(each.accepted for each in service.snapshot().listeners), service)
+    assert sum(each.accepted for each in service.snapshot().listeners) >= 31
+    service.stop()
+
+
+def test_workers_that_are_recycled_or_come_and_go_lose_nothing(reuseport: Service):
+    reuseport.arguments = ["--max-requests", "50"]
+    reuseport.start()
+    with reuseport.under_load(8) as load:
+        for sig in (signal.SIGTTIN, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTIN) * 2:
+            reuseport.signal(sig)
+            answered_from(load, 20)
+        until("some recycled workers", lambda: len(reuseport.matches("event=worker.recycled")) > 3, reuseport)
+        settled(reuseport, 3)
+    reuseport.stop()
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_accepted_and_no_more(make_service: Make):
+    service = make_service("sync", workers=3).configure(listener="reuseport").start()
+    with service.under_load(8, may_lose=True) as load:
+        victim = serving_workers(service)[0]
+        os.kill(victim, signal.SIGKILL)
+        settled(service, 3, [victim])
+        answered_from(load, 100)
+    # A sync worker has one in hand.
+    assert len(lost(load)) <= 1
+    service.stop()
+
+
+def test_a_stop_resets_nobody_who_waits(reuseport: Service):
+    reuseport.start()
+    with reuseport.under_load(16, may_lose=True) as load:
+        reuseport.stop()
+        until("a refusal", lambda: any(each.outcome.name == "REFUSED" for each in load.samples), reuseport)
+    bad = {each.outcome.name for each in lost(load)}
+    assert bad <= {"REFUSED"}, bad
+
+
+# -- two masters that know nothing of each other
+
+
+def unprivileged() -> list[str]:
+    """Return what starts a command without any capability, where that is possible."""
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"] if os.geteuid() == 0 else []
+
+
+@contextlib.contextmanager
+def load_on(port: int) -> Iterator[LoadThread]:
+    load = LoadThread(Load("127.0.0.1", port, ("/",), 8, 0.5, 0.02, 20.0))
+    with load:
+        answered_from(load, 50)
+        yield load
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (2, 1)])
+def test_two_masters_share_a_port_and_the_one_that_stops_loses_nothing(
+    make_service: Make, worker_class: str, sizes: tuple[int, int]
+):
+    port = free_port()
+
+    def another(number: int) -> Service:
+        service = make_service(worker_class, workers=sizes[number % 2])
+        service.bind = f"127.0.0.1:{port}"
+        service.launcher = [*unprivileged(), *service.launcher]
+        service.configure(listener="reuseport", generation_header="X-Zdd-Generation")
+        return service.start()
+
+    old = another(0)
+    with load_on(port) as load:
+        for number in range(1, 5):
+            new = another(number)
+            answered_from(load, 50)
+            old.stop()
+            assert old.matches("event=listener.steered"), old.log()
+            answered_from(load, 50)
+            old = new
+        # The last to come goes first: a rollback.
+        back = another(5)
+        answered_from(load, 50)
+        back.stop()
+        assert back.matches("event=listener.steered"), back.log()
+        answered_from(load, 50)
+        assert lost(load) == [], (lost(load), old.log(), new.log())
+        assert generations_of(load) == {1}
+    old.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_a_port_of_another_user_is_named_with_the_user(make_service: Make):
+    service = make_service("sync").configure(listener="reuseport")
+    with socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        theirs.bind(("127.0.0.1", 0))
+        os.seteuid(65534)
+        try:
+            with socket.socket() as taken:
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                taken.bind(("127.0.0.1", 0))
+                taken.listen()
+                os.seteuid(0)
+                service.bind = f"127.0.0.1:{taken.getsockname()[1]}"
+                assert "nobody (65534)" in refused(service)
+        finally:
+            os.seteuid(0)
+
+
+def refused(service: Service) -> str:
+    """Start a service that cannot start; return the line that says why."""
+    process = service.spawn()
+    until("the end", lambda: process.poll() is not None, service)
+    assert process.returncode == 1, service.log()
+    assert "Traceback" not in service.log()
+    assert not service.pid_file.exists()
+    return service.matches("event=settings.invalid")[0]
+
+
+def test_binds_that_cannot_share_a_port_are_refused(make_service: Make):
+    port = free_port()
+    for binds, said in (
+        ([f"unix:{os.devnull}"], "a Unix socket"),
+        ([f"0.0.0.0:{port}", f"[::]:{port}"], "bound by another address too"),
+        ([f"127.0.0.1:{port}", f"0.0.0.0:{port}"], "bound by another address too"),
+        (["fd://7"], "a descriptor"),
+    ):
+        service = make_service("sync")
+        service.bind = None
+        service.configure(f"bind = {binds!r}\n", listener="reuseport")
+        assert said in refused(service)
+
+
+def test_a_master_on_an_address_that_covers_this_one_is_named(make_service: Make):
+    first = make_service("sync", workers=1).configure(listener="reuseport").start()
+    second = make_service("sync", workers=1).configure(listener="reuseport")
+    second.bind = f"[::]:{first.port}"
+    assert "covers this one" in refused(second)
+    first.stop()
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        third = make_service("sync", workers=1).configure(listener="reuseport")
+        third.bind = f"127.0.0.1:{plain.getsockname()[1]}"
+        assert "without SO_REUSEPORT" in refused(third)
+
+
+def test_gunicorns_own_reuse_port_stays_refused(make_service: Make):
+    service = make_service("sync").configure(listener="reuseport")
+    service.arguments = ["--reuse-port"]
+    assert "reuse_port" in refused(service)
