@@ -30,7 +30,7 @@ HIDDEN = ("/tmp/", "/run/", "/dev/")
 PROGRAMS = ("unshare", "nsenter", "mount", "pivot_root")
 
 #: Another tree than the machine's own may be booted, for another version: one that debootstrap has made.
-TREE = Path(os.environ.get("ZDD_WEB_TEST_SYSTEMD_TREE", "/"))
+TREE = Path(os.environ.pop("ZDD_WEB_TEST_SYSTEMD_TREE", "/"))
 SYSTEMD = TREE / "usr/lib/systemd/systemd"
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -198,7 +198,7 @@ def _needed() -> set[str]:
 
 def _mounts_apart() -> list[str]:
     """Return the mounts of these, other than that of the root directory, which is there anyway; all in another tree."""
-    if TREE != Path("/"):
+    if str(TREE) != "/":
         return sorted(_needed())
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     apart = {

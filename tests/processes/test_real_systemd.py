@@ -225,7 +225,7 @@ def test_a_generation_that_returns_to_office_is_the_main_process_again(make_unit
     with unit.holding("go") as finish:
         unit.does("reload")
         second = unit.is_active_with()
-        unit.box.run("kill", "-KILL", second, check=True)
+        unit.box.run("sh", "-c", f"kill -KILL {second}", check=True)
         until("its return", lambda: unit.is_active_with(first))
         assert finish()[1] == "1"
     assert unit.get()[1] == "1"
@@ -238,7 +238,7 @@ def test_a_master_that_stands_still_is_restarted_by_the_watchdog(make_unit: Call
     unit.get()
     unit.does("reload")
     main = unit.is_active_with()
-    unit.box.run("kill", "-STOP", main, check=True)
+    unit.box.run("sh", "-c", f"kill -STOP {main}", check=True)
     until("another", lambda: unit.is_active_with() not in ("", main))
     assert unit.show("NRestarts") == "1"
     assert unit.get()[:2] == ["1", "1"]

@@ -14,9 +14,11 @@ FIRST = 3
 
 def main(fd: int, command: list[str]) -> None:
     """Become the command, with the listener `fd` where sd_listen_fds(3) looks for it. Raises OSError."""
-    os.dup2(fd, FIRST, inheritable=True)
     if fd != FIRST:
+        os.dup2(fd, FIRST)
         os.close(fd)
+    # dup2() of a descriptor to itself leaves it as it was.
+    os.set_inheritable(FIRST, True)
     os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="web")
     os.execvp(command[0], command)
 
