@@ -734,7 +734,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": ("__import__('zdd_web.gunicorn.compat').gunicorn.compat", "resume_control_server"),
-    "systemd": ("master.deploy._office", "_tell_systemd"),
+    "systemd": ("master.supervisor", "take_back"),
 }
 
 
@@ -760,7 +760,7 @@ def test_the_old_generation_returns_even_if_something_in_its_return_raises(make_
 
 def test_an_error_in_the_commit_does_not_hold_the_upgrade_for_ever(make_service):
     service = make_service("gthread")
-    raise_now = injected(service, "master.deploy._office", "_tell_systemd", times=10**6)
+    raise_now = injected(service, "master.supervisor", "hand_over", times=10**6)
     raise_now.touch()
     with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)

@@ -20,6 +20,10 @@ REFUSED = {
         ["DRAIN_DELAY = 10", "GRACE_PERIOD = 10", "raise GRACE_PERIOD"],
     ),
     "systemd without systemd": (INSTALL + "install(globals(), listener='systemd')", ["LISTEN_FDS", "socket unit"]),
+    "systemd's names without systemd": (
+        INSTALL + "install(globals(), systemd_names={'web': 'app'})",
+        ["SYSTEMD_NAMES = {'web': 'app'}", "systemd has passed no sockets"],
+    ),
     "two installs": (
         INSTALL + "install(globals())\ninstall(globals())",
         ["install() was called twice", "keep the last"],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import PATIENCE, Held, Service, ask_unix, until
+from tests.processes.harness import PATIENCE, Held, Service, ask_unix, successor, until
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -169,6 +169,86 @@ def test_an_old_generation_that_must_serve_again_opens_what_was_dropped(make_ser
     service.stop(status=None)
 
 
+def test_what_cannot_be_bound_again_costs_the_rest_nothing(make_service: Callable[..., Service]):
+    service = make_service("gthread", workers=1)
+    kept, taken, free = free_port(), free_port(), free_port()
+    start(bound_to(service, f"127.0.0.1:{kept}", f"127.0.0.1:{taken}", f"127.0.0.1:{free}"))
+    held = Held(service)
+    bound_to(service, f"127.0.0.1:{kept}")
+    service.signal(signal.SIGUSR2)
+    service.wait_for("event=listener.closed", times=2)
+    with socket.create_server(("127.0.0.1", taken)):
+        os.kill(successor(service), signal.SIGKILL)
+        service.wait_for(f"event=listener.lost bind=127.0.0.1:{taken}")
+        for port in (kept, free):
+            service.port = port
+            assert service.get().generation == 1
+    assert held.is_answered()
+    service.stop(status=None)
+
+
+def test_what_a_busy_worker_still_holds_is_taken_back_with_its_queue(make_service: Callable[..., Service]):
+    service = make_service("sync", workers=1)
+    old, kept = free_port(), free_port()
+    # "Done" although it is busy.
+    service.configure("import zdd_web.gunicorn.deploy as deploy\ndeploy.LAST_ACCEPTS_WITHIN = 0.0\n")
+    start(bound_to(service, f"127.0.0.1:{kept}", f"127.0.0.1:{old}"))
+    held = Held(service)
+    with socket.create_connection(("127.0.0.1", old), PATIENCE) as waits:
+        waits.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        bound_to(service, f"127.0.0.1:{kept}")
+        service.signal(signal.SIGUSR2)
+        until("done", lambda: service.generations()[0].snapshot().upgrades_done, service)
+        os.kill(successor(service), signal.SIGKILL)
+        service.wait_for("event=successor.lost")
+        assert waits.recv(100).startswith(b"HTTP/1.0 200")
+        assert held.is_answered()
+    assert service.get().generation == 1
+    service.port = old
+    assert service.get().generation == 1
+    assert not service.matches("internal.error|event=listener.lost")
+    service.stop(status=None)
+
+
+@pytest.mark.parametrize("how", ["cannot bind the next", "is stopped", "is stopped when it serves", "is lost"])
+def test_the_path_of_a_new_bind_goes_with_its_generation(
+    make_service: Callable[..., Service], tmp_path: Path, how: str
+):
+    service = make_service("gthread", workers=1)
+    path, taken = tmp_path / "new.sock", tmp_path / "taken"
+    start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    first, held = service.pid, Held(service)
+    also = [f"unix:{taken}"] if how == "cannot bind the next" else []
+    taken.touch()
+    bound_to(service, f"127.0.0.1:{service.port}", f"unix:{path}", *also)
+    if how == "is stopped":
+        service.deploy("2", at_import="import time; time.sleep(600)")
+    service.signal(signal.SIGUSR2)
+    event = {"cannot bind the next": "upgrade.failed", "is lost": "upgrade.committed"}.get(how, "upgrade.started")
+    service.wait_for(f"event={event}")
+    if how == "is stopped when it serves":
+        service.wait_for(r"generation=2 event=phase\.serving")
+    elif how == "is stopped":
+        until("its introduction", lambda: len(service.generations()) == 2 and path.exists(), service)
+    elif how == "is lost":
+        os.kill(successor(service), signal.SIGKILL)
+        service.wait_for("event=successor.lost")
+    service.signal(signal.SIGTERM, first)
+    assert held.is_answered()
+    service.ends(None)
+    assert not path.exists()
+
+
+def test_another_spelling_is_the_same_listener(service: Service):
+    port = free_port()
+    start(bound_to(service, f"127.0.0.1:{port}"))
+    bound_to(service, f"localhost:{port}")
+    service.upgrade()
+    assert service.get().generation == 2
+    assert not service.matches("event=listener")
+    service.stop()
+
+
 def test_a_unix_socket_keeps_its_file_mode_and_owner(service: Service, tmp_path: Path):
     path = tmp_path / "app.sock"
     start(bound_to(service, f"unix:{path}"))
@@ -232,6 +312,11 @@ def test_tls_is_handed_over(service: Service, tmp_path: Path):
 
     assert ask() == "1"
     service.upgrade()
+    assert ask() == "2"
+    # gunicorn reads it for each connection: no client is to be the first who finds out that it is gone.
+    elsewhere = certificate.rename(tmp_path / "elsewhere.pem")
+    assert f"certfile = '{certificate}'" in service.upgrade(expect="upgrade.failed")
+    elsewhere.rename(certificate)
     assert ask() == "2"
     service.stop()
 

@@ -78,7 +78,7 @@ def test_workers_that_are_recycled_or_come_and_go_lose_nothing(reuseport: Servic
             reuseport.signal(sig)
             answered_from(load, 20)
         until("some recycled workers", lambda: len(reuseport.matches("event=worker.recycled")) > 3, reuseport)
-        settled(reuseport, 3)
+    settled(reuseport, 3)
     reuseport.stop()
 
 
@@ -150,6 +150,23 @@ def test_two_masters_share_a_port_and_the_one_that_stops_loses_nothing(
         assert lost(load) == [], (lost(load), old.log(), new.log())
         assert generations_of(load) == {1}
     old.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="without CAP_NET_ADMIN a stop may reset a few")
+def test_two_masters_that_stop_at_once_reset_nobody(make_service: Make):
+    port = free_port()
+    both = [make_service("sync", workers=2).configure(listener="reuseport") for _ in range(2)]
+    for service in both:
+        service.bind = f"127.0.0.1:{port}"
+        service.start()
+    with LoadThread(Load("127.0.0.1", port, ("/",), 8, 0.5, 0.02, 20.0)) as load:
+        answered_from(load, 50)
+        for service in both:
+            service.signal(signal.SIGTERM)
+        for service in both:
+            service.ends()
+        until("a refusal", lambda: any(each.outcome.name == "REFUSED" for each in load.samples))
+    assert {each.outcome.name for each in lost(load)} <= {"REFUSED"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")

@@ -215,6 +215,31 @@ def test_a_socket_that_somebody_else_holds_is_as_good_as_before(make_service, la
         assert still_lets_in(listener), service.log()
 
 
+@pytest.mark.parametrize("launcher", ["with", pytest.param("without", marks=NEEDS_NET_ADMIN)])
+def test_nor_is_it_shut_when_an_upgrade_does_not_want_it_any_more(make_service, tmp_path, launcher):
+    service = make_service("gthread")
+    if launcher == "without":
+        service.launcher = [*WITHOUT_NET_ADMIN, *service.launcher]
+    theirs = tmp_path / "theirs.sock"
+    service.bind = None
+    service.configure("bind = ['127.0.0.1:0', 'fd://3']\n")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(theirs))
+        listener.listen(64)
+        start_with(service, listener)
+        service.learn_port()
+        service.configure("bind = ['127.0.0.1:0']\n")
+        service.upgrade()
+        service.until_one_generation()
+        assert theirs.exists()
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(theirs))
+    service.stop()
+
+
 @pytest.mark.parametrize(
     "worker_class",
     [

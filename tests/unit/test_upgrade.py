@@ -19,6 +19,7 @@ from zdd_web import clock, proc
 from zdd_web.board import LAYOUT
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn import upgrade as module
+from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.upgrade import Stage, Upgrade, Verdict
 
@@ -88,8 +89,16 @@ class Bench:
     def launch(self, command: tuple[str, ...], *, directory: Path | None = None, timeout: float = PATIENCE) -> Upgrade:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         launch = Launch(directory=str(directory or self.directory), command=command, environ=environ)
-        listening = {"listeners": (self.writer,), "binds": ("127.0.0.1:0",)}
-        upgrade = Upgrade.begin(launch, 2, listening, self.boot_log, timeout)
+        inheritance = Inheritance(
+            generation=2,
+            predecessor=os.getpid(),
+            channel=-1,
+            boot_log=self.boot_log,
+            stderr=-1,
+            listeners=(self.writer,),
+            binds=("127.0.0.1:0",),
+        )
+        upgrade = Upgrade.begin(launch, inheritance, timeout)
         self.upgrades.append(upgrade)
         return upgrade
 

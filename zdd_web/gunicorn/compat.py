@@ -107,6 +107,17 @@ def set_wait(server: Any, interval: Callable[[], float]) -> None:
     server.sleep = sleep
 
 
+def check_certificates(cfg: Any) -> None:
+    """Raise `SettingsError` for TLS files that are not there: found out by the first client otherwise.
+
+    gunicorn looks in `create_sockets()` (sock.py:199), which upgrades and the other listener modes do without.
+    """
+    for name in ("certfile", "keyfile"):
+        path = getattr(cfg, name)
+        if path and not os.path.exists(path):
+            raise SettingsError(f"{name} = {path!r}: there is no such file: restore it, or name the one to use")
+
+
 def create_listener(server: Any, address: Any) -> Any:
     """Bind an address and listen, with gunicorn's own tries and errors: it ends the process when it cannot."""
 
@@ -161,7 +172,11 @@ def bind_listener(server: Any, address: Any, slot: int | None = None) -> Any:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if slot is not None:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(made)
+        if isinstance(address, str) and address.startswith("\0"):
+            # gunicorn before 27 would change the owner of a file that there is not.
+            made.bind(address)
+        else:
+            listener.bind(made)
     except OSError:
         made.close()
         raise

@@ -87,18 +87,7 @@ class Deploy:
         try:
             self._refuse_unless_possible()
             launch = self._next_launch()
-            self._new_boot_log()
-            self.upgrade = Upgrade.begin(
-                launch,
-                self._header.generation + 1,
-                master.listening.inheritance(),
-                self._boot_log,
-                self._settings.upgrade_timeout,
-                self._line_of_masters(),
-                kept=master.kept,
-                board=master.board.fd,
-                probe=master.probes.inheritance,
-            )
+            self.upgrade = Upgrade.begin(launch, self._inheritance(), self._settings.upgrade_timeout)
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
@@ -116,7 +105,6 @@ class Deploy:
 
     def admit(self, end: socket.socket, who: passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
-        master = self._master
         try:
             if name != self._header.name:
                 raise UpgradeError(
@@ -124,22 +112,7 @@ class Deploy:
                     f"or the same NAME if they are one"
                 )
             self._refuse_unless_possible(forks=False)
-            self._new_boot_log()
-            probe, probe_bind = master.probes.inheritance
-            inheritance = Inheritance(
-                generation=self._header.generation + 1,
-                predecessor=os.getpid(),
-                channel=-1,
-                boot_log=self._boot_log,
-                stderr=-1,
-                ancestors=self._line_of_masters(),
-                **master.listening.inheritance(),
-                kept=master.kept,
-                board=master.board.fd,
-                probe=probe,
-                probe_bind=probe_bind,
-            )
-            self.upgrade = Newcomer.welcome(end, who, told, inheritance, self._settings.upgrade_timeout)
+            self.upgrade = Newcomer.welcome(end, who, told, self._inheritance(), self._settings.upgrade_timeout)
         except (ZddError, OSError) as error:
             with contextlib.suppress(OSError):
                 passing.send(end, {"kind": "refused", "reason": str(error)})
@@ -151,14 +124,30 @@ class Deploy:
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
 
+    def _inheritance(self) -> Inheritance:
+        """Return what a successor is given, all but its end of the channel. Raises OSError."""
+        master = self._master
+        probe, probe_bind = master.probes.inheritance
+        self._new_boot_log()
+        return Inheritance(
+            generation=self._header.generation + 1,
+            predecessor=os.getpid(),
+            channel=-1,
+            boot_log=self._boot_log,
+            stderr=-1,
+            ancestors=(*self._alive_ancestors(), (os.getpid(), self._header.master_start)),
+            **master.listening.inheritance(),
+            kept=master.kept,
+            board=master.board.fd,
+            probe=probe,
+            probe_bind=probe_bind,
+        )
+
     def _new_boot_log(self) -> None:
         if self._boot_log >= 0:
             os.close(self._boot_log)
             self._boot_log = -1
         self._boot_log = self._header.boot_log_fd = bootlog.create()
-
-    def _line_of_masters(self) -> tuple[tuple[int, int], ...]:
-        return (*self._alive_ancestors(), (os.getpid(), self._header.master_start))
 
     def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
@@ -224,19 +213,23 @@ class Deploy:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
             self._commit(upgrade)
-        elif upgrade.stage is Stage.IN_OFFICE and self._header.upgrade_state == UpgradeState.COMMITTING:
+        elif upgrade.stage is Stage.IN_OFFICE:
             self.follow_last_accepts()
 
     def _speak_for(self, successor: Board) -> None:
         self._header.successor_phase, self._header.successor_trouble = _word_of(successor)
 
     def follow_last_accepts(self) -> None:
-        """Call the upgrade done once no worker of this generation accepts any more."""
-        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
+        """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
         leaving = all(member.state is WorkerState.LEAVING for member in self._master.roster.members())
+        if leaving:
+            # Not before: who is busy may hold them for long, and they could not be bound again.
+            guarded("listeners", self._master.listening.close_dropped)()
+        if self._header.upgrade_state != UpgradeState.COMMITTING:
+            return
+        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
         if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
             self._header.upgrades_done += 1
-            guarded("listeners", self._master.listening.close_dropped)()
             self._outcome(UpgradeState.DONE, "")
 
     def _let_go(self, upgrade: Upgrade, workers: int) -> None:
@@ -253,9 +246,6 @@ class Deploy:
         self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
         self._office.discard()
         self._office.forget_attempt(upgrade.pid)
-        for path in upgrade.added_paths:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
         self._forget_successor()
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
@@ -278,6 +268,9 @@ class Deploy:
             each.follow_end(wait=False)
 
     def _forget_successor(self) -> None:
+        for path in self.upgrade.added_paths if self.upgrade is not None else ():
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         self.upgrade = None
         self._server.reexec_pid = 0
         self._header.successor_pid = self._header.successor_phase = 0

@@ -3,7 +3,8 @@
 One SOCK_SEQPACKET pair, made by the old master before it forks: messages stay whole, and the end of either process is
 the end of the file at the other. Every message is a JSON object with a "kind":
 
-    successor   -> hello   pid, pid_file; its board as SCM_RIGHTS, before its first fork, so that the predecessor
+    successor   -> hello   pid, pid_file, the listeners that it does not want (dropped), the paths that it has made
+                           (added_paths); its board as SCM_RIGHTS, before its first fork, so that the predecessor
                            knows every worker pid there will ever be
                    speaks  it has its own stderr again; what it said before is in the boot log
                    ready   workers: all stand at the gate

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import pwd
 import socket
@@ -29,20 +30,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from zdd_web import clock, log, service
-from zdd_web.board import MOST_LISTENERS, Board
+from zdd_web.board import LAYOUT, MOST_LISTENERS, Board
 from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.lifecycle import Phase
 from zdd_web.listeners import activation, reuseport
 from zdd_web.listeners.backlog import Door, close_door, open_door, queue
-from zdd_web.listeners.matching import Address, Place, match, normal
-from zdd_web.listeners.sharing import Farewell, others_on
+from zdd_web.listeners.matching import Address, Place, match, normal, same_bind
+from zdd_web.listeners.sharing import Farewell, Generation, Others, others_on
 from zdd_web.settings import Settings
-
 
 #: In `reuseport` mode: one who stays alone cannot be steered to safely while several leave (closing_indices).
 LEAST_SLOTS = 2
+
+#: How often a master that has steered to others looks whether they stay, seconds.
+LOOK_EVERY = 0.1
 
 
 @dataclass
@@ -63,6 +67,11 @@ class _Listener:
         return Place(self.bind, self.address, self.slot)
 
     @property
+    def is_lent(self) -> bool:
+        """Whether somebody outside the service has it too: it is not ours to shut."""
+        return self.bind.startswith(("fd://", "systemd:"))
+
+    @property
     def path(self) -> str:
         """The path of a Unix socket that has one."""
         name = "" if self.sock.sock is None or self.sock.FAMILY != socket.AF_UNIX else self.sock.getsockname()
@@ -80,9 +89,20 @@ class Listening:
         self._all: list[_Listener] = []
         #: By port: sockets that leave others alone on it.
         self._farewells: dict[int, Farewell] = {}
+        self._looked_at = clock.NEVER
         self._activated: tuple[activation.Activated, ...] = ()
         if heir is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
+            if self._mode == "reuseport":
+                raise ListenerError(
+                    "LISTENER = 'reuseport' and LISTEN_FDS contradict each other: systemd has made the sockets; use "
+                    "LISTENER = 'systemd', or start the service without its socket unit"
+                )
             self._activated = activation.take(os.environ, os.getpid(), settings.systemd_names)
+        elif heir is None and settings.systemd_names:
+            raise ListenerError(
+                f"SYSTEMD_NAMES = {dict(settings.systemd_names)!r}, and systemd has passed no sockets (LISTEN_FDS): "
+                f"set LISTENER = 'systemd' and start the service by its socket unit, or remove the names"
+            )
 
     @property
     def probe_socket(self) -> tuple[int, str]:
@@ -94,20 +114,31 @@ class Listening:
     def take(self) -> tuple[int, ...]:
         """Make them, or adopt what was inherited; return which of those are not wanted, by index.
 
-        Raises `ListenerError`, or `UpgradeError` for what only a restart can change.
+        Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
-        if self._heir is not None:
-            dropped = self._adopt(self._heir)
-        else:
-            dropped = ()
-            self._make()
-        if len(self._all) > MOST_LISTENERS:
-            raise ListenerError(f"{len(self._all)} listeners: at most {MOST_LISTENERS} are possible: bind fewer")
+        compat.check_certificates(self._server.cfg)
+        try:
+            if self._heir is not None:
+                dropped = self._adopt(self._heir)
+            else:
+                dropped = ()
+                self._make()
+            if len(self._all) > MOST_LISTENERS:
+                raise ListenerError(f"{len(self._all)} listeners: at most {MOST_LISTENERS} are possible: bind fewer")
+        except BaseException:
+            # The predecessor has not heard of them.
+            for path in self.added_paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            raise
+        self._publish()
+        return dropped
+
+    def _publish(self) -> None:
         self._server.LISTENERS = [each.sock for each in self._all]
         self._header.listener_count = len(self._all)
         for index, each in enumerate(self._all):
             self._header.listener(index).name = str(each.sock).replace("\0", "@")
-        return dropped
 
     def _make(self) -> None:
         server = self._server
@@ -126,7 +157,8 @@ class Listening:
                 self._add(bind, address, compat.adopt_listener(server, fd))
             return
         for place in self._wanted():
-            if self._mode == "reuseport":
+            if self._mode == "reuseport" or str(place.address).startswith("\0"):
+                # An abstract Unix socket is bound here too: gunicorn before 27 looks for its file.
                 self._bind(place)
             elif isinstance(place.address, int):
                 self._add(place.bind, place.address, self._adopt_number(place.bind, place.address))
@@ -167,7 +199,8 @@ class Listening:
         except OSError as error:
             raise ListenerError(f"bind = {place.bind!r}: {_why_not(error, address, slot)}") from None
         self._add(place.bind, place.address, sock, place.slot, listens=False)
-        if slot is not None:
+        if slot == 0:
+            # Once for all of them: the kernel's table of connections may be long.
             self._refuse_overlap(place.bind, sock)
 
     @staticmethod
@@ -203,9 +236,8 @@ class Listening:
             wanted = self._wanted()
             if self._mode == "reuseport":
                 # Each worker accepts from all of them: there may be more of them than workers, or fewer.
-                here = {place.bind for place in wanted}
-                old = [place for place in given if place.bind in here]
-                new = [place for place in wanted if place.bind not in {each.bind for each in old}]
+                old = [place for place in given if any(same_bind(place, each) for each in wanted)]
+                new = [place for place in wanted if not any(same_bind(place, each) for each in old)]
                 wanted = [*old, *new]
         found = match(wanted, given)
         kept = dict(found.kept)
@@ -291,8 +323,10 @@ class Listening:
         """Begin to empty those that a successor does not want, before the workers are told to leave."""
         for index in indices:
             if index < len(self._all):
-                self._all[index].dropped = True
-                self._shut(index, close_door(self._all[index].sock.sock))
+                each = self._all[index]
+                # One that is lent stays as it is, open too: it could not be had again.
+                each.dropped = not each.is_lent
+                self._shut(index, close_door(each.sock.sock) if each.dropped else Door.KEPT)
         self._header.door_since = clock.now_ns()
 
     def close_dropped(self) -> None:
@@ -306,20 +340,31 @@ class Listening:
                 log.emit("listener.closed", bind=each.bind)
 
     def take_back(self) -> None:
-        """Listen on them again: the successor that did not want them is gone. Raises `ListenerError`, OSError."""
+        """Listen on them again, as far as possible: the successor that did not want them is gone."""
         self._header.door_since = 0
-        for index, each in enumerate(self._all):
-            if not each.dropped:
-                continue
+        for each in [each for each in self._all if each.dropped]:
             each.dropped = False
-            if each.sock.sock is None:
-                slot = each.slot if self._mode == "reuseport" else None
-                each.sock = compat.bind_listener(self._server, each.address, slot)
-                each.sock.sock.listen(self._server.cfg.backlog)
-                self._server.LISTENERS[index] = each.sock
-            else:
-                open_door(each.sock.sock, self._server.cfg.backlog)
+            try:
+                self._reopen(each)
+            except OSError as error:
+                # No worker could be forked with it.
+                self._all.remove(each)
+                log.emit("listener.lost", logging.ERROR, bind=each.bind, error=error.strerror or str(error))
+        for index in range(len(self._all)):
             self._shut(index, Door.OPEN)
+        self._publish()
+
+    def _reopen(self, each: _Listener) -> None:
+        if each.sock.sock is not None:
+            open_door(each.sock.sock, self._server.cfg.backlog)
+            return
+        sock = compat.bind_listener(self._server, each.address, each.slot if self._mode == "reuseport" else None)
+        try:
+            sock.sock.listen(self._server.cfg.backlog)
+        except OSError:
+            sock.close()
+            raise
+        each.sock = sock
 
     def keep(self) -> None:
         """Leave the queues to somebody else, who serves or will."""
@@ -340,9 +385,13 @@ class Listening:
             elif self._mode == "reuseport" and each.sock.getsockname()[1] in self._farewells:
                 self._shut(index, Door.STEERED)
             else:
-                self._shut(index, close_door(each.sock.sock))
-                # The workers have their own: the last of them closes the queue, right after it has found it empty.
-                self._close(each, unlink=True)
+                self._shut_alone(index)
+
+    def _shut_alone(self, index: int) -> None:
+        each = self._all[index]
+        self._shut(index, close_door(each.sock.sock))
+        # The workers have their own: the last of them closes the queue, right after it has found it empty.
+        self._close(each, unlink=True)
 
     def _shut(self, index: int, door: Door) -> None:
         record = self._header.listener(index)
@@ -351,20 +400,34 @@ class Listening:
         record.door = door
 
     def _look_for_others(self) -> None:
-        masters = [(each.pid, each.board.header.listening_since) for each in service.generations()]
+        self._looked_at, generations = clock.now_ns(), _who_is_here()
         for port in {each.sock.getsockname()[1] for each in self._all if each.listens}:
-            ours = [each.sock.sock for each in self._on(port)]
-            others = others_on(port, ours, self._header.listening_since, masters)
+            others = self._others_on(port, generations)
             if others is not None:
+                ours = [each.sock.sock for each in self._on(port)]
                 self._farewells[port] = Farewell(port, ours, others)
                 log.emit("listener.steered", port=port, listeners=len(ours), others=others.count,
                          migrates="yes" if reuseport.migrates() else "no")  # fmt: skip
+
+    def _others_on(self, port: int, generations: list[Generation]) -> Others | None:
+        return others_on(port, [each.sock.sock for each in self._on(port)], self._header.listening_since, generations)
 
     def _on(self, port: int) -> list[_Listener]:
         return [each for each in self._all if each.sock.sock is not None and each.sock.getsockname()[1] == port]
 
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
+        if self._farewells and clock.since(self._looked_at) >= LOOK_EVERY:
+            self._looked_at, generations = clock.now_ns(), _who_is_here()
+            # The kernel's table of connections may be long.
+            somebody_stops = any(each.stops for each in generations)
+            for port in [*self._farewells] if somebody_stops else []:
+                if self._others_on(port, generations) is not None:
+                    continue
+                # They stop as well: whoever came to a queue of ours once it is empty would be reset.
+                del self._farewells[port]
+                for each in self._on(port):
+                    self._shut_alone(self._all.index(each))
         for port, farewell in self._farewells.items():
             if farewell.is_settled():
                 for index, each in enumerate(self._all):
@@ -387,8 +450,21 @@ class Listening:
         # gunicorn's own sets `sock` to None and swallows errors.
         each.sock.close()
         if unlink and path:
-            with contextlib.suppress(FileNotFoundError):
+            # A file that is left behind is in nobody's way; the other listeners are still to be closed.
+            with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def _who_is_here() -> list[Generation]:
+    return [
+        Generation(
+            pids=(each.pid, *(pid for pid, _ in each.board.worker_pids())),
+            since=each.board.header.listening_since,
+            stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
+        )
+        for each in service.generations()
+        if each.pid != os.getpid() and each.board.header.layout == LAYOUT
+    ]
 
 
 def _address_of(fd: int) -> Address:
@@ -428,7 +504,9 @@ def _make_way(path: str) -> None:
     if not is_socket:
         raise ListenerError(f"bind = 'unix:{path}': this is no socket: choose another path, or remove it")
     with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
+        # Its queue may be full, and it may be a socket of another kind.
+        probe.setblocking(False)
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
             raise ListenerError(f"bind = 'unix:{path}': somebody else serves there: choose another path, or stop it")
     os.unlink(path)
 

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
-from zdd_web.board import Board, UpgradeState, WorkerState
+from zdd_web.board import Board, WorkerState
 from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
@@ -277,9 +277,10 @@ class Master:
             budget = self.settings.stop_budget()
             self.header.deadline = self.header.deadline or clock.after_ns(budget.lame_duck + budget.work)
             return
-        phase = self.phase
         guarded("cancel", self._cancel)(signal.SIGTERM)
         guarded("release_predecessor", self.release_predecessor)()
+        # A takeover in its commit window has just been committed.
+        phase = self.phase
         if phase is Phase.BOOTING:
             self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
         elif not self.header.deadline:
@@ -405,9 +406,8 @@ class Master:
     def _end_when_nobody_is_left(self) -> None:
         if self.deploy.waits_for_cancelled():
             return
-        if self.header.upgrade_state == UpgradeState.COMMITTING:
-            self.deploy.follow_last_accepts()
         if self.header.successor_pid:
+            self.deploy.follow_last_accepts()
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self.server.reexec_pid = self.header.successor_pid
         self.header.drain_took = int(self._leaving_for() * 1e9)

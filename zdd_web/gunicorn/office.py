@@ -40,14 +40,15 @@ class Office:
                 os.unlink(self._prepared)
             self._prepared = ""
 
-    def hand_over(self, pid: int, *, workers: int = 0, is_child: bool = True) -> None:
+    def hand_over(self, pid: int, *, workers: int, is_child: bool) -> None:
         """Give everything to a successor with so many workers; raises whatever stands in the way, some of it done."""
         if self._prepared:
             self._server.pidfile.commit(self._prepared)
             self._prepared = ""
         compat.suspend_control_server(self._server)
         if is_child:
-            self._tell_systemd(pid, workers)
+            # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
+            self._supervisor.hand_over(pid, workers)
         else:
             # One that has taken over is of another unit, whose READY=1 it says itself.
             guarded("systemd", self._supervisor.superseded)(pid)
@@ -55,7 +56,7 @@ class Office:
     def take_back(self) -> None:
         """Make everything this master's again, each for itself: to serve without is better than not to serve."""
         steps: list[tuple[str, Callable[[], object]]] = [
-            ("systemd", lambda: self._tell_systemd(os.getpid())),
+            ("systemd", self._supervisor.take_back),
             ("control socket", lambda: compat.resume_control_server(self._server)),
         ]
         if self._server.pidfile is not None:
@@ -67,10 +68,3 @@ class Office:
         """Remove the pid file that a release without install() writes, as gunicorn does in an upgrade of its own."""
         if self._server.pidfile is not None:
             PidFile(f"{self._server.pidfile.fname}.2", pid).unlink()
-
-    def _tell_systemd(self, main_pid: int, workers: int = 0) -> None:
-        # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
-        if main_pid == os.getpid():
-            self._supervisor.take_back()
-        else:
-            self._supervisor.hand_over(main_pid, workers)

@@ -174,7 +174,8 @@ class ProbePort:
             self._bind, self._listener = f"{SYSTEMD}{name}", socket.socket(fileno=fd)
             self._listener.setblocking(False)
         elif self._bind and not self._bind.startswith(SYSTEMD):
-            refuse_if_taken(self._bind, server.cfg.address)
+            # systemd's sockets are not where `bind` says.
+            refuse_if_taken(self._bind, () if settings.listener == "systemd" else server.cfg.address)
             self._listener = self._listener or listen(self._bind)
 
     @property

@@ -16,19 +16,18 @@ has taken a request, so SIGKILL costs nothing; afterwards the workers get SIGTER
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import os
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from zdd_web import clock, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog
-from zdd_web.gunicorn.handover import ENV, Channel, Inheritance
+from zdd_web.gunicorn.handover import ENV, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
 
 #: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
@@ -81,34 +80,9 @@ class Upgrade:
         self._channel = channel
 
     @classmethod
-    def begin(
-        cls,
-        launch: Launch,
-        generation: int,
-        listening: dict[str, Any],
-        boot_log: int,
-        timeout: float,
-        ancestors: Sequence[tuple[int, int]] = (),
-        *,
-        kept: bool = False,
-        board: int = -1,
-        probe: tuple[int, str] = (-1, ""),
-    ) -> Upgrade:
+    def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
-        inheritance = Inheritance(
-            generation=generation,
-            predecessor=os.getpid(),
-            channel=theirs.fileno(),
-            boot_log=boot_log,
-            stderr=-1,
-            ancestors=tuple(ancestors),
-            **listening,
-            kept=kept,
-            board=board,
-            probe=probe[0],
-            probe_bind=probe[1],
-        )
         try:
             pid = os.fork()
         except OSError:
@@ -118,7 +92,7 @@ class Upgrade:
         if pid == 0:
             _exec(launch, inheritance, theirs)
         theirs.close()
-        return cls(pid, ours, boot_log, timeout)
+        return cls(pid, ours, inheritance.boot_log, timeout)
 
     @property
     def seconds(self) -> float:
@@ -138,10 +112,7 @@ class Upgrade:
         """Hear what the successor says, and judge. None: nothing new."""
         while message := self._channel.receive():
             if message.kind == "hello":
-                self.pid_file = str(message.fields.get("pid_file", ""))
-                self.dropped = tuple(map(int, message.fields.get("dropped", ())))
-                self.added_paths = tuple(map(str, message.fields.get("added_paths", ())))
-                self._read_board(message.fd)
+                self._meet(message)
             elif message.kind == "speaks":
                 self.speaks = True
             elif message.kind == "ready" and self.stage is Stage.BOOTING:
@@ -165,6 +136,12 @@ class Upgrade:
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
             return Verdict(ready=False, reason=reason)
         return None
+
+    def _meet(self, message: Message) -> None:
+        self.pid_file = str(message.fields.get("pid_file", ""))
+        self.dropped = tuple(map(int, message.fields.get("dropped", ())))
+        self.added_paths = tuple(map(str, message.fields.get("added_paths", ())))
+        self._read_board(message.fd)
 
     @property
     def _patience(self) -> float:
@@ -205,6 +182,10 @@ class Upgrade:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
+        while message := self._channel.receive():
+            # Not heard yet: which workers and paths there are.
+            if message.kind == "hello":
+                self._meet(message)
         self._end_workers(now=now)
         self.forget()
 
@@ -285,7 +266,7 @@ def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
     try:
         stderr = os.dup(2)
         os.dup2(inheritance.boot_log, 2)
-        heir = Inheritance(**{**inheritance.__dict__, "stderr": stderr})
+        heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr)
         for fd in heir.descriptors:
             os.set_inheritable(fd, True)
         environ = dict(launch.environ)

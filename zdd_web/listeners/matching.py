@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ def match(wanted: Sequence[Place], given: Sequence[Place]) -> Match:
     )
 
 
+def same_bind(one: Place, other: Place) -> bool:
+    """Tell whether two mean one address, whichever socket on it they are."""
+    return one.bind == other.bind or normal(one.address) == normal(other.address) != ""
+
+
 def _same_words(one: Place, other: Place) -> bool:
     return one.slot == other.slot and one.bind == other.bind
 
@@ -75,4 +81,9 @@ def normal(address: Address) -> Address:
     try:
         return str(ipaddress.ip_address(host or "0.0.0.0")), port  # noqa: S104 - compared with, not bound
     except ValueError:
+        pass
+    try:
+        # As bind() does it.
+        return socket.gethostbyname(host), port
+    except OSError:
         return host.lower(), port

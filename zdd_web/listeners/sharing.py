@@ -16,6 +16,15 @@ HANDSHAKES_WITHIN = 1.2
 
 
 @dataclass(frozen=True)
+class Generation:
+    """Those who may be looked at: a master with its workers, since when it listens (monotonic), whether it stops."""
+
+    pids: tuple[int, ...]
+    since: int
+    stops: bool
+
+
+@dataclass(frozen=True)
 class Others:
     """Listeners of somebody else on a port; `younger` when they came after ours."""
 
@@ -23,13 +32,10 @@ class Others:
     younger: bool
 
 
-def others_on(
-    port: int, ours: Sequence[socket.socket], since: int, masters: Iterable[tuple[int, int]]
-) -> Others | None:
-    """Return who else listens on the address of `ours`, which began to listen at `since`; None when nobody does.
+def others_on(port: int, ours: Sequence[socket.socket], since: int, generations: Iterable[Generation]) -> Others | None:
+    """Return who else listens on the address of `ours`, which began to listen at `since`; None when nobody stays.
 
-    `masters` are those who may be looked at: their pids, and since when they listen, monotonic nanoseconds. Raises
-    OSError without /proc.
+    Raises OSError without /proc.
     """
     mine = {reuseport.inode(each) for each in ours}
     listening = reuseport.entries(port, reuseport.LISTEN)
@@ -38,19 +44,23 @@ def others_on(
     inodes = {entry.inode for entry in listening if entry.inode not in mine and entry.local in here}
     if not inodes:
         return None
-    began = [listening_since for pid, listening_since in masters if _holds(pid, inodes)]
+    held = [(each, {inode for pid in each.pids for inode in _held(pid, inodes)}) for each in generations]
+    going = {inode for each, theirs in held if each.stops for inode in theirs}
+    if going - {inode for each, theirs in held if not each.stops for inode in theirs} == inodes:
+        return None
+    began = [each.since for each, theirs in held if theirs]
     # Those of nobody whom this user may look at came after ours: that is how a new version is started.
     return Others(len(inodes), younger=not began or min(began) > since)
 
 
-def _holds(pid: int, inodes: Collection[int]) -> bool:
-    names = {f"socket:[{inode}]" for inode in inodes}
+def _held(pid: int, inodes: Collection[int]) -> set[int]:
+    names = {f"socket:[{inode}]": inode for inode in inodes}
+    found = set()
     with contextlib.suppress(OSError):
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{entry}") in names:
-                    return True
-    return False
+                found.add(names.get(os.readlink(f"/proc/{pid}/fd/{entry}"), 0))
+    return found - {0}
 
 
 class Farewell:
@@ -71,9 +81,12 @@ class Farewell:
         """Look whether the handshakes that were under way are over. Raises OSError."""
         # Whoever has joined meanwhile has taken the program away.
         self._steer()
+        # Before anything is read, which may fail.
+        if clock.passed(self._at_last):
+            return True
         if self._under_way:
             self._under_way &= reuseport.handshakes(self._port)
-        return not self._under_way or clock.passed(self._at_last)
+        return not self._under_way
 
     def close(self, close: Callable[[int], None]) -> None:
         """Close them by `close(index)`, in an order that leads no connection to one that is being closed."""

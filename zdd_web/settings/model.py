@@ -80,7 +80,7 @@ class Settings:
     @property
     def has_probe_port(self) -> bool:
         """Whether probes are answered on a port of their own, bound by us or by systemd."""
-        return bool(self.probe_bind) or "probe" in dict(self.systemd_names).values()
+        return bool(self.probe_bind) or "probe" in self.systemd_names.values()
 
     def stop_budget(self) -> StopBudget:
         """Split `grace_period` into lame duck, work and margin.
