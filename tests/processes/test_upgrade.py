@@ -66,12 +66,12 @@ def test_code_that_raises_at_import_costs_nothing(service: Service):
 
 
 def test_code_that_hangs_at_import_is_given_up(service: Service):
-    service.configure(upgrade_timeout=5).start()
+    service.configure(upgrade_timeout=10).start()
     service.deploy("2", at_import="time.sleep(600)")
     with service.under_load() as load:
         line = service.upgrade(expect="upgrade.failed")
         answered_from(load, 100)
-    assert "UPGRADE_TIMEOUT = 5 s" in line
+    assert "UPGRADE_TIMEOUT = 10 s" in line
     assert "2 booting" in line
     assert service.get().version == "1"
     service.until_alone()
