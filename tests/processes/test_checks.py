@@ -349,7 +349,7 @@ def test_new_code_whose_migrations_are_not_applied_does_not_take_over(make_servi
         subprocess.run(command, cwd=service.directory, check=True, capture_output=True, timeout=60)
 
     migrate()
-    service.configure(upgrade_timeout=4).start()
+    service.configure(upgrade_timeout=10).start()
     assert status(service, "/readyz") == 200
     (service.directory / "shop/migrations/0002_second.py").write_text(SECOND)
     service.signal(signal.SIGUSR2)

@@ -320,7 +320,7 @@ def test_a_newcomer_that_is_not_ready_in_time_is_given_up(make_service, old: Ser
 
 def test_a_newcomer_that_is_stopped_and_hears_nothing_is_killed(make_service, old: Service):
     limit = "import zdd_web.gunicorn.newcomer as newcomer\nnewcomer.ENDS_WITHIN = 0.0\n"
-    old.configure(limit + QUICK.format(window=0.1), upgrade_timeout=1).start()
+    old.configure(limit + QUICK.format(window=0.1), upgrade_timeout=8).start()
     new = another(make_service, old)
     new.deploy("2", at_import="time.sleep(600)")
     process = new.spawn()
@@ -559,7 +559,7 @@ def test_a_newcomer_in_another_pid_namespace(make_service, old: Service):
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no pid namespaces here")
-    configure(old, upgrade_timeout=1).start()
+    configure(old, upgrade_timeout=8).start()
     new = another(make_service, old)
     new.launcher = [*inside, *new.launcher]
     new.deploy("2", at_import="time.sleep(600)")
