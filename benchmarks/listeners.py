@@ -103,7 +103,8 @@ def main(pairs: int, seconds: float, clients: int, json_file: TextIO | None) -> 
     try:
         for case in cases:
             results.append(measure(case, pairs, seconds, clients))
-            click.echo(f"{case.worker_class} {case.workers} {case.view}: done", err=True)
+            ratio = statistics.median(results[-1].ratios)
+            click.echo(f"{case.worker_class} {case.workers} {case.view}: {ratio:.3f}", err=True)
     except (ServerError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     rows = []
