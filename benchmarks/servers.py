@@ -77,6 +77,8 @@ def gunicorn(
 
     Raises `ServerError` with the end of its log when it does not start.
     """
+    # `timeout 300 python -m benchmarks...` sends it: Python would end without a word to the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-") as directory:
         log_path = Path(directory, "log")
         port = port or free_port()
