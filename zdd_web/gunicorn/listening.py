@@ -19,12 +19,9 @@ to the other (listeners/sharing.py), and holds its sockets until they are empty 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import pwd
 import socket
-import stat
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +35,8 @@ from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners import activation, reuseport
 from zdd_web.listeners.backlog import Door, close_door, open_door, queue
-from zdd_web.listeners.matching import Address, Place, match, normal, same_bind
+from zdd_web.listeners.binding import make_way, refuse_mixed, why_not
+from zdd_web.listeners.matching import Address, Place, match, same_bind
 from zdd_web.listeners.sharing import Farewell, Generation, Others, others_on
 from zdd_web.settings import Settings
 
@@ -182,7 +180,7 @@ class Listening:
         places = [Place(bind, address) for bind, address in zip(cfg.bind, cfg.address, strict=True)]
         if self._mode != "reuseport":
             return places
-        _refuse_mixed(places)
+        refuse_mixed(places)
         slots = max(LEAST_SLOTS, min(cfg.workers, MOST_LISTENERS // len(places)))
         return [Place(place.bind, place.address, slot) for slot in range(slots) for place in places]
 
@@ -194,10 +192,10 @@ class Listening:
             address = next(each for each in self._all if each.bind == place.bind).sock.getsockname()[:2]
         try:
             if isinstance(address, str):
-                _make_way(address)
+                make_way(address)
             sock = compat.bind_listener(self._server, address, slot)
         except OSError as error:
-            raise ListenerError(f"bind = {place.bind!r}: {_why_not(error, address, slot)}") from None
+            raise ListenerError(f"bind = {place.bind!r}: {why_not(error, address, slot)}") from None
         self._add(place.bind, place.address, sock, place.slot, listens=False)
         if slot == 0:
             # Once for all of them: the kernel's table of connections may be long.
@@ -473,69 +471,3 @@ def _address_of(fd: int) -> Address:
     if isinstance(name, tuple):
         return name[0], name[1]
     return os.fsdecode(name)
-
-
-def _refuse_mixed(places: list[Place]) -> None:
-    """Raise `ListenerError` for binds that cannot share a port in `reuseport` mode."""
-    ports: dict[int, Address] = {}
-    for place in places:
-        if not isinstance(place.address, tuple):
-            what = "a descriptor" if isinstance(place.address, int) else "a Unix socket"
-            raise ListenerError(
-                f"bind = {place.bind!r} is {what}, and LISTENER = 'reuseport' shares TCP ports: use LISTENER = 'fd'"
-            )
-        address = normal(place.address)
-        port = place.address[1]
-        if port and ports.setdefault(port, address) != address:
-            raise ListenerError(
-                f"bind = {place.bind!r}: port {port} is bound by another address too, and connections would go to one "
-                f"of the two: bind one, '[::]:{port}' for IPv4 and IPv6"
-            )
-
-
-def _make_way(path: str) -> None:
-    """Remove a stale socket from a path; raises `ListenerError` where somebody answers, or it is something else."""
-    if path.startswith("\0"):
-        return
-    try:
-        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise ListenerError(f"bind = 'unix:{path}': this is no socket: choose another path, or remove it")
-    with socket.socket(socket.AF_UNIX) as probe:
-        # Its queue may be full, and it may be a socket of another kind.
-        probe.setblocking(False)
-        if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise ListenerError(f"bind = 'unix:{path}': somebody else serves there: choose another path, or stop it")
-    os.unlink(path)
-
-
-def _why_not(error: OSError, address: Address, slot: int | None) -> str:
-    said = (error.strerror or str(error)).lower()
-    if error.errno != errno.EADDRINUSE or not isinstance(address, tuple):
-        return f"{said}: choose another address"
-    try:
-        there = reuseport.entries(address[1], reuseport.LISTEN)
-    except OSError:
-        there = []
-    users = sorted({entry.uid for entry in there})
-    if slot is None or not users:
-        return f"{said}: another process has this port (`ss -ltnp` shows which): end it, or choose another port"
-    if users != [os.geteuid()]:
-        names = ", ".join(_user(uid) for uid in users)
-        return (
-            f"{said} by user {names}, and the kernel shares a port only among processes of one user: end that, or run "
-            f"this as the same user as it (here it is {_user(os.geteuid())})"
-        )
-    return (
-        f"{said} by a socket without SO_REUSEPORT, or by one on an address that covers this one (`ss -ltnp` shows "
-        f"which): both must be LISTENER = 'reuseport' and bind the same address"
-    )
-
-
-def _user(uid: int) -> str:
-    try:
-        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
-    except KeyError:
-        return str(uid)
