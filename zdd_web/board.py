@@ -34,7 +34,7 @@ from zdd_web.record import WORD, Record, Text, Word
 
 MEMFD_PREFIX = "zdd_web:"
 MAGIC = int.from_bytes(b"ZDDBOARD", "little")
-LAYOUT = 3
+LAYOUT = 4
 
 #: More than any host runs of gunicorn workers; untouched slots cost no memory, a memfd is sparse.
 SLOTS = 512
@@ -70,10 +70,29 @@ class UpgradeState(enum.IntEnum):
 MOST_LISTENERS = 256
 
 
+class Door(enum.IntEnum):
+    """How far a listener lets new connections in. Append, never renumber."""
+
+    OPEN = 0
+    #: One may wait at a time; the others' kernels try again.
+    NARROW = 1
+    CLOSED = 2
+    #: Not ours to close: somebody else serves, or will.
+    KEPT = 3
+    #: New connections go to others on the same port (listeners/reuseport.py).
+    STEERED = 4
+    #: Bound, and it does not listen: for workers that SIGTTIN may bring.
+    IDLE = 5
+
+
+#: Nobody new comes in, and somebody may still wait.
+SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
+
+
 class ListenerRecord(Record):
     """A listener and its accept queue; the master's words. Times are monotonic nanoseconds."""
 
-    #: How far it lets new connections in (listeners/backlog.py), and since when.
+    #: A `Door`, and since when.
     door = Word(0)
     door_since = Word(1)
     #: Nothing is under way to it any more, although others stay on its port.
@@ -81,8 +100,11 @@ class ListenerRecord(Record):
     #: Connections that wait in its queue, and how many may.
     length = Word(3)
     limit = Word(4)
+    #: When it began to listen, and what the kernel calls it: masters that share a port are told apart by these.
+    since = Word(5)
     name = Text(6, 128)
-    WORDS = 24
+    inode = Word(24)
+    WORDS = 25
 
 
 class Header(Record):
@@ -121,8 +143,6 @@ class Header(Record):
     stop_since = Word(26)
     #: When it was decided what becomes of the listeners' queues: each has its door, see `ListenerRecord`.
     door_since = Word(28)
-    #: When the first of this service's listeners began to listen: those of unrelated masters are told apart by it.
-    listening_since = Word(29)
     name = Text(32, 128)
     #: How many slots were ever used: nobody needs to look at those behind.
     slots_used = Word(50)
@@ -375,10 +395,6 @@ class Board:
         """Return the slot with an index from 0."""
         return Slot(self.memory, self.header.slots_at + index * self.header.slot_words)
 
-    def index_of(self, slot: Slot) -> int:
-        """Return the index of a slot of this board."""
-        return (slot.base - self.header.slots_at) // self.header.slot_words
-
     def slots(self) -> Iterator[Slot]:
         """Return all slots, used or not."""
         return (self.slot(index) for index in range(self.header.slot_count))
@@ -418,10 +434,16 @@ class Board:
                 found.append((header.words[at], header.words[at + 1]))
         return found
 
+    def listener_records(self) -> Iterator[tuple[ListenerRecord, int]]:
+        """Return the records that are in use, each with its index."""
+        for index in range(min(self.header.listener_count, MOST_LISTENERS)):
+            yield self.header.listener(index), index
+
     def listeners(self) -> Iterator[ListenerView]:
-        """Return the listeners that have a record."""
-        for index in range(self.header.listener_count):
-            record = self.header.listener(index)
+        """Return the listeners that have a record, and are more than bound."""
+        for record, index in self.listener_records():
+            if record.door == Door.IDLE:
+                continue
             accepted = sum(slot.words[slot.base + Slot.ACCEPTS_AT + index] for slot in self.used_slots())
             yield ListenerView(record.name, record.length, record.limit, accepted)
 

@@ -43,6 +43,7 @@ EVENTS = {
     "listener.dropped": "the new configuration does not bind this any more; it is drained once the upgrade is through",
     "listener.closed": "a listener that the successor does not want is empty and closed",
     "listener.lost": "a listener that the successor did not want cannot be bound again, now that the successor is gone",
+    "listener.queues": "the number of workers has changed, and with it the number of queues on a port",
     "listener.steered": "others listen on this port too: new connections go to them, what waits here is finished",
     "keeper.started": "the retired master became a keeper: its pid stays, and signals go to the master in office",
     "reload.started": "SIGHUP: a child process tries config and app",

@@ -24,7 +24,9 @@ from tests.processes.harness import (
 )
 from tests.processes.test_listeners import free_port
 from tests.processes.test_worker_classes import deploy
+from zdd_web.board import Door, Slot
 from zdd_web.cli.rehearse.load import Load, LoadThread
+from zdd_web.listeners import reuseport as kernel
 
 Make = Callable[..., Service]
 
@@ -46,17 +48,108 @@ def test_upgrades_under_load_lose_nothing_whatever_the_number_of_workers(make_se
     if worker_class not in ("sync", "gthread"):
         deploy(service, "1")
     service.start()
-    assert len(service.snapshot().listeners) == 3
+    has_queues(service, 3)
     with service.under_load(8) as load:
         for generation, workers in ((2, 5), (3, 2), (4, 3)):
             count.write_text(str(workers))
             service.upgrade()
             assert service.snapshot().generation == generation
             settled(service, workers)
+            has_queues(service, workers)
         answered_from(load, 100)
-    names = [each.name for each in service.snapshot().listeners]
-    assert names == [f"http://127.0.0.1:{service.port}#{slot}" for slot in range(3)]
     service.stop()
+
+
+def has_queues(service: Service, count: int) -> None:
+    """Wait until a service has so many queues, on the board and in the kernel."""
+
+    def found() -> bool:
+        names = [each.name for each in service.snapshot().listeners]
+        listening = kernel.entries(service.port, kernel.LISTEN)
+        said = names == [f"http://127.0.0.1:{service.port}#{slot}" for slot in range(count)]
+        return said and len(listening) == count
+
+    until(f"{count} queues", found, service)
+
+
+def who_accepts(service: Service, slot: int) -> int:
+    """Count the workers that have accepted from a queue."""
+    board = service.in_office().board
+    at = next(index for record, index in board.listener_records() if record.name.endswith(f"#{slot}"))
+    return sum(bool(each.words[each.base + Slot.ACCEPTS_AT + at]) for each in board.used_slots())
+
+
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
+def test_workers_that_come_and_go_bring_and_take_their_queues(make_service: Make, worker_class: str):
+    service = make_service(skip_unless_installed(worker_class), workers=2).configure(listener="reuseport")
+    if worker_class not in ("sync", "gthread"):
+        deploy(service, "1")
+    service.start()
+    with service.under_load(16) as load:
+        for _ in range(2):
+            for count in (3, 4, 3, 2):
+                before = len(service.snapshot().listeners)
+                service.signal(signal.SIGTTIN if count > before else signal.SIGTTOU)
+                settled(service, count)
+                has_queues(service, count)
+                answered_from(load, 20)
+                if count == 4:
+                    # Those that were forked before the queue was opened, too.
+                    until("all to accept from it", lambda: who_accepts(service, 3) == 4, service)
+        # One more than it was bound for is one more worker, and no queue.
+        for count in range(3, 12):
+            service.signal(signal.SIGTTIN)
+            settled(service, count)
+        has_queues(service, 10)
+        answered_from(load, 100)
+    service.stop()
+
+
+def test_a_port_that_others_are_on_keeps_its_queues(make_service: Make):
+    port = free_port()
+    old, new = (make_service("sync", workers=2).configure(listener="reuseport") for _ in range(2))
+    old.bind = new.bind = f"127.0.0.1:{port}"
+    old.start()
+    with load_on(port) as load:
+        new.start()
+        for service in (old, new):
+            service.signal(signal.SIGTTIN)
+            settled(service, 3)
+            assert len(service.snapshot().listeners) == 2
+        answered_from(load, 50)
+        old.stop()
+        until("a queue for the third", lambda: len(service.snapshot().listeners) == 3, new)
+        # Whoever was behind them has taken the places of those that have left: the last is not the last any more.
+        new.signal(signal.SIGTTOU)
+        until("its end", lambda: len(service.snapshot().listeners) == 2, new)
+        answered_from(load, 50)
+        assert lost(load) == []
+    new.stop()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR2, signal.SIGTTIN])
+def test_whoever_waits_in_a_queue_on_its_way_out_is_answered(make_service: Make, sig: signal.Signals):
+    service = make_service("sync", workers=3).configure(listener="reuseport").start()
+    settled(service, 3)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(Held(service)) for _ in range(3)]
+        waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 30)) for _ in range(30)]
+        for each in waiting:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        until("all queues used", lambda: all(each.length for each in service.snapshot().listeners), service)
+        service.signal(signal.SIGTTOU)
+        doors = service.in_office().board.listener_records
+        until("a queue on its way out", lambda: any(each.door == Door.STEERED for each, _ in doors()), service)
+        service.signal(sig)
+        if sig == signal.SIGUSR2:
+            service.wait_for("event=upgrade.committed")
+        assert all(each.is_answered() for each in held)
+        assert all(each.recv(12) == b"HTTP/1.1 200" for each in waiting)
+    if sig == signal.SIGTERM:
+        service.ends()
+    else:
+        has_queues(service, 3)
+        service.stop()
 
 
 def test_every_queue_is_emptied_by_whoever_is_idle(make_service: Make):
@@ -74,9 +167,12 @@ def test_workers_that_are_recycled_or_come_and_go_lose_nothing(reuseport: Servic
     reuseport.arguments = ["--max-requests", "50"]
     reuseport.start()
     with reuseport.under_load(8) as load:
-        for sig in (signal.SIGTTIN, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTIN) * 2:
+        storm = (signal.SIGTTIN, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTOU, signal.SIGTTIN) * 2
+        for number, sig in enumerate(storm, 1):
             reuseport.signal(sig)
             answered_from(load, 20)
+            # Two that wait for the master are one.
+            until("the signal", lambda n=number: len(reuseport.matches("Handling signal: tt")) == n, reuseport)
         until("some recycled workers", lambda: len(reuseport.matches("event=worker.recycled")) > 3, reuseport)
     settled(reuseport, 3)
     reuseport.stop()

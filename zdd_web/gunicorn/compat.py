@@ -134,43 +134,43 @@ def create_listener(server: Any, address: Any) -> Any:
     return listener
 
 
-def _kind(address: Any, slot: int | None) -> Any:
-    """Return gunicorn's class for an address; with a slot, one whose objects say which of several they are."""
-    kind = sock._sock_type(address)
-    if slot is None:
-        return kind
+def adopt_listener(server: Any, fd: int, *, shared: bool = False) -> Any:
+    """Wrap a descriptor in gunicorn's socket object (sock.py:180), which takes it over.
 
-    class Slotted(kind):  # type: ignore[misc, valid-type]
-        def __str__(self) -> str:
-            return f"{super().__str__()}#{slot}"
-
-    return Slotted
-
-
-def adopt_listener(server: Any, fd: int, slot: int | None = None) -> Any:
-    """Wrap a listening descriptor in gunicorn's socket object (sock.py:180), which takes it over.
-
-    Not by its own `create_sockets()`: that takes the number in `fd://` for a descriptor once more. Raises OSError.
+    Not by its own `create_sockets()`: that takes the number in `fd://` for a descriptor once more. One of several that
+    share a port may be only bound, and stays so. Raises OSError.
     """
     with socket.socket(fileno=os.dup(fd)) as look:
         name = look.getsockname()
+        is_bound_only = shared and not look.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     # An abstract Unix socket's is bytes.
     name = os.fsdecode(name) if isinstance(name, bytes) else name
-    return _kind(name, slot)(name, server.cfg, server.log, fd=fd)
+    kind = sock._sock_type(name)
+    if is_bound_only:
+        listener = _unmade(kind, server, name)
+        listener.sock = socket.socket(fileno=fd)
+        listener.sock.setblocking(False)
+        return listener
+    return kind(name, server.cfg, server.log, fd=fd)
 
 
-def bind_listener(server: Any, address: Any, slot: int | None = None) -> Any:
-    """Bind an address and do not listen yet; with a slot, as one of several sockets on it. Raises OSError."""
-    kind = _kind(address, slot)
+def _unmade(kind: Any, server: Any, address: Any) -> Any:
     # gunicorn's constructor listens at once (sock.py:61): what is done here is the rest of it.
     listener = kind.__new__(kind)
     listener.log, listener.conf, listener.cfg_addr = server.log, server.cfg, address
+    return listener
+
+
+def bind_listener(server: Any, address: Any, *, shared: bool = False) -> Any:
+    """Bind an address, which others may share, and do not listen yet. Raises OSError."""
+    kind = sock._sock_type(address)
+    listener = _unmade(kind, server, address)
     made = socket.socket(kind.FAMILY, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if kind.FAMILY != socket.AF_UNIX:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if slot is not None:
+        if shared:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if isinstance(address, str) and address.startswith("\0"):
             # gunicorn before 27 would change the owner of a file that there is not.
@@ -191,11 +191,10 @@ def take_stock_inheritance() -> list[int]:
     return [int(fd) for fd in text.split(",") if fd]
 
 
-def is_kept_by_somebody_else(server: Any) -> bool:
-    """Tell whether a listener outlives this service: systemd's, a parent's, that of a gunicorn which was sent USR2."""
-    # A predecessor with zdd_web has taken GUNICORN_PID out: this one has none, and serves on.
-    stock = server.master_pid != 0 and server.master_pid == os.getppid()
-    return stock or bool(server.systemd) or any(bind.startswith("fd://") for bind in server.cfg.bind)
+def has_stock_predecessor(server: Any) -> bool:
+    """Tell whether the listeners are those of a gunicorn without zdd_web that was sent USR2, and serves on."""
+    # A predecessor with zdd_web has taken GUNICORN_PID out.
+    return bool(server.master_pid != 0 and server.master_pid == os.getppid())
 
 
 def tell_exits(tell: Callable[[int, int], None]) -> None:

@@ -132,10 +132,10 @@ class Inheritance:
     #: The probe port's listener, and the PROBE_BIND that it was bound by.
     probe: int = -1
     probe_bind: str = ""
-    #: LISTENER; which of several sockets on its address each listener is; when the first of them began to listen.
+    #: LISTENER; which of several sockets on its address each listener is, and when it began to listen.
     mode: str = "fd"
     slots: tuple[int, ...] = ()
-    listening_since: int = 0
+    since: tuple[int, ...] = ()
     #: This process was not forked by the predecessor, but has asked it for all this; when that one started.
     taken: bool = False
     predecessor_start: int = 0
@@ -175,7 +175,8 @@ class Inheritance:
     def _read(cls, fields: dict[str, Any]) -> Inheritance:
         for name in ("listeners", "binds"):
             fields[name] = tuple(fields[name])
-        fields["slots"] = tuple(fields.get("slots", ()))
+        for name in ("slots", "since"):
+            fields[name] = tuple(fields.get(name, ()))
         fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
         # A predecessor of a later version may give more.
         return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})

@@ -206,7 +206,7 @@ def post_fork(server: Any, worker: Any) -> None:
     slot = master.roster.slot_of(worker)
     boot_log = master.succession.handler if master.succession is not None else None
     master.after_fork()
-    listeners = master.listening.for_worker(worker, master.board.index_of(slot))
+    listeners = master.listening.for_worker(worker)
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
     if master.listening.counts_accepts:
         state.worker.family.count_accepts()

@@ -3,8 +3,8 @@
 A mode (`LISTENER`) decides how they come to be and go, and nothing else:
 
     fd          one socket for each bind, which all workers share
-    reuseport   as many as there are workers, with SO_REUSEPORT. The master holds them all, so none closes when a worker
-                does, and every worker accepts from all of them, from its own first: nobody waits behind a busy one
+    reuseport   as many as there are workers, with SO_REUSEPORT (port.py). The master holds them all: none closes
+                when a worker does, and every worker accepts from all, so that nobody waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
 A successor inherits them, with what each is called; which of them its configuration means is decided by name and
@@ -23,57 +23,27 @@ import logging
 import os
 import socket
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from zdd_web import clock, log, service
-from zdd_web.board import LAYOUT, MOST_LISTENERS, Board
+from zdd_web.board import LAYOUT, MOST_LISTENERS, Board, Door
 from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.port import Listener, Port, how_many
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners import activation, reuseport
-from zdd_web.listeners.backlog import Door, close_door, open_door, queue
+from zdd_web.listeners.backlog import close_door, open_door, queue
 from zdd_web.listeners.binding import make_way, refuse_mixed, why_not
 from zdd_web.listeners.matching import Address, Place, match, same_bind
-from zdd_web.listeners.sharing import Farewell, Generation, Others, others_on
+from zdd_web.listeners.sharing import Neighbour
 from zdd_web.settings import Settings
-
-#: In `reuseport` mode: one who stays alone cannot be steered to safely while several leave (closing_indices).
-LEAST_SLOTS = 2
 
 #: How often a master that has steered to others looks whether they stay, seconds.
 LOOK_EVERY = 0.1
-
-
-@dataclass
-class _Listener:
-    """One of them; `sock` is gunicorn's object."""
-
-    bind: str
-    address: Address
-    slot: int
-    sock: Any
-    #: Bound, and to listen when the gate opens.
-    listens: bool = True
-    #: This generation's alone: a successor does not want it.
-    dropped: bool = False
-
-    @property
-    def place(self) -> Place:
-        return Place(self.bind, self.address, self.slot)
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether somebody outside the service has it too: it is not ours to shut."""
-        return self.bind.startswith(("fd://", "systemd:"))
-
-    @property
-    def path(self) -> str:
-        """The path of a Unix socket that has one."""
-        name = "" if self.sock.sock is None or self.sock.FAMILY != socket.AF_UNIX else self.sock.getsockname()
-        return name if isinstance(name, str) else ""
 
 
 class Listening:
@@ -84,13 +54,16 @@ class Listening:
         self._server, self._board, self._header, self._settings = server, board, board.header, settings
         self._heir = heir
         self._mode = settings.listener
-        self._all: list[_Listener] = []
-        #: By port: sockets that leave others alone on it.
-        self._farewells: dict[int, Farewell] = {}
+        self._shares = self._mode == "reuseport"
+        self._all: list[Listener] = []
+        #: In `reuseport` mode, one for each bind.
+        self._ports: list[Port] = []
+        #: As a successor was given them: it speaks of them by their index.
+        self._given: list[Listener] = []
         self._looked_at = clock.NEVER
         self._activated: tuple[activation.Activated, ...] = ()
         if heir is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
-            if self._mode == "reuseport":
+            if self._shares:
                 raise ListenerError(
                     "LISTENER = 'reuseport' and LISTEN_FDS contradict each other: systemd has made the sockets; use "
                     "LISTENER = 'systemd', or start the service without its socket unit"
@@ -121,8 +94,6 @@ class Listening:
             else:
                 dropped = ()
                 self._make()
-            if len(self._all) > MOST_LISTENERS:
-                raise ListenerError(f"{len(self._all)} listeners: at most {MOST_LISTENERS} are possible: bind fewer")
         except BaseException:
             # The predecessor has not heard of them.
             for path in self.added_paths:
@@ -133,10 +104,16 @@ class Listening:
         return dropped
 
     def _publish(self) -> None:
-        self._server.LISTENERS = [each.sock for each in self._all]
         self._header.listener_count = len(self._all)
-        for index, each in enumerate(self._all):
-            self._header.listener(index).name = str(each.sock).replace("\0", "@")
+        for each in self._all:
+            each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
+        usable = [each for each in self._all if each.is_open]
+        # What gunicorn names when it says where it listens; see for_worker().
+        self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
+        if self._shares:
+            usable.sort(key=attrgetter("bind"))
+            backlog = self._server.cfg.backlog
+            self._ports = [Port(list(members), backlog) for _, members in groupby(usable, attrgetter("bind"))]
 
     def _make(self) -> None:
         server = self._server
@@ -155,7 +132,7 @@ class Listening:
                 self._add(bind, address, compat.adopt_listener(server, fd))
             return
         for place in self._wanted():
-            if self._mode == "reuseport" or str(place.address).startswith("\0"):
+            if self._shares or str(place.address).startswith("\0"):
                 # An abstract Unix socket is bound here too: gunicorn before 27 looks for its file.
                 self._bind(place)
             elif isinstance(place.address, int):
@@ -172,32 +149,39 @@ class Listening:
                 f"must leave it open under this number"
             ) from None
 
-    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0, *, listens: bool = True) -> None:
-        self._all.append(_Listener(bind, address, slot, sock, listens))
+    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0, *, since: int = 0) -> None:
+        """Have one more: which listens if `since` says since when, or it is none of ours that does."""
+        if len(self._all) == MOST_LISTENERS:
+            raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
+        each = Listener(bind, address, slot, sock, self._header.listener(len(self._all)))
+        self._all.append(each)
+        each.listens = not isinstance(sock.sock, socket.socket) or reuseport.listens(sock.sock)
+        if each.listens:
+            each.began(since)
 
     def _wanted(self) -> list[Place]:
         cfg = self._server.cfg
         places = [Place(bind, address) for bind, address in zip(cfg.bind, cfg.address, strict=True)]
-        if self._mode != "reuseport":
+        if not self._shares:
             return places
         refuse_mixed(places)
-        slots = max(LEAST_SLOTS, min(cfg.workers, MOST_LISTENERS // len(places)))
+        slots = how_many(cfg.workers, len(places), MOST_LISTENERS)
         return [Place(place.bind, place.address, slot) for slot in range(slots) for place in places]
 
     def _bind(self, place: Place) -> None:
         address = place.address
-        slot = place.slot if self._mode == "reuseport" else None
-        if slot:
+        if place.slot:
             # Port 0: those behind the first one take the port that it was given.
             address = next(each for each in self._all if each.bind == place.bind).sock.getsockname()[:2]
         try:
             if isinstance(address, str):
                 make_way(address)
-            sock = compat.bind_listener(self._server, address, slot)
+            sock = compat.bind_listener(self._server, address, shared=self._shares)
         except OSError as error:
-            raise ListenerError(f"bind = {place.bind!r}: {why_not(error, address, slot)}") from None
-        self._add(place.bind, place.address, sock, place.slot, listens=False)
-        if slot == 0:
+            why = why_not(error, address, shared=self._shares)
+            raise ListenerError(f"bind = {place.bind!r}: {why}") from None
+        self._add(place.bind, place.address, sock, place.slot)
+        if self._shares and place.slot == 0:
             # Once for all of them: the kernel's table of connections may be long.
             self._refuse_overlap(place.bind, sock)
 
@@ -223,6 +207,7 @@ class Listening:
             )
         binds = heir.binds if len(heir.binds) == len(heir.listeners) else ("",) * len(heir.listeners)
         slots = heir.slots if len(heir.slots) == len(heir.listeners) else (0,) * len(heir.listeners)
+        since = heir.since if len(heir.since) == len(heir.listeners) else (0,) * len(heir.listeners)
         # One of a release that names its listeners otherwise goes by its address.
         given = [
             Place(bind, _address_of(fd), slot) for fd, bind, slot in zip(heir.listeners, binds, slots, strict=True)
@@ -232,8 +217,8 @@ class Listening:
             wanted = given
         else:
             wanted = self._wanted()
-            if self._mode == "reuseport":
-                # Each worker accepts from all of them: there may be more of them than workers, or fewer.
+            if self._shares:
+                # Those that listen go on to, however many workers there are now: see Port.fit().
                 old = [place for place in given if any(same_bind(place, each) for each in wanted)]
                 new = [place for place in wanted if not any(same_bind(place, each) for each in old)]
                 wanted = [*old, *new]
@@ -241,21 +226,20 @@ class Listening:
         kept = dict(found.kept)
         for at, place in enumerate(wanted):
             if at in kept:
-                slot = place.slot if self._mode == "reuseport" else None
-                sock = compat.adopt_listener(server, heir.listeners[kept[at]], slot)
-                self._add(place.bind, place.address, sock, place.slot)
+                sock = compat.adopt_listener(server, heir.listeners[kept[at]], shared=self._shares)
+                self._add(place.bind, place.address, sock, place.slot, since=since[kept[at]])
             elif isinstance(place.address, int):
                 raise UpgradeError(
                     f"bind = {place.bind!r} is new: a descriptor cannot be added in an upgrade; restart the service"
                 )
             else:
                 self._bind(place)
-        self._header.listening_since = heir.listening_since
         self._close_given(heir.listeners[index] for index in found.dropped)
-        for at in found.added:
-            log.emit("listener.added", bind=wanted[at].bind)
-        for index in found.dropped:
-            log.emit("listener.dropped", bind=given[index].bind or str(given[index].address))
+        had = {each.bind for each in given}
+        for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):
+            log.emit("listener.added", bind=bind)
+        for bind in dict.fromkeys(given[index].bind or str(given[index].address) for index in found.dropped):
+            log.emit("listener.dropped", bind=bind)
         return found.dropped
 
     @staticmethod
@@ -271,181 +255,196 @@ class Listening:
 
     def open(self) -> None:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
+        for port in self._ports:
+            port.open(self._server.num_workers)
         for each in self._all:
-            if not each.listens:
+            if not each.listens and not self._ports:
                 each.sock.sock.listen(self._server.cfg.backlog)
                 each.listens = True
-                if self._mode == "reuseport":
-                    reuseport.let_the_kernel_choose(each.sock.sock)
-        self._header.listening_since = self._header.listening_since or clock.now_ns()
+                each.began()
 
     # -- how they travel
 
     def inheritance(self) -> dict[str, Any]:
         """Return what a successor is given of them, as fields of `Inheritance`."""
+        self.hold()
+        given = [each for port in self._ports for each in port.in_order()] or self._all
+        self._given = [each for each in given if each.is_open]
         return {
-            "listeners": tuple(each.sock.fileno() for each in self._all),
-            "binds": tuple(each.bind for each in self._all),
-            "slots": tuple(each.slot for each in self._all),
+            "listeners": tuple(each.sock.fileno() for each in self._given),
+            "binds": tuple(each.bind for each in self._given),
+            "slots": tuple(each.slot for each in self._given),
+            "since": tuple(each.record.since for each in self._given),
             "mode": self._mode,
-            "listening_since": self._header.listening_since,
         }
 
     # -- in a worker
 
-    def for_worker(self, worker: Any, place: int) -> dict[int, int]:
-        """Give a worker its listeners, its own first; return the index of each, by descriptor."""
-        count = len(self._all)
-        if self._mode == "reuseport" and count:
-            start = place % count
-            worker.sockets = [*worker.sockets[start:], *worker.sockets[:start]]
-        return {each.sock.fileno(): index for index, each in enumerate(self._all)}
+    def for_worker(self, worker: Any) -> dict[int, int]:
+        """Give a worker what it accepts from; return the index of each listener, by descriptor."""
+        if self._ports:
+            worker.sockets = [port.for_worker() for port in self._ports]
+        return {each.sock.fileno(): index for index, each in enumerate(self._all) if each.is_open}
 
     @property
     def counts_accepts(self) -> bool:
         """Whether workers are to count what they accept, listener by listener."""
-        return self._mode == "reuseport"
+        return bool(self._ports)
 
     # -- what is to be seen of them
 
     def note(self) -> None:
         """Note the queues on the board; the tick's call."""
-        for index, each in enumerate(self._all):
-            if each.sock.sock is not None and each.listens:
-                record = self._header.listener(index)
-                record.length, record.limit = queue(each.sock.sock)
+        for each in self._all:
+            if each.is_open and each.listens:
+                each.record.length, each.record.limit = queue(each.sock.sock)
+
+    # -- how many they are, in `reuseport` mode
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a queue is on its way out."""
+        return any(port.is_busy for port in self._ports)
+
+    def fit(self, workers: int) -> None:
+        """Have a queue for each worker; the tick's call while this generation alone serves."""
+        for port in self._ports:
+            port.fit(workers)
+
+    def hold(self) -> None:
+        """Let their number be as it is: somebody else uses them too, or will."""
+        for port in self._ports:
+            port.hold()
 
     # -- how they go
 
     def drop(self, indices: Collection[int]) -> None:
         """Begin to empty those that a successor does not want, before the workers are told to leave."""
-        for index in indices:
-            if index < len(self._all):
-                each = self._all[index]
-                # One that is lent stays as it is, open too: it could not be had again.
-                each.dropped = not each.is_lent
-                self._shut(index, close_door(each.sock.sock) if each.dropped else Door.KEPT)
+        for each in [self._given[index] for index in indices if index < len(self._given)]:
+            # One that is lent stays as it is, open too: it could not be had again.
+            each.dropped = not each.is_lent
+            if not each.dropped:
+                each.say(Door.KEPT)
+        self._leave_ports_to_others(port for port in self._ports if port.members[0].dropped)
+        for each in self._all:
+            if each.dropped and each.listens and not self._is_left_to_others(each):
+                each.say(close_door(each.sock.sock))
         self._header.door_since = clock.now_ns()
 
     def close_dropped(self) -> None:
         """Close them, when no worker accepts any more."""
-        for each in self._all:
-            if each.dropped and each.sock.sock is not None:
-                if isinstance(each.address, tuple):
-                    # As it was bound: it may have to be bound again, and port 0 would be another one.
-                    each.address = each.sock.getsockname()[:2]
-                self._close(each, unlink=True)
-                log.emit("listener.closed", bind=each.bind)
+        dropped = [each for each in self._all if each.dropped and each.is_open]
+        for each in dropped:
+            if isinstance(each.address, tuple):
+                # As it was bound: it may have to be bound again, and port 0 would be another one.
+                each.address = each.sock.getsockname()[:2]
+        for port in self._ports:
+            if port.members[0] in dropped:
+                port.close(lambda each: self._close(each, unlink=False))
+        for each in dropped:
+            self._close(each, unlink=True)
+        for bind in dict.fromkeys(each.bind for each in dropped):
+            log.emit("listener.closed", bind=bind)
 
     def take_back(self) -> None:
         """Listen on them again, as far as possible: the successor that did not want them is gone."""
         self._header.door_since = 0
+        for port in self._ports:
+            port.take_back()
+        lost = set()
         for each in [each for each in self._all if each.dropped]:
             each.dropped = False
             try:
                 self._reopen(each)
             except OSError as error:
                 # No worker could be forked with it.
-                self._all.remove(each)
-                log.emit("listener.lost", logging.ERROR, bind=each.bind, error=error.strerror or str(error))
-        for index in range(len(self._all)):
-            self._shut(index, Door.OPEN)
+                each.sock.close()
+                if each.bind not in lost:
+                    log.emit("listener.lost", logging.ERROR, bind=each.bind, error=error.strerror or str(error))
+                lost.add(each.bind)
+        for each in self._all:
+            if each.is_open and each.listens:
+                each.say(Door.OPEN)
         self._publish()
 
-    def _reopen(self, each: _Listener) -> None:
-        if each.sock.sock is not None:
-            open_door(each.sock.sock, self._server.cfg.backlog)
+    def _reopen(self, each: Listener) -> None:
+        backlog = self._server.cfg.backlog
+        if each.is_open:
+            if each.listens:
+                open_door(each.sock.sock, backlog)
             return
-        sock = compat.bind_listener(self._server, each.address, each.slot if self._mode == "reuseport" else None)
+        sock = compat.bind_listener(self._server, each.address, shared=self._shares)
         try:
-            sock.sock.listen(self._server.cfg.backlog)
+            if each.listens:
+                sock.sock.listen(backlog)
         except OSError:
             sock.close()
             raise
         each.sock = sock
+        each.began()
 
     def keep(self) -> None:
         """Leave the queues to somebody else, who serves or will."""
+        self.hold()
         self._header.door_since = clock.now_ns()
-        for index in range(len(self._all)):
-            self._shut(index, Door.KEPT)
+        for each in self._all:
+            if each.listens:
+                each.say(Door.KEPT)
 
     def shut(self) -> None:
         """Let nobody new in, for good: the service stops."""
         # First of all: what fails below is not tried at each turn.
         self._header.door_since = clock.now_ns()
-        if self._mode == "reuseport":
-            # Where nobody can be seen, or steered to, this is the last one.
-            guarded("listeners", self._look_for_others)()
-        for index, each in enumerate(self._all):
-            if not each.listens:
-                self._close(each, unlink=True)
-            elif self._mode == "reuseport" and each.sock.getsockname()[1] in self._farewells:
-                self._shut(index, Door.STEERED)
-            else:
-                self._shut_alone(index)
+        self._leave_ports_to_others(self._ports)
+        for each in self._all:
+            if each.is_lent:
+                each.say(Door.KEPT)
+            elif not self._is_left_to_others(each):
+                self._shut_alone(each)
 
-    def _shut_alone(self, index: int) -> None:
-        each = self._all[index]
-        self._shut(index, close_door(each.sock.sock))
+    def _shut_alone(self, each: Listener) -> None:
+        if each.listens and each.is_open:
+            each.say(close_door(each.sock.sock))
         # The workers have their own: the last of them closes the queue, right after it has found it empty.
         self._close(each, unlink=True)
 
-    def _shut(self, index: int, door: Door) -> None:
-        record = self._header.listener(index)
-        record.settled = 0
-        record.door_since = clock.now_ns()
-        record.door = door
+    def _leave_ports_to_others(self, ports: Iterable[Port]) -> None:
+        self._looked_at = clock.now_ns()
+        # Where nobody can be seen, or steered to, this is the last one.
+        neighbours = (guarded("listeners", _neighbours)() or []) if self._ports else []
+        for port in ports:
+            guarded("listeners", port.leave_to_others)(neighbours)
 
-    def _look_for_others(self) -> None:
-        self._looked_at, generations = clock.now_ns(), _who_is_here()
-        for port in {each.sock.getsockname()[1] for each in self._all if each.listens}:
-            others = self._others_on(port, generations)
-            if others is not None:
-                ours = [each.sock.sock for each in self._on(port)]
-                self._farewells[port] = Farewell(port, ours, others)
-                log.emit("listener.steered", port=port, listeners=len(ours), others=others.count,
-                         migrates="yes" if reuseport.migrates() else "no")  # fmt: skip
-
-    def _others_on(self, port: int, generations: list[Generation]) -> Others | None:
-        return others_on(port, [each.sock.sock for each in self._on(port)], self._header.listening_since, generations)
-
-    def _on(self, port: int) -> list[_Listener]:
-        return [each for each in self._all if each.sock.sock is not None and each.sock.getsockname()[1] == port]
+    def _is_left_to_others(self, each: Listener) -> bool:
+        return any(port.is_left_to_others and each in port.members for port in self._ports)
 
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
-        if self._farewells and clock.since(self._looked_at) >= LOOK_EVERY:
-            self._looked_at, generations = clock.now_ns(), _who_is_here()
+        left = [port for port in self._ports if port.is_left_to_others]
+        if left and clock.since(self._looked_at) >= LOOK_EVERY:
+            self._looked_at, neighbours = clock.now_ns(), _neighbours()
             # The kernel's table of connections may be long.
-            somebody_stops = any(each.stops for each in generations)
-            for port in [*self._farewells] if somebody_stops else []:
-                if self._others_on(port, generations) is not None:
-                    continue
-                # They stop as well: whoever came to a queue of ours once it is empty would be reset.
-                del self._farewells[port]
-                for each in self._on(port):
-                    self._shut_alone(self._all.index(each))
-        for port, farewell in self._farewells.items():
-            if farewell.is_settled():
-                for index, each in enumerate(self._all):
-                    if each.sock.sock is not None and each.sock.getsockname()[1] == port:
-                        self._header.listener(index).settled = 1
+            if any(each.stops for each in neighbours):
+                for port in left:
+                    if not port.others_stay(neighbours):
+                        # Whoever came to a queue of ours once it is empty would be reset.
+                        port.take_back()
+                        for each in port.members:
+                            self._shut_alone(each)
+        for port in left:
+            port.follow_farewell()
 
     def close(self, *, unlink: bool) -> None:
         """Close what this master still holds of them; `unlink` removes the paths of Unix sockets."""
-        while self._farewells:
-            port, farewell = self._farewells.popitem()
-            ours = self._on(port)
-            farewell.close(lambda index, ours=ours: self._close(ours[index], unlink=False))  # type: ignore[misc]
+        for port in self._ports:
+            port.close(lambda each: self._close(each, unlink=False))
         for each in self._all:
-            if each.sock.sock is not None:
-                self._close(each, unlink=unlink)
+            self._close(each, unlink=unlink and not each.is_lent)
         self._server.LISTENERS = []
 
-    def _close(self, each: _Listener, *, unlink: bool) -> None:
+    def _close(self, each: Listener, *, unlink: bool) -> None:
         path = each.path
-        # gunicorn's own sets `sock` to None and swallows errors.
+        # gunicorn's own sets `sock` to None, and does nothing the second time.
         each.sock.close()
         if unlink and path:
             # A file that is left behind is in nobody's way; the other listeners are still to be closed.
@@ -453,11 +452,10 @@ class Listening:
                 os.unlink(path)
 
 
-def _who_is_here() -> list[Generation]:
+def _neighbours() -> list[Neighbour]:
     return [
-        Generation(
-            pids=(each.pid, *(pid for pid, _ in each.board.worker_pids())),
-            since=each.board.header.listening_since,
+        Neighbour(
+            listens={record.inode: record.since for record, _ in each.board.listener_records() if record.inode},
             stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
         )
         for each in service.generations()

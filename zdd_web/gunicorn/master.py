@@ -154,6 +154,8 @@ class Master:
     def _settled(self) -> bool:
         if self.deploy.under_way or self.awaits_office or self.reload.under_way or self.offer.busy:
             return False
+        if self.listening.is_busy:
+            return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
     # -- the tick
@@ -179,6 +181,8 @@ class Master:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
         guarded("systemd", self.supervisor.follow)()
+        if self.phase is Phase.SERVING and self.succession is None and not self.deploy.under_way:
+            guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
 
     def move(self, event: Event, **fields: Any) -> None:
@@ -245,8 +249,8 @@ class Master:
 
     @property
     def kept(self) -> bool:
-        """Whether somebody else goes on to use the listeners when this service has ended."""
-        return self._inherited_as_kept or compat.is_kept_by_somebody_else(self.server)
+        """Whether a gunicorn goes on to use all of the listeners when this service has ended."""
+        return self._inherited_as_kept or compat.has_stock_predecessor(self.server)
 
     # -- as a successor
 

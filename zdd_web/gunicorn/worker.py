@@ -24,14 +24,13 @@ from typing import Any
 from gunicorn.errors import AppImportError
 
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
-from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
+from zdd_web.board import SHUT, Board, Door, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
 from zdd_web.listeners import backlog
-from zdd_web.listeners.backlog import SHUT, Door
 from zdd_web.settings import Settings
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.

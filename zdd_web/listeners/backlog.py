@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import select
 import socket
 import struct
 from collections.abc import Iterable
+
+from zdd_web.board import Door
 
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
@@ -31,23 +32,6 @@ _DROP_SYN = b"".join(
         (0x06, 0, 0, 0xFFFF_FFFF),  # ret #-1
     )
 )
-
-
-class Door(enum.IntEnum):
-    """How far a listener lets new connections in. The numbers are written on the board."""
-
-    OPEN = 0
-    #: One may wait at a time; the others' kernels try again.
-    NARROW = 1
-    CLOSED = 2
-    #: Not ours to close: somebody else serves, or will.
-    KEPT = 3
-    #: New connections go to others on the same port (listeners/reuseport.py).
-    STEERED = 4
-
-
-#: Nobody new comes in, and somebody may still wait.
-SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
 
 
 def close_door(listener: socket.socket) -> Door:

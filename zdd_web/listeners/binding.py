@@ -24,6 +24,8 @@ def refuse_mixed(places: list[Place]) -> None:
             )
         address = normal(place.address)
         port = place.address[1]
+        if port in ports and ports[port] == address:
+            raise ListenerError(f"bind = {place.bind!r}: port {port} is there twice: bind it once")
         if port and ports.setdefault(port, address) != address:
             raise ListenerError(
                 f"bind = {place.bind!r}: port {port} is bound by another address too, and connections would go to one "
@@ -49,8 +51,8 @@ def make_way(path: str) -> None:
     os.unlink(path)
 
 
-def why_not(error: OSError, address: Address, slot: int | None) -> str:
-    """Say why an address cannot be bound, and what to do; `slot` is None where the port is not to be shared."""
+def why_not(error: OSError, address: Address, *, shared: bool) -> str:
+    """Say why an address cannot be bound, which is to be shared with others or not, and what to do."""
     said = (error.strerror or str(error)).lower()
     if error.errno != errno.EADDRINUSE or not isinstance(address, tuple):
         return f"{said}: choose another address"
@@ -59,7 +61,7 @@ def why_not(error: OSError, address: Address, slot: int | None) -> str:
     except OSError:
         there = []
     users = sorted({entry.uid for entry in there})
-    if slot is None or not users:
+    if not shared or not users:
         return f"{said}: another process has this port (`ss -ltnp` shows which): end it, or choose another port"
     if users != [os.geteuid()]:
         names = ", ".join(_user(uid) for uid in users)

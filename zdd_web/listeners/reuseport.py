@@ -157,6 +157,16 @@ def inode(listener: socket.socket) -> int:
     return os.fstat(listener.fileno()).st_ino
 
 
+def listens(bound: socket.socket) -> bool:
+    """Tell whether a socket is a listener.
+
+    >>> with socket.create_server(("127.0.0.1", 0)) as example:
+    ...     listens(example)
+    True
+    """
+    return bool(bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def migrates() -> bool:
     """Tell whether this kernel hands the queue of a closing member to the others: `net.ipv4.tcp_migrate_req`."""
     try:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zdd_web import clock
@@ -16,51 +15,53 @@ HANDSHAKES_WITHIN = 1.2
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Those who may be looked at: a master with its workers, since when it listens (monotonic), whether it stops."""
+class Neighbour:
+    """Another generation on this machine: since when it listens on what (monotonic, by inode), whether it stops."""
 
-    pids: tuple[int, ...]
-    since: int
+    listens: Mapping[int, int]
     stops: bool
 
 
 @dataclass(frozen=True)
 class Others:
-    """Listeners of somebody else on a port; `younger` when they came after ours."""
+    """Those whom connections are left to: `count` members of the group, from index `first` on.
 
+    `elders` came before ours: as many members stand before the first of ours.
+    """
+
+    elders: int
+    first: int
     count: int
-    younger: bool
 
 
-def others_on(port: int, ours: Sequence[socket.socket], since: int, generations: Iterable[Generation]) -> Others | None:
+def strangers(port: int, ours: Sequence[socket.socket]) -> set[int]:
+    """Return the listeners of somebody else on the address of `ours`, by inode. Raises OSError without /proc."""
+    mine = {reuseport.inode(each) for each in ours}
+    here = reuseport.local_address(ours[0])
+    # Another address on this port is another group, and takes nothing from ours.
+    return {
+        entry.inode
+        for entry in reuseport.entries(port, reuseport.LISTEN)
+        if entry.inode not in mine and entry.local == here
+    }
+
+
+def others_on(port: int, ours: Sequence[socket.socket], since: int, neighbours: Iterable[Neighbour]) -> Others | None:
     """Return who else listens on the address of `ours`, which began to listen at `since`; None when nobody stays.
 
     Raises OSError without /proc.
     """
-    mine = {reuseport.inode(each) for each in ours}
-    listening = reuseport.entries(port, reuseport.LISTEN)
-    here = {entry.local for entry in listening if entry.inode in mine}
-    # Another address on this port is another group, and takes nothing from ours.
-    inodes = {entry.inode for entry in listening if entry.inode not in mine and entry.local in here}
-    if not inodes:
+    inodes = strangers(port, ours)
+    there = [each for each in neighbours if inodes & each.listens.keys()]
+    staying = {inode for each in there if not each.stops for inode in each.listens}
+    going = {inode for each in there if each.stops for inode in each.listens} - staying
+    if inodes <= going:
         return None
-    held = [(each, {inode for pid in each.pids for inode in _held(pid, inodes)}) for each in generations]
-    going = {inode for each, theirs in held if each.stops for inode in theirs}
-    if going - {inode for each, theirs in held if not each.stops for inode in theirs} == inodes:
-        return None
-    began = [each.since for each, theirs in held if theirs]
     # Those of nobody whom this user may look at came after ours: that is how a new version is started.
-    return Others(len(inodes), younger=not began or min(began) > since)
-
-
-def _held(pid: int, inodes: Collection[int]) -> set[int]:
-    names = {f"socket:[{inode}]": inode for inode in inodes}
-    found = set()
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                found.add(names.get(os.readlink(f"/proc/{pid}/fd/{entry}"), 0))
-    return found - {0}
+    elders = {inode for each in there for inode in inodes & each.listens.keys() if each.listens[inode] <= since}
+    if elders and (elders == inodes or not elders & going):
+        return Others(len(elders), 0, len(elders))
+    return Others(len(elders), len(elders) + len(ours), len(inodes - elders))
 
 
 class Farewell:
@@ -75,7 +76,7 @@ class Farewell:
         self._at_last = clock.after_ns(HANDSHAKES_WITHIN)
 
     def _steer(self) -> None:
-        reuseport.steer_to_range(self._ours[0], len(self._ours) if self.others.younger else 0, self.others.count)
+        reuseport.steer_to_range(self._ours[0], self.others.first, self.others.count)
 
     def is_settled(self) -> bool:
         """Look whether the handshakes that were under way are over. Raises OSError."""
@@ -97,7 +98,8 @@ class Farewell:
             close(index)
 
     def _targets(self) -> Sequence[int | None]:
-        if self.others.younger:
-            return reuseport.closing_indices(len(self._ours), self.others.count)
-        # Ours stand at the end: no close moves any of theirs.
+        if self.others.first:
+            targets = reuseport.closing_indices(len(self._ours), self.others.count)
+            return [self.others.elders + target for target in targets]
+        # Theirs stand before ours: no close moves any of them.
         return [None] * len(self._ours)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -39,21 +38,6 @@ def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
     return beat_on_board
 
 
-class Counting(socket.socket):
-    """A listener that says so when it has accepted; takes the place of another object for the same descriptor."""
-
-    def __init__(self, listener: socket.socket, accepted: Callable[[], None]) -> None:
-        super().__init__(fileno=listener.detach())
-        self.setblocking(False)
-        self._accepted = accepted
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """See `socket.socket`."""
-        found = super().accept()
-        self._accepted()
-        return found
-
-
 class Family:
     """One worker's; made right after the fork, before `init_process()`."""
 
@@ -79,14 +63,13 @@ class Family:
 
     def count_accepts(self) -> None:
         """Count on the board what is accepted, listener by listener; called right after the fork."""
-        for listener in self.worker.sockets:
-            accepted = self.accept_counter(listener.fileno())
-            listener.sock = Counting(listener.sock, accepted)
+        counters = {fd: self._accept_counter(index) for fd, index in self.side.listeners.items()}
+        for queues in self.worker.sockets:
+            queues.count(counters)
 
-    def accept_counter(self, fd: int) -> Callable[[], None]:
-        """Return what counts a connection that was accepted from a listener."""
+    def _accept_counter(self, index: int) -> Callable[[], None]:
         slot = self.side.slot
-        words, at = slot.words, slot.base + Slot.ACCEPTS_AT + self.side.listeners[fd]
+        words, at = slot.words, slot.base + Slot.ACCEPTS_AT + index
 
         def accepted() -> None:
             words[at] += 1

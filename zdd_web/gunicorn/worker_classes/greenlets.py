@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import gevent
 from gevent import getcurrent
 from gevent.server import StreamServer
+from gevent.socket import socket as GeventSocket  # noqa: N812 - a class
 from gunicorn.workers import ggevent
 from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.worker_classes.family import LINGER, Family, on_board
+from zdd_web.listeners.queues import Queues
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.worker import WorkerSide
@@ -40,7 +42,16 @@ class Greenlets(Family):
             def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
                 super().__init__(listener, *arguments, **options)
                 servers.append(self)
-                names[listener] = _Named(self.address, listener.fileno())
+                names[listener] = _Named(self.address)
+
+            def do_read(self) -> Any:
+                if not isinstance(self.socket, Queues):
+                    return super().do_read()
+                try:
+                    client, address = self.socket.accept()
+                except BlockingIOError:
+                    return None
+                return GeventSocket(fileno=client.detach()), address
 
             def close(self) -> None:
                 # close() forgets the handler, which a connection in its TLS handshake still needs.
@@ -50,12 +61,21 @@ class Greenlets(Family):
                     self.handle = handle
 
         ggevent.StreamServer = Server  # type: ignore[attr-defined]
+        worker.patch = self._patch
         handle = worker.handle
         # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
         worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
         worker.handle_exit = self._in_a_greenlet(side.handle_exit)
         worker.handle_quit = self._in_a_greenlet(side.handle_quit)
+
+    def _patch(self) -> None:
+        # It makes gevent's sockets of the listeners (ggevent.py:40).
+        worker = self.worker
+        queues = [each for each in worker.sockets if isinstance(each, Queues)]
+        worker.sockets = [each for each in worker.sockets if each not in queues]
+        type(worker).patch(worker)
+        worker.sockets += queues
 
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
@@ -66,17 +86,6 @@ class Greenlets(Family):
                 gevent.spawn(handler, sig, frame)
 
         return handle
-
-    def count_accepts(self) -> None:
-        """See `Family`: gevent's own sockets accept, and not those of gunicorn."""
-        handle = self.worker.handle
-        counters = {fd: self.accept_counter(fd) for fd in self.side.listeners}
-
-        def counting(listener: _Named, client: Any, addr: Any) -> Any:
-            counters[listener.fd]()
-            return handle(listener, client, addr)
-
-        self.worker.handle = counting
 
     def before_load(self) -> None:
         """See `Family`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
@@ -119,8 +128,8 @@ class Greenlets(Family):
 class _Named:
     """A listener of which only the name is left."""
 
-    def __init__(self, name: Any, fd: int) -> None:
-        self._name, self.fd = name, fd
+    def __init__(self, name: Any) -> None:
+        self._name = name
 
     def getsockname(self) -> Any:
         return self._name

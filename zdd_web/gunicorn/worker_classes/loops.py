@@ -24,8 +24,10 @@ from gunicorn.workers.base import Worker
 from zdd_web import clock
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.warmup import warm_up_asgi
+from zdd_web.gunicorn.worker_classes.accepting import QueuesServer
 from zdd_web.gunicorn.worker_classes.asgi_app import Counted
 from zdd_web.gunicorn.worker_classes.family import LINGER, Family, Leaving
+from zdd_web.listeners.queues import Queues
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.worker import WorkerSide
@@ -53,7 +55,7 @@ class Loop(Family):
     def __init__(self, side: WorkerSide) -> None:
         super().__init__(side)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.servers: list[asyncio.Server] = []
+        self.servers: list[asyncio.Server | QueuesServer] = []
         self.connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self.app: Counted | None = None
         self.accepting = True
@@ -104,7 +106,7 @@ class Loop(Family):
         create_server = loop.create_server
         ours = [listener for each in self.worker.sockets for listener in (each, getattr(each, "sock", each))]
 
-        async def create(factory: Any, *arguments: Any, sock: Any = None, **options: Any) -> asyncio.Server:
+        async def create(factory: Any, *arguments: Any, sock: Any = None, **options: Any) -> Any:
             if not any(sock is each for each in ours):
                 return await create_server(factory, *arguments, sock=sock, **options)
             await self._pass_gate()
@@ -114,9 +116,13 @@ class Loop(Family):
                 self.connections.add(protocol)
                 return protocol
 
-            server = await create_server(connection, *arguments, sock=sock, **options)
-            # asyncio has called listen(100) on the socket that all share.
-            sock.listen(self.worker.cfg.backlog)
+            server: asyncio.Server | QueuesServer
+            if isinstance(sock, Queues):
+                server = QueuesServer(loop, connection, sock, **options)
+            else:
+                server = await create_server(connection, *arguments, sock=sock, **options)
+                # asyncio has called listen(100) on the socket that all share.
+                sock.listen(self.worker.cfg.backlog)
             self.servers.append(server)
             if not self.accepting:
                 server.close()

@@ -1,0 +1,103 @@
+"""What a worker accepts from in `reuseport` mode: the queues of a port as if they were one listener.
+
+Theory of operation
+-------------------
+A worker with one queue of its own leaves clients waiting in it while others idle, so each accepts from all. The master
+holds the sockets, and one epoll instance that watches those which listen. Workers inherit both. An epoll descriptor is
+itself readable when something that it watches is: a worker class waits for it by whatever means it has (select, epoll,
+libev, asyncio) as for a socket. What the master adds to it or removes is so for all workers at once, with no message to
+them and no change to what they wait for.
+
+An older worker has the descriptor of a queue that was opened later: all sockets that there may ever be are bound
+before the first fork, and only those listen that are wanted. To close a queue the master shuts it down (port.py), which
+ends it whoever else has a copy; the socket stays bound, and may listen again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zdd_web import clock
+from zdd_web.listeners.arrivals import Arrivals
+from zdd_web.listeners.backlog import queue
+
+#: Accepted by another worker, or shut down a moment ago.
+_NOBODY = (errno.EAGAIN, errno.EINVAL)
+
+
+class Queues:
+    """Looks like one of gunicorn's listeners, and like the socket in it."""
+
+    def __init__(self, sockets: Sequence[socket.socket], epoll: select.epoll, arrivals: Arrivals, name: str) -> None:
+        """Take them over in a worker: sockets by slot, and what watches those that listen."""
+        self._epoll, self._arrivals, self._name = epoll, arrivals, name
+        self._members = list(sockets)
+        self._slots = {each.fileno(): slot for slot, each in enumerate(sockets)}
+        self._accepted: list[Callable[[], None]] = []
+        self._address = sockets[0].getsockname()
+        self.family = self.FAMILY = sockets[0].family
+        self.type, self.proto = sockets[0].type, sockets[0].proto
+        for each in sockets:
+            # gunicorn makes them inheritable, for a successor (sock.py:55).
+            each.set_inheritable(False)
+
+    @property
+    def sock(self) -> Queues:
+        """The socket in gunicorn's listener."""
+        return self
+
+    def count(self, accepted: Mapping[int, Callable[[], None]]) -> None:
+        """Have what `accepted` has for a descriptor called for each connection that was accepted from it."""
+        self._accepted = [accepted[fd] for fd in self._slots]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept whoever has waited longest. Raises OSError, BlockingIOError when nobody waits."""
+        ready = [self._slots[fd] for fd, _ in self._epoll.poll(0, len(self._members))]
+        if len(ready) > 1:
+            self._look(ready)
+            ready = self._arrivals.in_order(ready)
+        for slot in ready:
+            try:
+                client, peer = self._members[slot].accept()
+            except OSError as error:
+                if error.errno in _NOBODY:
+                    continue
+                raise
+            self._arrivals.taken(slot)
+            if self._accepted:
+                self._accepted[slot]()
+            return client, peer
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _look(self, ready: list[int]) -> None:
+        now = clock.now_ns()
+        if self._arrivals.is_due(now):
+            for slot in ready:
+                self._arrivals.note(slot, queue(self._members[slot])[0], now)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when somebody waits; -1 once closed."""
+        return -1 if self._epoll.closed else self._epoll.fileno()
+
+    def getsockname(self) -> Any:
+        """Return the address, closed or not."""
+        return self._address
+
+    def setblocking(self, flag: bool) -> None:
+        """Do nothing: the sockets are the other workers' too."""
+
+    def close(self) -> None:
+        """Close this process's copies."""
+        self._epoll.close()
+        for member in self._members:
+            with contextlib.suppress(OSError):
+                member.close()
+
+    def __str__(self) -> str:
+        return self._name
