@@ -97,15 +97,29 @@ def find(*, name: str | None = None, pid: int | None = None, pid_file: str | Non
             raise ServiceNotFound(f"--pid-file {pid_file}: {error}: is the service running?") from None
     if pid is not None:
         return _by_pid(pid)
-    candidates = [each for each in generations() if name is None or each.board.header.name == name]
-    names = sorted({each.board.header.name for each in candidates})
-    if len(names) > 1:
-        raise ServiceNotFound(f"several services run here: {', '.join(names)}: name one with --name")
-    if not candidates:
-        others = sorted({each.board.header.name for each in generations()})
-        there = f"running here: {', '.join(others)}" if others else "this user sees no service of zdd_web here"
+    everybody = lines()
+    named = [line for line in everybody if name is None or name in _names([line])]
+    # Where only a retired generation is left of a line, its successors serve, and what joins them has ended.
+    found = [line for line in named if any(each.serves for each in line)] or named
+    if len(found) > 1:
+        raise ServiceNotFound(_several(found))
+    if not found:
+        there = f"running here: {', '.join(_names(everybody))}" if everybody else "this user sees no service of zdd_web here"
         raise ServiceNotFound(f"no service{f' named {name!r}' if name else ''}: {there}")
-    return in_office(candidates)
+    return in_office(found[0])
+
+
+def _names(found: list[list[Generation]]) -> list[str]:
+    return sorted({each.board.header.name for line in found for each in line})
+
+
+def _several(found: list[list[Generation]]) -> str:
+    offices = [in_office(line) for line in found]
+    names = sorted({each.board.header.name for each in offices})
+    if len(names) > 1:
+        return f"several services run here: {', '.join(names)}: name one with --name"
+    masters = ", ".join(str(each.pid) for each in offices)
+    return f"{len(offices)} services named {names[0]!r} run here, with the masters {masters}: name one with --pid or --pid-file"
 
 
 def _by_pid(pid: int) -> Generation:
@@ -132,10 +146,35 @@ def in_office(candidates: list[Generation]) -> Generation:
     return (seniors or candidates)[0]
 
 
-def same_service(generation: Generation) -> list[Generation]:
-    """Return all generations of a service, oldest first."""
-    name = generation.board.header.name
-    return [each for each in generations() if each.board.header.name == name] or [generation]
+def lines(name: str | None = None) -> list[list[Generation]]:
+    """Return the services on this machine that this user may look at: the generations of each, oldest first.
+
+    By descent: two masters that were started separately are two services, also where both have the same NAME. With a
+    `name`, only those that have it in one of their generations, since a release may change it.
+    """
+    found: list[list[Generation]] = []
+    for each in generations():
+        kin = [line for line in found if any(_are_related(each, other) for other in line)]
+        found = [line for line in found if line not in kin] + [[*sum(kin, []), each]]
+    for line in found:
+        line.sort(key=lambda each: each.board.header.generation)
+    return [line for line in found if name is None or name in _names([line])]
+
+
+def line_of(generation: Generation) -> list[Generation]:
+    """Return all generations of the service that a generation is of, oldest first."""
+    return next((line for line in lines() if any(each.pid == generation.pid for each in line)), [generation])
+
+
+def _are_related(one: Generation, other: Generation) -> bool:
+    """Tell whether one has come after the other, at once or with one between them that has ended."""
+    older, younger = sorted((one.board.header, other.board.header), key=lambda header: header.generation)
+    # Pids are used again: what is no older by its start, or by its number, is somebody else.
+    if not younger.predecessor_pid or older.master_start > younger.master_start:
+        return False
+    if younger.generation == older.generation + 1:
+        return younger.predecessor_pid == older.master_pid
+    return younger.generation == older.generation + 2 and younger.predecessor_pid == older.successor_pid
 
 
 class Line:

@@ -327,3 +327,47 @@ def test_a_mode_cannot_change_in_an_upgrade(service: Service):
     line = service.upgrade(expect="upgrade.failed")
     assert "LISTENER is 'reuseport' in the new configuration and 'fd' in the running one" in line
     service.stop()
+
+
+def refused(service: Service) -> str:
+    """Start a service that cannot start; return the line that says why."""
+    process = service.spawn()
+    until("the end", lambda: process.poll() is not None, service)
+    assert process.returncode == 1, service.log()
+    assert "Traceback" not in service.log()
+    assert not service.pid_file.exists()
+    return service.matches("event=settings.invalid")[0]
+
+
+def test_a_second_start_takes_no_path_from_the_first(make_service: Callable[..., Service], tmp_path: Path):
+    path = tmp_path / "app.sock"
+    first = start(bound_to(make_service("sync"), f"unix:{path}"))
+    made = path.stat()
+    assert "somebody else serves there" in refused(bound_to(make_service("sync"), f"unix:{path}"))
+    assert (path.stat().st_ino, path.stat().st_ctime_ns) == (made.st_ino, made.st_ctime_ns)
+    assert ask_unix(path).generation == 1
+    first.signal(signal.SIGKILL)
+    first.ends(-signal.SIGKILL)
+    # Now it is stale.
+    second = start(bound_to(make_service("sync"), f"unix:{path}"))
+    assert ask_unix(path).generation == 1
+    second.stop()
+
+
+def test_what_cannot_be_bound_at_a_start_is_named_with_what_to_do(make_service: Callable[..., Service], tmp_path: Path):
+    (tmp_path / "file").write_text("no socket")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        for bind, listener, remedy in (
+            (taken, "fd", "`ss -ltnp` shows which"),
+            ("127.0.0.1:99999", "fd", "choose one from 1 to 65535"),
+            ("127.0.0.1:99999", "reuseport", "choose one from 1 to 65535"),
+            (f"unix:{tmp_path}/file", "fd", "this is no socket"),
+            (f"unix:{tmp_path}/missing/a", "fd", "make the directory first"),
+        ):
+            service = bound_to(make_service("sync"), bind).configure(f"bind = {bind!r}\n", listener=listener)
+            line = refused(service)
+            assert remedy in line
+            assert f"bind = '{bind}'" in line
+        late = bound_to(make_service("sync"), taken).configure(f"bind = {taken!r}\n", takeover=True)
+        assert "has found no master to take it from" in refused(late)

@@ -22,7 +22,7 @@ from tests.processes.harness import (
     skip_unless_installed,
     until,
 )
-from tests.processes.test_listeners import free_port
+from tests.processes.test_listeners import free_port, refused
 from tests.processes.test_worker_classes import deploy
 from zdd_web.board import Door, Slot
 from zdd_web.cli.rehearse.load import Load, LoadThread
@@ -282,16 +282,6 @@ def test_a_port_of_another_user_is_named_with_the_user(make_service: Make):
                 assert "nobody (65534)" in refused(service)
         finally:
             os.seteuid(0)
-
-
-def refused(service: Service) -> str:
-    """Start a service that cannot start; return the line that says why."""
-    process = service.spawn()
-    until("the end", lambda: process.poll() is not None, service)
-    assert process.returncode == 1, service.log()
-    assert "Traceback" not in service.log()
-    assert not service.pid_file.exists()
-    return service.matches("event=settings.invalid")[0]
 
 
 def test_binds_that_cannot_share_a_port_are_refused(make_service: Make):

@@ -105,9 +105,9 @@ class Listening:
 
     def _publish(self) -> None:
         self._header.listener_count = len(self._all)
-        for each in self._all:
-            each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
         usable = [each for each in self._all if each.is_open]
+        for each in usable:
+            each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
         # What gunicorn names when it says where it listens; see for_worker().
         self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
         if self._shares:
@@ -138,7 +138,17 @@ class Listening:
             elif isinstance(place.address, int):
                 self._add(place.bind, place.address, self._adopt_number(place.bind, place.address))
             else:
-                self._add(place.bind, place.address, compat.create_listener(server, place.address))
+                self._create(place)
+
+    def _create(self, place: Place) -> None:
+        if isinstance(place.address, str):
+            # gunicorn takes the file away from whoever serves there (sock.py:128).
+            make_way(place.address)
+        try:
+            self._add(place.bind, place.address, compat.create_listener(self._server, place.address))
+        except (SystemExit, OverflowError):
+            # It has tried for five seconds, and does not say what to do.
+            self._bind(place)
 
     def _adopt_number(self, bind: str, fd: int) -> Any:
         try:
@@ -177,8 +187,13 @@ class Listening:
             if isinstance(address, str):
                 make_way(address)
             sock = compat.bind_listener(self._server, address, shared=self._shares)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             why = why_not(error, address, shared=self._shares)
+            if self._settings.takeover and self._heir is None:
+                why += (
+                    "; TAKEOVER = True has found no master to take it from: was the running one started with TAKEOVER, "
+                    "and with the same NAME and TAKEOVER_SOCKET?"
+                )
             raise ListenerError(f"bind = {place.bind!r}: {why}") from None
         self._add(place.bind, place.address, sock, place.slot)
         if self._shares and place.slot == 0:
@@ -417,6 +432,11 @@ class Listening:
 
     def _is_left_to_others(self, each: Listener) -> bool:
         return any(port.is_left_to_others and each in port.members for port in self._ports)
+
+    @property
+    def is_left_to_others(self) -> bool:
+        """Whether others on all of our ports are to serve new connections."""
+        return bool(self._ports) and all(port.is_left_to_others for port in self._ports)
 
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""

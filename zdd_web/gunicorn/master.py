@@ -416,6 +416,9 @@ class Master:
             self.server.reexec_pid = self.header.successor_pid
         self.header.drain_took = int(self._leaving_for() * 1e9)
         said = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
+        if self.listening.is_left_to_others:
+            # Nobody was turned away: they have gone to whoever stays on the port.
+            said.pop("remedy", None)
         self.move(Event.FINISHED, seconds=self._leaving_for(), **said)
         late = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
         abandoned = late or self._killed_at_work

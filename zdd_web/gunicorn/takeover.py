@@ -26,9 +26,11 @@ there. Whoever is started just then finds nobody, and the address of the service
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import stat
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,9 +94,9 @@ class Offer:
         try:
             self._listen()
         except OSError as error:
+            said = (error.strerror or str(error)).lower()
             raise ListenerError(
-                f"{_called(self._settings, self._where)}: {(error.strerror or str(error)).lower()}: choose another "
-                f"path, in a directory that this user may write to"
+                f"{_called(self._settings, self._where)}: {said}: {_remedy(error, self._where)}"
             ) from None
 
     def _listen(self) -> None:
@@ -204,6 +206,18 @@ def _called(settings: Settings, where: str) -> str:
     return f"TAKEOVER_SOCKET = {where!r}" if settings.takeover_socket else f"TAKEOVER = True, {passing.spell(where)}"
 
 
+def _remedy(error: OSError, where: str) -> str:
+    if where.startswith("\0"):
+        return "another program has this address: end it, or set TAKEOVER_SOCKET to a path"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"make the directory {os.path.dirname(where)!r}, this user's alone"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "let this user reach and write to the directory, or choose a path in one that is its own"
+    if os.path.lexists(where) and not stat.S_ISSOCK(os.lstat(where).st_mode):
+        return "it is no socket: choose another path, or remove it"
+    return "another program listens there: choose a path that nothing else uses, no `bind` either"
+
+
 # -- the newcomer's side
 
 
@@ -222,9 +236,8 @@ def ask(settings: Settings, name: str, pid_file: str) -> Inheritance | None:
             end = passing.connect(where, until)
         except OSError as error:
             # Also a TimeoutError.
-            raise UpgradeError(
-                f"{called}: no master answers there: {error}: end what is there, or set another"
-            ) from None
+            said = (error.strerror or str(error)).lower()
+            raise UpgradeError(f"{called}: no master answers there: {said}: {_remedy(error, where)}") from None
         if end is None:
             return None
         who = passing.credentials(end)

@@ -51,9 +51,15 @@ def make_way(path: str) -> None:
     os.unlink(path)
 
 
-def why_not(error: OSError, address: Address, *, shared: bool) -> str:
+def why_not(error: OSError | OverflowError, address: Address, *, shared: bool) -> str:
     """Say why an address cannot be bound, which is to be shared with others or not, and what to do."""
+    if isinstance(error, OverflowError):
+        return "no such port: choose one from 1 to 65535, or 0 for any that is free"
     said = (error.strerror or str(error)).lower()
+    if isinstance(address, str):
+        return f"{said}: {_path_remedy(error)}"
+    if error.errno == errno.EACCES:
+        return f"{said}: a port below 1024 needs CAP_NET_BIND_SERVICE: choose another, or have systemd open it"
     if error.errno != errno.EADDRINUSE or not isinstance(address, tuple):
         return f"{said}: choose another address"
     try:
@@ -73,6 +79,14 @@ def why_not(error: OSError, address: Address, *, shared: bool) -> str:
         f"{said} by a socket without SO_REUSEPORT, or by one on an address that covers this one (`ss -ltnp` shows "
         f"which): both must be LISTENER = 'reuseport' and bind the same address"
     )
+
+
+def _path_remedy(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "make the directory first (systemd: RuntimeDirectory=)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"user {_user(os.geteuid())} may not write to the directory: let it, or choose another path"
+    return "choose another path"
 
 
 def _user(uid: int) -> str:
