@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,29 +98,29 @@ def find(*, name: str | None = None, pid: int | None = None, pid_file: str | Non
             raise ServiceNotFound(f"--pid-file {pid_file}: {error}: is the service running?") from None
     if pid is not None:
         return _by_pid(pid)
-    everybody = lines()
-    named = [line for line in everybody if name is None or name in _names([line])]
-    # Where only a retired generation is left of a line, its successors serve, and what joins them has ended.
-    found = [line for line in named if any(each.serves for each in line)] or named
+    named = lines(name)
+    # One that only retires, while another of its name serves, is over: what joined it to its successors has ended.
+    in_service = {each.board.header.name for line in named for each in line if each.serves}
+    found = [line for line in named if in_office(line).serves or line[0].board.header.name not in in_service]
     if len(found) > 1:
-        raise ServiceNotFound(_several(found))
+        raise ServiceNotFound(_several(name, found))
     if not found:
-        there = f"running here: {', '.join(_names(everybody))}" if everybody else "this user sees no service of zdd_web here"
+        others = sorted({each.board.header.name for each in generations()})
+        there = f"running here: {', '.join(others)}" if others else "this user sees no service of zdd_web here"
         raise ServiceNotFound(f"no service{f' named {name!r}' if name else ''}: {there}")
     return in_office(found[0])
 
 
-def _names(found: list[list[Generation]]) -> list[str]:
-    return sorted({each.board.header.name for line in found for each in line})
-
-
-def _several(found: list[list[Generation]]) -> str:
+def _several(name: str | None, found: list[list[Generation]]) -> str:
     offices = [in_office(line) for line in found]
     names = sorted({each.board.header.name for each in offices})
-    if len(names) > 1:
+    if name is None and len(names) > 1:
         return f"several services run here: {', '.join(names)}: name one with --name"
     masters = ", ".join(str(each.pid) for each in offices)
-    return f"{len(offices)} services named {names[0]!r} run here, with the masters {masters}: name one with --pid or --pid-file"
+    return (
+        f"{len(offices)} services named {name or names[0]!r} run here, of the masters {masters}: "
+        f"name one with --pid or --pid-file"
+    )
 
 
 def _by_pid(pid: int) -> Generation:
@@ -155,10 +156,11 @@ def lines(name: str | None = None) -> list[list[Generation]]:
     found: list[list[Generation]] = []
     for each in generations():
         kin = [line for line in found if any(_are_related(each, other) for other in line)]
-        found = [line for line in found if line not in kin] + [[*sum(kin, []), each]]
+        found = [line for line in found if line not in kin] + [[*itertools.chain(*kin), each]]
     for line in found:
         line.sort(key=lambda each: each.board.header.generation)
-    return [line for line in found if name is None or name in _names([line])]
+    found.sort(key=lambda line: (line[0].board.header.name, line[0].board.header.master_start, line[0].pid))
+    return [line for line in found if name is None or name in (each.board.header.name for each in line)]
 
 
 def line_of(generation: Generation) -> list[Generation]:
@@ -167,7 +169,7 @@ def line_of(generation: Generation) -> list[Generation]:
 
 
 def _are_related(one: Generation, other: Generation) -> bool:
-    """Tell whether one has come after the other, at once or with one between them that has ended."""
+    """Tell whether one has come after the other, at once or after a third that has ended."""
     older, younger = sorted((one.board.header, other.board.header), key=lambda header: header.generation)
     # Pids are used again: what is no older by its start, or by its number, is somebody else.
     if not younger.predecessor_pid or older.master_start > younger.master_start:

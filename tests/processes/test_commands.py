@@ -76,6 +76,32 @@ def test_status_shows_generations_and_workers(service: Service):
     service.stop()
 
 
+def test_two_masters_of_one_name_on_one_port_are_told_apart_by_their_pids(make_service):
+    first = make_service("gthread", workers=1, listener="reuseport").start()
+    second = make_service("gthread", workers=1, listener="reuseport")
+    second.name, second.bind = first.name, f"127.0.0.1:{first.port}"
+    second.configure().start()
+    pids = [each.process.pid for each in (first, second)]
+    for command in ("upgrade", "drain"):
+        done = first.run(command, "--name", first.name)
+        assert done.returncode == 2, done
+        assert f"2 services named '{first.name}' run here, of the masters {pids[0]}, {pids[1]}: " in done.stderr
+    assert first.run("upgrade", "--pid-file", str(first.pid_file)).returncode == 0
+    shown = json.loads(first.run("status", "--name", first.name, "--json").stdout)
+    assert {each["generation"] for each in shown["generations"] if each["master_pid"] != pids[1]} >= {2}
+    shown = json.loads(first.run("status", "--pid", str(pids[1]), "--json").stdout)
+    assert [each["master_pid"] for each in shown["generations"]] == [pids[1]]
+    done = first.run("drain", "--pid", str(pids[1]))
+    assert done.returncode == 0, done
+    second.ends(0)
+    # It alone is left, and its name is enough again.
+    first.until_one_generation()
+    assert first.snapshot().generation == 2
+    done = first.run("drain", "--name", first.name)
+    assert done.returncode == 0, done
+    first.ends(0)
+
+
 def test_a_stale_pid_file_is_said_to_be_no_service(tmp_path: Path, service: Service):
     service.start()
     (tmp_path / "stale").write_text(f"{os.getpid()}\n")

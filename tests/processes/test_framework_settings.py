@@ -406,6 +406,8 @@ def test_reload_with_a_changed_master_setting_is_refused(make_django: Callable[.
     line = service.wait_for("event=refused")
     assert "GRACE_PERIOD changed from 30 (the default GRACE_PERIOD = 30) to 20 (" + place in line
     assert "use an upgrade (SIGUSR2), which takes it over" in line
+    assert 'reason="GRACE_PERIOD changed' in line
+    assert 'remedy="use an upgrade; the old workers serve on"' in line
     assert service.upgrade()
     service.stop()
 

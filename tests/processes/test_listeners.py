@@ -92,6 +92,38 @@ def test_a_new_generation_that_fails_takes_its_new_binds_with_it(service: Servic
     service.stop()
 
 
+@pytest.mark.parametrize("listener", ["fd", "reuseport"])
+def test_a_stop_in_the_commit_window_answers_who_waits_at_a_new_bind(make_service, listener: str):
+    service = make_service("sync", workers=1)
+    one, two = free_port(), free_port()
+    service.bind = None
+    service.port = one
+    commit = """
+import os
+from zdd_web.gunicorn import upgrade
+upgrade.Upgrade.committed = property(lambda self: os.path.exists("commit"))
+"""
+    start(service.configure(f"{commit}\nbind = '127.0.0.1:{one}'\n", listener=listener))
+    service.configure(f"{commit}\nbind = ['127.0.0.1:{one}', '127.0.0.1:{two}']\n", listener=listener)
+    service.signal(signal.SIGUSR2)
+    service.wait_for("generation=2 event=phase.serving")
+    service.port = two
+    with Held(service) as held, ThreadPoolExecutor(6) as pool:
+        waiting = [socket.create_connection(("127.0.0.1", two), PATIENCE) for _ in range(6)]
+        for each in waiting:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        service.signal(signal.SIGTERM, pid=service.in_office().pid)
+        service.wait_for("generation=2 event=phase.draining")
+        assert held.is_answered()
+
+        def status(client: socket.socket) -> bytes:
+            with client:
+                return client.recv(12)
+
+        assert set(pool.map(status, waiting)) == {b"HTTP/1.1 200"}
+    service.ends()
+
+
 def test_a_new_bind_that_somebody_has_fails_the_upgrade_with_what_to_do(service: Service):
     start(bound_to(service, f"127.0.0.1:{free_port()}"))
     with socket.create_server(("127.0.0.1", 0)) as other:

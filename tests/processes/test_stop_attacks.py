@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import APP, Service, answered_from, successor, until
+from tests.processes.harness import APP, Service, answered_from, ask_unix, successor, until
 from tests.processes.test_stop import may_close_the_door
 from zdd_web.cli.rehearse.load import Load, LoadThread
 
@@ -238,6 +238,23 @@ def test_nor_is_it_shut_when_an_upgrade_does_not_want_it_any_more(make_service, 
                 client.setblocking(False)
                 client.connect(str(theirs))
     service.stop()
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_what_is_ours_beside_it_is_shut_and_its_path_removed(make_service, tmp_path, generation):
+    service = make_service("gthread", workers=1)
+    ours = tmp_path / "ours.sock"
+    service.bind = None
+    service.configure(f"bind = ['fd://3', 'unix:{ours}']\n")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        start_with(service, listener)
+        if generation == 2:
+            upgraded(service)
+            service.until_one_generation()
+        assert ask_unix(ours).generation == generation
+        service.stop(status=None)
+        assert not ours.exists()
+        assert still_lets_in(listener), service.log()
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_only_masters_hold_the_socket(make_service, old: Service):
 
 def test_without_takeover_a_second_start_and_another_service_leave_it_alone(make_service, old: Service, tmp_path: Path):
     old.configure(takeover_socket=str(tmp_path / "takeover")).start()
-    other = another(make_service, old, takeover=False)
+    other = another(make_service, old, takeover=False, takeover_socket="")
     other.bind = f"127.0.0.1:{old.port}"
     process = other.spawn()
     until("the other's complaint", lambda: other.matches("in use"), other)

@@ -49,6 +49,11 @@ class Masters:
         generation: int = 1,
         phase: Phase = Phase.SERVING,
         on_usr2: Callable[[Board], None] = lambda board: None,
+        *,
+        predecessor: int = 0,
+        successor: int = 0,
+        younger_by: int = 0,
+        listener: str = "",
     ) -> int:
         reader, writer = os.pipe()
 
@@ -56,7 +61,10 @@ class Masters:
             board = Board.create(name, slots=2)
             header = board.header
             header.generation, header.phase, header.phase_since = generation, phase, 1
-            header.master_start, header.workers_wanted = proc.start_time(os.getpid()), 2
+            header.master_start, header.workers_wanted = proc.start_time(os.getpid()) + younger_by, 2
+            header.predecessor_pid, header.successor_pid = predecessor, successor
+            header.listener_count = bool(listener)
+            header.listener(0).name = listener
             slot = board.claim(1)
             slot.pid, slot.state, slot.in_flight, slot.requests = 4711, WorkerState.SERVING, 3, 12
             slot = board.claim(2)
@@ -80,6 +88,13 @@ class Masters:
         assert os.read(reader, 1) == b"."
         os.close(reader)
         return pid
+
+    def chain(self, name: str, *phases: Phase) -> list[int]:
+        """Start the generations of one service, the first of them generation 1."""
+        pids: list[int] = []
+        for generation, phase in enumerate(phases, 1):
+            pids.append(self.start(name, generation, phase, predecessor=pids[-1] if pids else 0))
+        return pids
 
     def stop(self) -> None:
         for pid in self.pids:
@@ -234,12 +249,80 @@ def test_several_services_are_refused_with_their_names(masters: Masters, name: s
 def test_generation_in_office_is_the_one_that_is_asked(
     masters: Masters, name: str, phases: list[Phase], in_office: int
 ) -> None:
-    # The youngest first: the order is that of the generations and not of the pids.
-    for generation, phase in reversed(list(enumerate(phases, 1))):
-        masters.start(name, generation, phase)
+    masters.chain(name, *phases)
     found = service.find(name=name)
     assert found.board.header.generation == in_office
-    assert [each.board.header.generation for each in service.same_service(found)] == list(range(1, len(phases) + 1))
+    assert [each.board.header.generation for each in service.line_of(found)] == list(range(1, len(phases) + 1))
+
+
+@pytest.mark.parametrize("command", ["upgrade", "drain"])
+@pytest.mark.parametrize("named", [True, False])
+def test_two_services_of_one_name_are_refused_with_their_masters(
+    masters: Masters, name: str, command: str, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second has upgraded once; its new generation is not in office yet.
+    _, first = masters.chain(name, Phase.RETIRING, Phase.SERVING)
+    second, _ = masters.chain(name, Phase.SERVING, Phase.BOOTING)
+    if not named:
+        everybody = service.generations
+        ours = lambda: (each for each in everybody() if each.board.header.name == name)  # noqa: E731
+        monkeypatch.setattr(service, "generations", ours)
+    result = zdd(command, *(["--name", name] if named else []))
+    assert result.exit_code == 2, result.output
+    there = f"2 services named '{name}' run here, of the masters {first}, {second}"
+    assert result.output == f"Error: {there}: name one with --pid or --pid-file\n"
+
+
+def test_pid_tells_two_services_of_one_name_apart(masters: Masters, name: str) -> None:
+    first = masters.chain(name, Phase.SERVING, Phase.BOOTING)
+    second = masters.chain(name, Phase.RETIRING, Phase.SERVING)
+    assert service.find(pid=first[0]).pid == first[0]
+    assert service.find(pid=second[1]).pid == second[1]
+    for pids in (first, second):
+        shown = json.loads(zdd("status", "--pid", pids[1 if pids is second else 0], "--json").output)
+        assert [each["master_pid"] for each in shown["generations"]] == pids
+    shown = json.loads(zdd("status", "--name", name, "--json").output)
+    assert [each["master_pid"] for each in shown["generations"]] == [*first, *second]
+
+
+def test_generations_of_a_service_are_one_though_the_one_between_them_has_ended(masters: Masters, name: str) -> None:
+    old = masters.start(name, 1, Phase.RETIRING, successor=NOBODY)
+    new = masters.start(name, 3, predecessor=NOBODY)
+    assert service.find(name=name).pid == new
+    assert [each.pid for each in service.line_of(service.find(pid=new))] == [old, new]
+
+
+def test_generation_that_retires_with_nothing_to_join_it_to_who_serves_is_no_second_service(
+    masters: Masters, name: str
+) -> None:
+    masters.start(name, 1, Phase.RETIRING, successor=NOBODY)
+    new = masters.start(name, 4, predecessor=NOBODY + 1)
+    assert service.find(name=name).pid == new
+
+
+def test_generation_whose_predecessor_has_ended_is_a_service_by_itself(masters: Masters, name: str) -> None:
+    alone = masters.start(name, 2, predecessor=NOBODY)
+    assert service.find(name=name).pid == alone
+    masters.start(name, 2, predecessor=NOBODY + 1)
+    with pytest.raises(ServiceNotFound, match=f"2 services named '{name}' run here"):
+        service.find(name=name)
+
+
+@pytest.mark.parametrize("older", [{"generation": 2}, {"younger_by": 1000}], ids=["by number", "by start"])
+def test_master_that_has_its_pid_from_a_predecessor_that_ended_is_none(
+    masters: Masters, name: str, older: dict[str, int]
+) -> None:
+    # Its pid is that of the other's predecessor; but it is no older than its successor.
+    other = masters.start(name, **older)
+    masters.start(name, 2, predecessor=other)
+    with pytest.raises(ServiceNotFound, match="of the masters "):
+        service.find(name=name)
+
+
+def test_service_that_changes_its_name_is_found_by_either(masters: Masters, name: str) -> None:
+    old = masters.start(name, 1, Phase.RETIRING)
+    new = masters.start(f"{name}-2", 2, predecessor=old)
+    assert service.find(name=name).pid == service.find(name=f"{name}-2").pid == new
 
 
 def test_generation_outlived_by_its_board_is_not_alive(masters: Masters, name: str) -> None:
@@ -256,8 +339,7 @@ def test_generation_outlived_by_its_board_is_not_alive(masters: Masters, name: s
 
 
 def test_status_shows_generations_and_workers(masters: Masters, name: str) -> None:
-    old = masters.start(name, 1, Phase.RETIRING)
-    new = masters.start(name, 2)
+    old, new = masters.chain(name, Phase.RETIRING, Phase.SERVING)
     result = zdd("status", "--name", name)
     assert result.exit_code == 0
     rows = [line.split() for line in result.output.splitlines()]
@@ -266,14 +348,27 @@ def test_status_shows_generations_and_workers(masters: Masters, name: str) -> No
     assert str(old) in generations[0]
     assert str(new) in generations[1]
     workers = [row for row in rows if "4711" in row or "4712" in row]
-    assert [row[:3] for row in workers] == [
-        ["1", "4711", "serving"],
-        ["1", "4712", "leaving,"],
-        ["2", "4711", "serving"],
-        ["2", "4712", "leaving,"],
+    assert [row[:4] for row in workers] == [
+        [str(old), "1", "4711", "serving"],
+        [str(old), "1", "4712", "leaving,"],
+        [str(new), "2", "4711", "serving"],
+        [str(new), "2", "4712", "leaving,"],
     ]
     assert "leaving, told to go" in result.output
     assert "it broke" in result.output
+
+
+def test_status_of_one_generation_does_not_repeat_its_master_in_each_row(masters: Masters, name: str) -> None:
+    pid = masters.start(name)
+    output = zdd("status", "--name", name).output
+    assert output.count(str(pid)) == 1
+    assert output.count("master") == 1
+
+
+def test_status_says_which_master_each_listener_is_of(masters: Masters, name: str) -> None:
+    pids = [masters.start(name, listener=f"127.0.0.1:{port}") for port in (8001, 8002)]
+    rows = [line.split() for line in zdd("status", "--name", name).output.splitlines() if "127.0.0.1" in line]
+    assert [row[:3] for row in rows] == [[str(pids[0]), "1", "127.0.0.1:8001"], [str(pids[1]), "1", "127.0.0.1:8002"]]
 
 
 @pytest.mark.parametrize("by", ["name", "pid", "pid-file"])

@@ -107,6 +107,29 @@ def test_argument_of_install_that_cannot_work_is_refused(key: str, value: Any, r
     assert remedy in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("installed", "environ", "place"),
+    [
+        ({"takeover_socket": "/run/t"}, {}, "install(takeover_socket='/run/t')"),
+        (
+            {"takeover": False},
+            {"ZDD_WEB_TAKEOVER_SOCKET": "/run/t"},
+            "install(takeover=False); ZDD_WEB_TAKEOVER_SOCKET=/run/t",
+        ),
+    ],
+)
+def test_place_of_a_takeover_that_is_off_is_refused(
+    installed: dict[str, Any], environ: dict[str, str], place: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve(installed, environ)
+    assert str(caught.value) == (
+        f"TAKEOVER_SOCKET = '/run/t', and TAKEOVER = False: nobody would meet there; set TAKEOVER = True, or remove "
+        f"TAKEOVER_SOCKET (set by: {place})"
+    )
+    assert resolve({**installed, "takeover": True}, environ).takeover_socket == "/run/t"
+
+
 def test_handover_of_a_predecessor_is_no_setting() -> None:
     assert resolve({}, {"ZDD_WEB_HANDOVER": "{}"}) == Settings()
 
@@ -130,6 +153,12 @@ def test_settings_made_directly_are_as_strict(key: str, value: Any, remedy: str)
 @pytest.mark.parametrize(
     ("installed", "environ", "message"),
     [
+        ({"LISTENER": "fd"}, {}, "install(LISTENER=...): no such setting 'LISTENER'; did you mean listener?"),
+        (
+            {"Grace_Perod": 30},
+            {},
+            "install(Grace_Perod=...): no such setting 'Grace_Perod'; did you mean grace_period?",
+        ),
         (
             {"grace_perod": 30},
             {},

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -138,12 +138,7 @@ _PROGRESS = {
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(name: str | None, pid: int | None, pid_file: str | None, as_json: bool) -> None:
     """Show generations, phases, workers, requests in flight and background tasks."""
-    if name is None and pid is None and pid_file is None:
-        generations = list(service.generations())
-        if not generations:
-            _find(name, pid, pid_file)
-    else:
-        generations = service.same_service(_find(name, pid, pid_file))
+    generations = _shown(name, pid, pid_file)
     snapshots, refused = [], []
     for generation in generations:
         try:
@@ -163,6 +158,15 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
     click.echo(_worker_table(snapshots))
     click.echo()
     click.echo(_listener_table(snapshots))
+
+
+def _shown(name: str | None, pid: int | None, pid_file: str | None) -> list[service.Generation]:
+    if pid is None and pid_file is None:
+        # Several may have that name, and this is where one sees it.
+        found = [generation for line in service.lines(name) for generation in line]
+        if found:
+            return found
+    return service.line_of(_find(name, pid, pid_file))
 
 
 def _generation_table(snapshots: list[Snapshot]) -> str:
@@ -188,21 +192,35 @@ def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
 
 
 def _worker_table(snapshots: list[Snapshot]) -> str:
+    columns = ("generation", "worker", "state", "in flight", "requests", "tasks", "error")
     rows = [
-        (snapshot.generation, worker.pid, _state(worker), worker.in_flight, worker.requests, worker.tasks, worker.error)
+        (
+            snapshot,
+            (snapshot.generation, each.pid, _state(each), each.in_flight, each.requests, each.tasks, each.error),
+        )
         for snapshot in snapshots
-        for worker in snapshot.workers
+        for each in snapshot.workers
     ]
-    return tabulate(rows, ("generation", "worker", "state", "in flight", "requests", "tasks", "error"))
+    return _table_of(snapshots, columns, rows)
 
 
 def _listener_table(snapshots: list[Snapshot]) -> str:
+    columns = ("generation", "listener", "waiting", "limit", "accepted")
     rows = [
-        (snapshot.generation, each.name, each.length, each.limit, each.accepted or "")
+        (snapshot, (snapshot.generation, each.name, each.length, each.limit, each.accepted or ""))
         for snapshot in snapshots
         for each in snapshot.listeners
     ]
-    return tabulate(rows, ("generation", "listener", "waiting", "limit", "accepted"))
+    return _table_of(snapshots, columns, rows)
+
+
+def _table_of(
+    snapshots: list[Snapshot], columns: tuple[str, ...], rows: Sequence[tuple[Snapshot, tuple[object, ...]]]
+) -> str:
+    """Return a table of what masters have, with whose each row is where there are several."""
+    if len(snapshots) == 1:
+        return tabulate([row for _, row in rows], columns)
+    return tabulate([(snapshot.master_pid, *row) for snapshot, row in rows], ("master", *columns))
 
 
 def _state(worker: WorkerView) -> str:

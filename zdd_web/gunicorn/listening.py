@@ -95,8 +95,8 @@ class Listening:
                 dropped = ()
                 self._make()
         except BaseException:
-            # The predecessor has not heard of them.
-            for path in self.added_paths:
+            # Nobody has heard of them.
+            for path in self.added_paths if self._heir is not None else self._made_paths:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             raise
@@ -160,12 +160,11 @@ class Listening:
             ) from None
 
     def _add(self, bind: str, address: Address, sock: Any, slot: int = 0, *, since: int = 0) -> None:
-        """Have one more: which listens if `since` says since when, or it is none of ours that does."""
         if len(self._all) == MOST_LISTENERS:
             raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
-        each = Listener(bind, address, slot, sock, self._header.listener(len(self._all)))
+        record = self._header.listener(len(self._all))
+        each = Listener(bind, address, slot, sock, record, listens=reuseport.listens(sock.sock))
         self._all.append(each)
-        each.listens = not isinstance(sock.sock, socket.socket) or reuseport.listens(sock.sock)
         if each.listens:
             each.began(since)
 
@@ -249,6 +248,7 @@ class Listening:
                 )
             else:
                 self._bind(place)
+                self._all[-1].added = True
         self._close_given(heir.listeners[index] for index in found.dropped)
         had = {each.bind for each in given}
         for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):
@@ -266,7 +266,12 @@ class Listening:
     @property
     def added_paths(self) -> list[str]:
         """Paths that this generation has made beside a predecessor's, which removes them if this one fails."""
-        return [] if self._heir is None else [each.path for each in self._all if each.path and not each.listens]
+        return [each.path for each in self._all if each.path and each.added]
+
+    @property
+    def _made_paths(self) -> list[str]:
+        theirs = compat.has_stock_predecessor(self._server)
+        return [each.path for each in self._all if each.path and not each.is_lent and not theirs]
 
     def open(self) -> None:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
@@ -398,12 +403,14 @@ class Listening:
         each.sock = sock
         each.began()
 
-    def keep(self) -> None:
-        """Leave the queues to somebody else, who serves or will."""
+    def keep(self, *, but_added: bool) -> None:
+        """Leave the queues to somebody else, who serves or will; but those that a predecessor does not have?"""
         self.hold()
         self._header.door_since = clock.now_ns()
         for each in self._all:
-            if each.listens:
+            if but_added and each.added:
+                self._shut_alone(each)
+            elif each.listens:
                 each.say(Door.KEPT)
 
     def shut(self) -> None:

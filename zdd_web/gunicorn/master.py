@@ -395,7 +395,7 @@ class Master:
 
     def _close_door(self) -> None:
         if self.kept or self.header.successor_pid or self.awaits_office:
-            self.listening.keep()
+            self.listening.keep(but_added=self.awaits_office)
         else:
             self.listening.shut()
 

@@ -51,6 +51,8 @@ class Listener:
     record: ListenerRecord = field(repr=False)
     #: Bound, and to listen when the gate opens.
     listens: bool = True
+    #: This generation's alone: the predecessor does not have it.
+    added: bool = False
     #: This generation's alone: a successor does not want it.
     dropped: bool = False
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
@@ -25,6 +26,10 @@ from zdd_web.settings import Settings
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
+
+
+#: What a refusal says, here and in sources.py, of a change that no SIGHUP can make.
+TAKES_AN_UPGRADE = "use an upgrade (SIGUSR2)"
 
 
 class Proof:
@@ -115,7 +120,7 @@ class Reload:
         if reason:
             with contextlib.suppress(OSError):
                 os.write(2, said.encode())
-            self._refuse(logging.ERROR, reason, "mend it and send SIGHUP again; the old workers serve on")
+            self._refuse(logging.ERROR, reason, f"{_remedy(reason)}; the old workers serve on")
             return
         self._master.reloaded()
         log.emit("reload.done", workers=self._server.num_workers)
@@ -132,6 +137,11 @@ class Reload:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
+def _remedy(reason: str) -> str:
+    # The child that tries it can hand over no more than its last line.
+    return "use an upgrade" if TAKES_AN_UPGRADE in reason else "mend it and send SIGHUP again"
+
+
 def _try(server: Any, settings: Settings, output: int) -> None:
     """Load config and app, in the forked child; never returns."""
     status = 1
@@ -146,13 +156,13 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         _reset_environ(before)
         server.app.reload()
         os.environ.update(server.app.cfg.env)
-        obstacle = _unchangeable(before, server.app.cfg)
-        if obstacle:
-            raise ZddError(obstacle)
-        sources.refuse_changes(server.app.cfg)
+        with _no_traceback():
+            _refuse_unchangeable(before, server.app.cfg)
+            sources.refuse_changes(server.app.cfg)
         server.app.callable = None
         server.app.wsgi()
-        sources.heard(settings)
+        with _no_traceback():
+            sources.heard(settings)
         status = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
@@ -164,18 +174,26 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         os._exit(status)
 
 
-def _unchangeable(before: Any, after: Any) -> str:
+@contextlib.contextmanager
+def _no_traceback() -> Iterator[None]:
+    """End with the message alone of an error of ours, which says all; one of the app's is to be found in its code."""
+    try:
+        yield
+    except ZddError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _refuse_unchangeable(before: Any, after: Any) -> None:
     if before.address != after.address:
-        return (
-            f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; use an upgrade "
-            f"(SIGUSR2), which drains what is bound no more"
+        raise ZddError(
+            f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; "
+            f"{TAKES_AN_UPGRADE}, which drains what is bound no more"
         )
     if before.worker_class != after.worker_class:
-        return (
+        raise ZddError(
             f"worker_class changed from {before.worker_class_str!r} to {after.worker_class_str!r}: "
-            f"use an upgrade (SIGUSR2), which takes it over"
+            f"{TAKES_AN_UPGRADE}, which takes it over"
         )
-    return ""
 
 
 def apply(server: Any) -> str:

@@ -75,6 +75,11 @@ class Settings:
         for name, path in (("LIVENESS_PATH", self.liveness_path), ("STARTUP_PATH", self.startup_path)):
             if path == self.health_path:
                 raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is {name} too: health means readiness here")
+        if self.takeover_socket and not self.takeover:
+            raise SettingsError(
+                f"TAKEOVER_SOCKET = {self.takeover_socket!r}, and TAKEOVER = False: nobody would meet there; set "
+                f"TAKEOVER = True, or remove TAKEOVER_SOCKET"
+            )
         self.stop_budget()
 
     @property

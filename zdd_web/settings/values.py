@@ -21,9 +21,10 @@ def check_name(key: str, source: str, spell: Callable[[str], str] = str) -> None
 
 
 def hint(key: str, known: Collection[str]) -> str:
-    """Say which name was meant, or else all there are."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+    """Say which name was meant, in whatever case it was written, or else all there are."""
+    spelling = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(key.lower(), spelling, n=1)
+    return f"did you mean {spelling[close[0]]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def spelled(value: object) -> str:

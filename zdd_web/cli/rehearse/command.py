@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -56,18 +56,16 @@ def rehearse(
 ) -> None:
     """Prove that an app is upgraded and stopped without losing a request, under load, on this machine.
 
-    Starts the app of APP_DIR_OR_CONF (a directory with a gunicorn.conf.py, or such a file) on a free port of
-    127.0.0.1, away from a service that may run beside it; sends load; upgrades it; stops it. Status 1 when anything
-    was lost, 2 when the rehearsal could not be held.
+    Starts the app of APP_DIR_OR_CONF (a directory with a gunicorn.conf.py, or such a file for an app in the current
+    directory) on a free port of 127.0.0.1, away from a service that may run beside it; sends load; upgrades it; stops
+    it. Status 1 when anything was lost, 2 when the rehearsal could not be held.
     """
-    try:
-        from zdd_web.cli.rehearse.load import Load, LoadThread
-    except ImportError:
-        _give_up("the load generator needs h11: pip install 'zdd-web[rehearse]'")
+    from zdd_web.cli.rehearse.load import Load, LoadThread
+
     try:
         with Server(target, arguments, listener) as server:
-            click.echo(f"$ {shlex.join(server.command)}")
-            click.echo("overridden, away from production:")
+            click.echo(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(server.command)}")
+            click.echo("overridden, away from production and from other services on this machine:")
             for name, value in server.overrides.items():
                 click.echo(f"  {name} = {value}")
             generation = server.start()
@@ -78,12 +76,8 @@ def rehearse(
                                               "keepalive": keepalive, "think": think, "paths": paths,
                                               "listener": listener})  # fmt: skip
     except (RehearsalError, ValueError) as error:
-        _give_up(str(error))
+        raise CannotHelp(str(error)) from None
     sys.exit(0 if report.ok else 1)
-
-
-def _give_up(reason: str) -> NoReturn:
-    raise CannotHelp(reason)
 
 
 def _warn_about_paths(port: int, paths: tuple[str, ...], timeout: float) -> None:

@@ -1,12 +1,14 @@
 """The user's own app under the user's own gunicorn.conf.py, on a free port, apart from everything in production.
 
 Settings that touch what a production service may own are overridden: in a configuration file of the rehearsal's that
-runs the user's first, and on the command line, which wins over both the file and GUNICORN_CMD_ARGS. What the user
-passes for those is refused, not silently dropped.
+runs the user's first, on the command line, which wins over both the file and GUNICORN_CMD_ARGS, and, for zdd_web's own,
+in the environment, which wins over all that an app may say. What the user passes for those is refused, not silently
+dropped.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -21,10 +23,15 @@ from types import TracebackType
 from typing import Any
 
 from zdd_web import proc, service
+from zdd_web.cli.rehearse import activate
+from zdd_web.cli.rehearse.configured import Configured
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
 
 GENERATION_HEADER = "X-Zdd-Generation"
+
+#: How long the app may take to be there, seconds.
+STARTS_WITHIN = 90.0
 
 #: What the rehearsal decides itself, as gunicorn names it.
 OWN = (
@@ -44,6 +51,17 @@ IN_FILE: dict[str, Any] = {
     "keyfile": None,
 }
 
+#: zdd_web's own: what the app would share with a service on this machine, or is known by.
+SHARED = {
+    "ZDD_WEB_GENERATION_HEADER": GENERATION_HEADER,
+    "ZDD_WEB_TAKEOVER": "no",
+    "ZDD_WEB_TAKEOVER_SOCKET": "",
+    "ZDD_WEB_TERMINATION_LOG": "",
+}
+
+#: zdd_web's own that depend on what the app has.
+DEPENDING = ("ZDD_WEB_NAME", "ZDD_WEB_LISTENER", "ZDD_WEB_SYSTEMD_NAMES", "ZDD_WEB_PROBE_BIND")
+
 _CONFIGURATION = """\
 # Written by `zdd-web rehearse`; the user's own configuration runs first, in this namespace.
 __file__ = {path!r}
@@ -54,6 +72,10 @@ for _name in ("daemon", "reload"):
 if "__zdd_web__" not in globals():
     raise SystemExit("zdd_web: rehearse: " + __file__ + " does not call zdd_web.gunicorn.install(globals()) at its end")
 globals().update({overrides!r})
+# Where it would win over the environment.
+_env = globals().get("raw_env") or []
+_env = _env.split(",") if isinstance(_env, str) else _env
+raw_env = [each for each in _env if each.partition("=")[0].strip() not in {variables!r}]
 """
 
 
@@ -83,6 +105,28 @@ def refuse_own(arguments: Sequence[str], source: str) -> None:
     for name in OWN:
         if getattr(parsed, name, None) not in (None, False):
             raise RehearsalError(f"{source}: {name} is the rehearsal's own to set: leave it out")
+    for each in parsed.raw_env or []:
+        variable = each.partition("=")[0]
+        if variable in SHARED or variable in DEPENDING:
+            raise RehearsalError(f"{source}: {variable} is the rehearsal's own to set: leave it out")
+
+
+def in_place_of(app: Configured, mode: str | None) -> dict[str, str]:
+    """Return what else of the app's settings is overridden, as variables, when `mode` is rehearsed (None for its own).
+
+    >>> in_place_of(Configured("systemd", {"web": "app", "health": "probe"}, True, False), "fd")
+    {'ZDD_WEB_LISTENER': 'fd', 'ZDD_WEB_SYSTEMD_NAMES': '', 'ZDD_WEB_PROBE_BIND': '127.0.0.1:0'}
+    """
+    changed = {}
+    if mode is not None:
+        changed["ZDD_WEB_LISTENER"] = mode
+    without_names = bool(app.systemd_names) and (mode or app.listener) != "systemd"
+    if without_names:
+        # There is nobody who would pass them.
+        changed["ZDD_WEB_SYSTEMD_NAMES"] = ""
+    if app.has_probe_bind or (without_names and app.has_probe_port):
+        changed["ZDD_WEB_PROBE_BIND"] = "127.0.0.1:0"
+    return changed
 
 
 class Server:
@@ -92,49 +136,92 @@ class Server:
         self.configuration = configuration_of(target)
         refuse_own(arguments, "GUNICORN ARGS")
         refuse_own(shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")), "GUNICORN_CMD_ARGS")
+        #: Where gunicorn would be started: in the app's directory, or where `gunicorn -c FILE` would find the app.
+        self.working_directory = os.path.abspath(target) if os.path.isdir(target) else os.getcwd()
         self.name = f"rehearsal-{os.getpid()}"
+        self.environ = {"ZDD_WEB_NAME": self.name, **SHARED}
+        self._arguments, self._mode = arguments, listener
         self._directory = tempfile.TemporaryDirectory(prefix="zdd-web-rehearse-")
         self.log_path = os.path.join(self._directory.name, "log")
-        on_command_line = {
-            "bind": "127.0.0.1:0",
-            "pid": os.path.join(self._directory.name, "pid"),
-            "error-logfile": "-",
-            "access-logfile": os.devnull,
-            "log-level": "info",
-            "control-socket": os.path.join(self._directory.name, "control"),
-        }
-        if not _knows("control_socket"):
-            del on_command_line["control-socket"]
-        self.environ = {"ZDD_WEB_NAME": self.name, "ZDD_WEB_GENERATION_HEADER": GENERATION_HEADER}
-        #: Where the rehearsal plays systemd, which holds the socket for as long as it likes.
-        self._held: socket.socket | None = None
-        if listener is not None:
-            self.environ["ZDD_WEB_LISTENER"] = listener
-        if listener == "systemd":
-            self._held = socket.create_server(("127.0.0.1", 0), backlog=2048)
-            del on_command_line["bind"]
         #: Shown to the user: every setting that is not theirs.
-        self.overrides: dict[str, Any] = {**on_command_line, **IN_FILE, **self.environ}
-        wrapper = os.path.join(self._directory.name, "gunicorn.conf.py")
-        with open(wrapper, "w") as file:
-            file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE))
-        options = [word for name, value in on_command_line.items() for word in (f"--{name}", value)]
-        self.command = [sys.executable, "-m", "gunicorn", "-c", wrapper, *arguments, *options]
+        self.overrides: dict[str, Any] = {}
+        self.command: list[str] = []
+        #: Where the rehearsal plays systemd, which holds its sockets for as long as it likes.
+        self._held: dict[str, socket.socket] = {}
         self.port = 0
         self._first: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
+        try:
+            self._prepare()
+        except BaseException:
+            self._directory.cleanup()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-        if self._held is not None:
-            self._held.close()
+        for held in self._held.values():
+            held.close()
         self._directory.cleanup()
 
-    def start(self, timeout: float = 90.0) -> service.Generation:
+    def _prepare(self) -> None:
+        wrapper = os.path.join(self._directory.name, "gunicorn.conf.py")
+        with open(wrapper, "w") as file:
+            # The environment as the app has it, to begin with.
+            file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE, variables=()))
+        app = self._ask(wrapper)
+        self.environ.update(in_place_of(app, self._mode))
+        if (self._mode or app.listener) == "systemd":
+            names = app.systemd_names or {"web": "app"}
+            self._held = {name: socket.create_server(("127.0.0.1", 0), backlog=2048) for name in names}
+        with open(wrapper, "w") as file:
+            variables = (*SHARED, *DEPENDING)
+            file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE, variables=variables))
+        on_command_line = self._on_command_line()
+        self.overrides = {**on_command_line, **IN_FILE, **self.environ}
+        options = [word for name, value in on_command_line.items() for word in (f"--{name}", value)]
+        self.command = [sys.executable, "-m", "gunicorn", "-c", wrapper, *self._arguments, *options]
+
+    def _on_command_line(self) -> dict[str, str]:
+        options = {
+            "pid": os.path.join(self._directory.name, "pid"),
+            "error-logfile": "-",
+            "access-logfile": os.devnull,
+            "log-level": "info",
+        }
+        if not self._held:
+            options["bind"] = "127.0.0.1:0"
+        if _knows("control_socket"):
+            options["control-socket"] = os.path.join(self._directory.name, "control")
+        return options
+
+    def _ask(self, wrapper: str) -> Configured:
+        """Have the configuration loaded, and return what it sets. Raises `RehearsalError`."""
+        answer = os.path.join(self._directory.name, "configured")
+        command = [sys.executable, "-m", "zdd_web.cli.rehearse.configured", answer, "-c", wrapper, *self._arguments]
+        with open(self.log_path, "wb") as log:
+            asked = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.working_directory
+            )
+            try:
+                status = asked.wait(STARTS_WITHIN)
+            except BaseException as error:
+                asked.kill()
+                asked.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise RehearsalError(
+                    f"{self.configuration} did not load within {STARTS_WITHIN:g} s:\n{self.log_tail()}"
+                ) from None
+        if status or not os.path.exists(answer):
+            raise RehearsalError(f"the app did not start (exit status {status}):\n{self.log_tail()}")
+        with open(answer) as file:
+            return Configured(**json.load(file))
+
+    def start(self, timeout: float = STARTS_WITHIN) -> service.Generation:
         """Start gunicorn and wait until its first generation serves, at most `timeout` seconds.
 
         Raises `RehearsalError` with the end of its log.
@@ -142,10 +229,9 @@ class Server:
         # Upgrades orphan the masters that follow: their exit statuses shall still come to us.
         proc.become_subreaper()
         command = self.command
-        pass_fds: tuple[int, ...] = ()
-        if self._held is not None:
-            pass_fds = (self._held.fileno(),)
-            command = [sys.executable, "-m", "zdd_web.cli.rehearse.activate", str(pass_fds[0]), *command]
+        sockets = {name: held.fileno() for name, held in self._held.items()}
+        if sockets:
+            command = [sys.executable, "-m", "zdd_web.cli.rehearse.activate", activate.spell(sockets), *command]
         with open(self.log_path, "wb") as log:
             self._first = subprocess.Popen(
                 command,
@@ -153,7 +239,8 @@ class Server:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.environ},
-                pass_fds=pass_fds,
+                cwd=self.working_directory,
+                pass_fds=tuple(sockets.values()),
             )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

@@ -1,0 +1,50 @@
+"""Say what a configuration sets of zdd_web: `python -m zdd_web.cli.rehearse.configured FILE [GUNICORN ARGS]`.
+
+A process of its own, as gunicorn's master would be: the configuration is code, and may read Django's settings. The
+answer is written to FILE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from zdd_web.errors import ZddError
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What of the app's settings decides how it is rehearsed."""
+
+    listener: str
+    systemd_names: dict[str, str]
+    has_probe_port: bool
+    has_probe_bind: bool
+
+
+def main(file: str, arguments: list[str]) -> None:
+    """Load the configuration as gunicorn does, and write the answer. Ends as a start does when that cannot work."""
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    from zdd_web.gunicorn import sources
+
+    sys.argv = ["gunicorn", *arguments]
+    cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
+    assert cfg is not None
+    # As gunicorn's run() does, before a master would have Django's settings read.
+    sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
+    try:
+        settings = sources.settle(cfg)
+    except ZddError as error:
+        raise SystemExit(f"zdd_web: {error}") from None
+    answer = Configured(
+        settings.listener, dict(settings.systemd_names), settings.has_probe_port, bool(settings.probe_bind)
+    )
+    with open(file, "w") as out:
+        json.dump(vars(answer), out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
