@@ -106,6 +106,19 @@ def test_workers_that_come_and_go_bring_and_take_their_queues(make_service: Make
     service.stop()
 
 
+def test_a_configuration_that_gevent_has_patched_has_its_queues_too(make_service: Make):
+    skip_unless_installed("gevent")
+    service = make_service("gevent", workers=2)
+    service.configure("from gevent import monkey\nmonkey.patch_all()\n", listener="reuseport").start()
+    service.signal(signal.SIGTTIN)
+    settled(service, 3)
+    has_queues(service, 3)
+    with service.under_load(8) as load:
+        service.upgrade()
+        answered_from(load, 20)
+    service.stop()
+
+
 def test_a_port_that_others_are_on_keeps_its_queues(make_service: Make):
     port = free_port()
     old, new = (make_service("sync", workers=2).configure(listener="reuseport") for _ in range(2))

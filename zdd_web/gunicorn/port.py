@@ -27,7 +27,7 @@ from zdd_web.listeners import reuseport
 from zdd_web.listeners.arrivals import Arrivals
 from zdd_web.listeners.backlog import is_empty
 from zdd_web.listeners.matching import Address, Place
-from zdd_web.listeners.queues import Queues
+from zdd_web.listeners.queues import Queues, new_epoll
 from zdd_web.listeners.sharing import Farewell, Neighbour, Others, others_on, strangers
 
 #: One who stays alone cannot be steered to safely while several leave (`closing_indices`).
@@ -106,7 +106,7 @@ class Port:
         self.members, self._backlog = members, backlog
         self.number: int = members[0].sock.getsockname()[1]
         self._order = [each for each in members if each.listens]
-        self._epoll = select.epoll(len(members))
+        self._epoll = new_epoll(len(members))
         self._arrivals = Arrivals(len(members))
         for each in members:
             if each.listens:

@@ -20,6 +20,7 @@ import errno
 import os
 import select
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,14 @@ from zdd_web.listeners.backlog import queue
 
 #: Accepted by another worker, or shut down a moment ago.
 _NOBODY = (errno.EAGAIN, errno.EINVAL)
+
+
+def new_epoll(size: int) -> select.epoll:
+    """Return an epoll instance, also where a configuration file has had gevent take the class out of its module."""
+    monkey = sys.modules.get("gevent.monkey")
+    kind = select.epoll if monkey is None else monkey.get_original("select", "epoll")
+    made: select.epoll = kind(size)
+    return made
 
 
 class Queues:
