@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from zdd_web.door import Door
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
 from zdd_web.record import WORD, Record, Text, Word
@@ -68,25 +69,6 @@ class UpgradeState(enum.IntEnum):
 
 #: More than anybody binds; what is never written costs no memory.
 MOST_LISTENERS = 256
-
-
-class Door(enum.IntEnum):
-    """How far a listener lets new connections in. Append, never renumber."""
-
-    OPEN = 0
-    #: One may wait at a time; the others' kernels try again.
-    NARROW = 1
-    CLOSED = 2
-    #: Not ours to close: somebody else serves, or will.
-    KEPT = 3
-    #: New connections go to others on the same port (listeners/reuseport.py).
-    STEERED = 4
-    #: Bound, and it does not listen: for workers that SIGTTIN may bring.
-    IDLE = 5
-
-
-#: Nobody new comes in, and somebody may still wait.
-SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
 
 
 class ListenerRecord(Record):

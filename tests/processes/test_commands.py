@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import Service
+from tests.processes.harness import Held, Service
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +100,25 @@ def test_two_masters_of_one_name_on_one_port_are_told_apart_by_their_pids(make_s
     done = first.run("drain", "--name", first.name)
     assert done.returncode == 0, done
     first.ends(0)
+
+
+def test_two_masters_of_which_one_has_taken_over_from_the_other_are_one_service(make_service):
+    old = make_service("gthread", workers=1, takeover=True).start()
+    new = make_service("gthread", workers=1, takeover=True)
+    new.name, new.bind = old.name, f"127.0.0.1:{old.port}"
+    new.configure()
+    with Held(old) as held:
+        new.start()
+        old.wait_for("event=phase.retiring|event=upgrade.committed")
+        assert len(old.generations()) == 2
+        done = new.run("upgrade", "--name", old.name)
+        assert done.returncode == 0, done
+        assert "generation 3 serves" in done.stdout
+        shown = json.loads(new.run("status", "--pid", str(new.pid), "--json").stdout)
+        assert shown["generations"][0]["generation"] == 1
+        assert held.is_answered()
+    old.ends(0)
+    new.stop()
 
 
 def test_a_stale_pid_file_is_said_to_be_no_service(tmp_path: Path, service: Service):

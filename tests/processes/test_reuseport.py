@@ -25,8 +25,9 @@ from tests.processes.harness import (
 )
 from tests.processes.test_listeners import free_port, refused
 from tests.processes.test_worker_classes import deploy
-from zdd_web.board import Door, Slot
+from zdd_web.board import Slot
 from zdd_web.cli.rehearse.load import Load, LoadThread
+from zdd_web.door import Door
 from zdd_web.listeners import reuseport as kernel
 
 Make = Callable[..., Service]

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zdd_web.board import Door, ListenerRecord
+from zdd_web.board import ListenerRecord
+from zdd_web.door import Door
 from zdd_web.gunicorn.port import Listener, Port
 from zdd_web.listeners import arrivals as arrivals_module
 from zdd_web.listeners import reuseport

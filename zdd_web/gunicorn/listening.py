@@ -28,7 +28,8 @@ from operator import attrgetter
 from typing import Any
 
 from zdd_web import clock, log, service
-from zdd_web.board import LAYOUT, MOST_LISTENERS, Board, Door
+from zdd_web.board import LAYOUT, MOST_LISTENERS, Board
+from zdd_web.door import Door
 from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zdd_web import clock, log
-from zdd_web.board import Door, ListenerRecord
+from zdd_web.board import ListenerRecord
+from zdd_web.door import Door
 from zdd_web.listeners import reuseport
 from zdd_web.listeners.arrivals import Arrivals
 from zdd_web.listeners.backlog import is_empty

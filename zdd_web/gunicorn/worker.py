@@ -24,7 +24,8 @@ from typing import Any
 from gunicorn.errors import AppImportError
 
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
-from zdd_web.board import SHUT, Board, Door, Header, ListenerRecord, Slot, WorkerState
+from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
+from zdd_web.door import SHUT, Door
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving

@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from zdd_web.board import Door
+from zdd_web.door import Door
 
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 

@@ -1,0 +1,24 @@
+"""How far a listener lets new connections in: what its master says of it on the board."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Door(enum.IntEnum):
+    """How far a listener lets new connections in. Append, never renumber."""
+
+    OPEN = 0
+    #: One may wait at a time; the others' kernels try again.
+    NARROW = 1
+    CLOSED = 2
+    #: Not ours to close: somebody else serves, or will.
+    KEPT = 3
+    #: New connections go to others on the same port (listeners/reuseport.py).
+    STEERED = 4
+    #: Bound, and it does not listen: for workers that SIGTTIN may bring.
+    IDLE = 5
+
+
+#: Nobody new comes in, and somebody may still wait.
+SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
