@@ -82,11 +82,10 @@ class ListenerRecord(Record):
     #: Connections that wait in its queue, and how many may.
     length = Word(3)
     limit = Word(4)
-    #: When it began to listen, and what the kernel calls it: masters that share a port are told apart by these.
-    since = Word(5)
+    #: What the kernel calls it: masters that share a port know each other's by it.
+    inode = Word(5)
     name = Text(6, 128)
-    inode = Word(24)
-    WORDS = 25
+    WORDS = 24
 
 
 class Header(Record):
@@ -219,6 +218,10 @@ class Slot(Record):
     ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
     WORDS = ACCEPTS_AT + MOST_LISTENERS
 
+    def count_accept(self, index: int) -> None:
+        """Count a connection accepted from the listener with that index; the worker's call."""
+        self.words[self.base + self.ACCEPTS_AT + index] += 1
+
     def check(self, index: int) -> CheckRecord:
         """Return the record of a check, with an index from 0."""
         return CheckRecord(self.memory, self.base + self.CHECKS_AT + index * CheckRecord.WORDS)
@@ -243,7 +246,7 @@ class WorkerView:
 class ListenerView:
     """One listener as the board had it: connections that wait, how many may, and how many were accepted from it.
 
-    `accepted` is counted where each worker has a queue of its own (LISTENER = "reuseport"), and 0 elsewhere.
+    `accepted` is counted where there are several on a port (LISTENER = "reuseport"), and 0 elsewhere.
     """
 
     name: str

@@ -140,7 +140,7 @@ def test_an_inheritance_arrives_as_it_was_sent() -> None:
     sent = Inheritance(
         generation=2, predecessor=7, channel=-1, boot_log=10, stderr=-1, listeners=(13, 14), binds=("a", "b"),
         ancestors=((5, 50), (7, 70)), kept=True, board=11, probe=12, probe_bind=":81", mode="reuseport", slots=(0, 1),
-        since=(99,),
+        groups=((8000, True, (99,)),),
     )  # fmt: skip
     fields, descriptors = sent.to_message()
     assert descriptors == [10, 11, 12, 13, 14]
@@ -148,7 +148,7 @@ def test_an_inheritance_arrives_as_it_was_sent() -> None:
     assert found == Inheritance(
         generation=2, predecessor=70, channel=30, boot_log=20, stderr=-1, listeners=(23, 24), binds=("a", "b"),
         ancestors=((5, 50), (7, 70)), kept=True, board=21, probe=22, probe_bind=":81", mode="reuseport", slots=(0, 1),
-        since=(99,), taken=True, predecessor_start=700,
+        groups=((8000, True, (99,)),), taken=True, predecessor_start=700,
     )  # fmt: skip
 
 

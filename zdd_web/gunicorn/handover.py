@@ -132,10 +132,11 @@ class Inheritance:
     #: The probe port's listener, and the PROBE_BIND that it was bound by.
     probe: int = -1
     probe_bind: str = ""
-    #: LISTENER; which of several sockets on its address each listener is, and when it began to listen.
+    #: LISTENER; which of several sockets on its address each listener is, those that listen as they stand in the group.
     mode: str = "fd"
     slots: tuple[int, ...] = ()
-    since: tuple[int, ...] = ()
+    #: By port: whether it is known how ours stand there, and the inodes of other masters' listeners that stand before.
+    groups: tuple[tuple[int, bool, tuple[int, ...]], ...] = ()
     #: This process was not forked by the predecessor, but has asked it for all this; when that one started.
     taken: bool = False
     predecessor_start: int = 0
@@ -175,8 +176,8 @@ class Inheritance:
     def _read(cls, fields: dict[str, Any]) -> Inheritance:
         for name in ("listeners", "binds"):
             fields[name] = tuple(fields[name])
-        for name in ("slots", "since"):
-            fields[name] = tuple(fields.get(name, ()))
+        fields["slots"] = tuple(fields.get("slots", ()))
+        fields["groups"] = tuple((port, ordered, tuple(elders)) for port, ordered, elders in fields.get("groups", ()))
         fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
         # A predecessor of a later version may give more.
         return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})

@@ -206,10 +206,8 @@ def post_fork(server: Any, worker: Any) -> None:
     slot = master.roster.slot_of(worker)
     boot_log = master.succession.handler if master.succession is not None else None
     master.after_fork()
-    listeners = master.listening.for_worker(worker)
+    listeners = master.listening.for_worker(worker, slot)
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
-    if master.listening.counts_accepts:
-        state.worker.family.count_accepts()
     state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter()
     # On every request: where the user has no hook there is nothing in between either.

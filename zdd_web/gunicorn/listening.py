@@ -28,7 +28,7 @@ from operator import attrgetter
 from typing import Any
 
 from zdd_web import clock, log, service
-from zdd_web.board import LAYOUT, MOST_LISTENERS, Board
+from zdd_web.board import LAYOUT, MOST_LISTENERS, Board, Slot
 from zdd_web.door import Door
 from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
@@ -44,7 +44,7 @@ from zdd_web.listeners.sharing import Neighbour
 from zdd_web.settings import Settings
 
 #: How often a master that has steered to others looks whether they stay, seconds.
-LOOK_EVERY = 0.1
+LOOK_WHETHER_THEY_STAY_EVERY = 0.1
 
 
 class Listening:
@@ -102,6 +102,8 @@ class Listening:
                     os.unlink(path)
             raise
         self._publish()
+        if self._shares:
+            self._share_ports()
         return dropped
 
     def _publish(self) -> None:
@@ -111,10 +113,14 @@ class Listening:
             each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
         # What gunicorn names when it says where it listens; see for_worker().
         self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
-        if self._shares:
-            usable.sort(key=attrgetter("bind"))
-            backlog = self._server.cfg.backlog
-            self._ports = [Port(list(members), backlog) for _, members in groupby(usable, attrgetter("bind"))]
+
+    def _share_ports(self) -> None:
+        groups = {number: (ordered, elders) for number, ordered, elders in (self._heir.groups if self._heir else ())}
+        backlog = self._server.cfg.backlog
+        for _, members in groupby(sorted(self._all, key=attrgetter("bind")), attrgetter("bind")):
+            ours = list(members)
+            ordered, elders = groups.get(ours[0].sock.getsockname()[1], (True, ()))
+            self._ports.append(Port(ours, backlog, elders, ordered=ordered))
 
     def _make(self) -> None:
         server = self._server
@@ -160,14 +166,15 @@ class Listening:
                 f"must leave it open under this number"
             ) from None
 
-    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0, *, since: int = 0) -> None:
-        if len(self._all) == MOST_LISTENERS:
+    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0) -> Listener:
+        index = len(self._all)
+        if index == MOST_LISTENERS:
             raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
-        record = self._header.listener(len(self._all))
-        each = Listener(bind, address, slot, sock, record, listens=reuseport.listens(sock.sock))
+        each = Listener(bind, address, slot, sock, self._header.listener(index), index, listens=False)
         self._all.append(each)
-        if each.listens:
-            each.began(since)
+        if reuseport.listens(each.socket):
+            each.note_that_it_listens()
+        return each
 
     def _wanted(self) -> list[Place]:
         cfg = self._server.cfg
@@ -222,7 +229,6 @@ class Listening:
             )
         binds = heir.binds if len(heir.binds) == len(heir.listeners) else ("",) * len(heir.listeners)
         slots = heir.slots if len(heir.slots) == len(heir.listeners) else (0,) * len(heir.listeners)
-        since = heir.since if len(heir.since) == len(heir.listeners) else (0,) * len(heir.listeners)
         # One of a release that names its listeners otherwise goes by its address.
         given = [
             Place(bind, _address_of(fd), slot) for fd, bind, slot in zip(heir.listeners, binds, slots, strict=True)
@@ -242,7 +248,7 @@ class Listening:
         for at, place in enumerate(wanted):
             if at in kept:
                 sock = compat.adopt_listener(server, heir.listeners[kept[at]], shared=self._shares)
-                self._add(place.bind, place.address, sock, place.slot, since=since[kept[at]])
+                self._add(place.bind, place.address, sock, place.slot)
             elif isinstance(place.address, int):
                 raise UpgradeError(
                     f"bind = {place.bind!r} is new: a descriptor cannot be added in an upgrade; restart the service"
@@ -278,11 +284,9 @@ class Listening:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
         for port in self._ports:
             port.open(self._server.num_workers)
-        for each in self._all:
-            if not each.listens and not self._ports:
-                each.sock.sock.listen(self._server.cfg.backlog)
-                each.listens = True
-                each.began()
+        for each in [] if self._ports else self._all:
+            if not each.listens and each.is_open:
+                each.listen(self._server.cfg.backlog)
 
     # -- how they travel
 
@@ -295,22 +299,17 @@ class Listening:
             "listeners": tuple(each.sock.fileno() for each in self._given),
             "binds": tuple(each.bind for each in self._given),
             "slots": tuple(each.slot for each in self._given),
-            "since": tuple(each.record.since for each in self._given),
             "mode": self._mode,
+            "groups": tuple(port.group for port in self._ports),
         }
 
     # -- in a worker
 
-    def for_worker(self, worker: Any) -> dict[int, int]:
+    def for_worker(self, worker: Any, slot: Slot) -> dict[int, int]:
         """Give a worker what it accepts from; return the index of each listener, by descriptor."""
         if self._ports:
-            worker.sockets = [port.for_worker() for port in self._ports]
-        return {each.sock.fileno(): index for index, each in enumerate(self._all) if each.is_open}
-
-    @property
-    def counts_accepts(self) -> bool:
-        """Whether workers are to count what they accept, listener by listener."""
-        return bool(self._ports)
+            worker.sockets = [port.for_worker(slot) for port in self._ports]
+        return {each.socket.fileno(): each.index for each in self._all if each.is_open}
 
     # -- what is to be seen of them
 
@@ -318,7 +317,7 @@ class Listening:
         """Note the queues on the board; the tick's call."""
         for each in self._all:
             if each.is_open and each.listens:
-                each.record.length, each.record.limit = queue(each.sock.sock)
+                each.record.length, each.record.limit = queue(each.socket)
 
     # -- how many they are, in `reuseport` mode
 
@@ -341,6 +340,8 @@ class Listening:
 
     def drop(self, indices: Collection[int]) -> None:
         """Begin to empty those that a successor does not want, before the workers are told to leave."""
+        # First of all: without it no worker goes by the doors.
+        self._header.door_since = clock.now_ns()
         for each in [self._given[index] for index in indices if index < len(self._given)]:
             # One that is lent stays as it is, open too: it could not be had again.
             each.dropped = not each.is_lent
@@ -349,8 +350,7 @@ class Listening:
         self._leave_ports_to_others(port for port in self._ports if port.members[0].dropped)
         for each in self._all:
             if each.dropped and each.listens and not self._is_left_to_others(each):
-                each.say(close_door(each.sock.sock))
-        self._header.door_since = clock.now_ns()
+                each.say(close_door(each.socket))
 
     def close_dropped(self) -> None:
         """Close them, when no worker accepts any more."""
@@ -370,42 +370,44 @@ class Listening:
     def take_back(self) -> None:
         """Listen on them again, as far as possible: the successor that did not want them is gone."""
         self._header.door_since = 0
+        dropped = [each for each in self._all if each.dropped]
         for port in self._ports:
-            port.take_back()
-        lost = set()
-        for each in [each for each in self._all if each.dropped]:
+            port.stop_steering()
+        lost: dict[str, str] = {}
+        for each in dropped:
             each.dropped = False
             try:
                 self._reopen(each)
             except OSError as error:
-                # No worker could be forked with it.
+                lost[each.bind] = error.strerror or str(error)
+        for each in dropped:
+            if each.bind in lost:
+                # No worker could be forked with it; nor does anybody accept from others on its port.
                 each.sock.close()
-                if each.bind not in lost:
-                    log.emit("listener.lost", logging.ERROR, bind=each.bind, error=error.strerror or str(error))
-                lost.add(each.bind)
+                each.listens = False
+                each.say(Door.IDLE)
+        for bind, why in lost.items():
+            log.emit("listener.lost", logging.ERROR, bind=bind, error=why)
         for each in self._all:
-            if each.is_open and each.listens:
+            if each.listens:
                 each.say(Door.OPEN)
+        self._ports = [self._taken_back(port, dropped) for port in self._ports if port.members[0].is_open]
         self._publish()
+
+    def _taken_back(self, port: Port, dropped: list[Listener]) -> Port:
+        return Port(port.members, self._server.cfg.backlog) if port.members[0] in dropped else port
 
     def _reopen(self, each: Listener) -> None:
         backlog = self._server.cfg.backlog
-        if each.is_open:
+        if not each.is_open:
+            each.sock = compat.bind_listener(self._server, each.address, shared=self._shares)
             if each.listens:
-                open_door(each.sock.sock, backlog)
-            return
-        sock = compat.bind_listener(self._server, each.address, shared=self._shares)
-        try:
-            if each.listens:
-                sock.sock.listen(backlog)
-        except OSError:
-            sock.close()
-            raise
-        each.sock = sock
-        each.began()
+                each.listen(backlog)
+        elif each.listens:
+            open_door(each.socket, backlog)
 
     def keep(self, *, but_added: bool) -> None:
-        """Leave the queues to somebody else, who serves or will; but those that a predecessor does not have?"""
+        """Leave the queues to somebody else, who serves or will; `but_added`: shut those that nobody else has."""
         self.hold()
         self._header.door_since = clock.now_ns()
         for each in self._all:
@@ -427,7 +429,7 @@ class Listening:
 
     def _shut_alone(self, each: Listener) -> None:
         if each.listens and each.is_open:
-            each.say(close_door(each.sock.sock))
+            each.say(close_door(each.socket))
         # The workers have their own: the last of them closes the queue, right after it has found it empty.
         self._close(each, unlink=True)
 
@@ -449,14 +451,14 @@ class Listening:
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
         left = [port for port in self._ports if port.is_left_to_others]
-        if left and clock.since(self._looked_at) >= LOOK_EVERY:
+        if left and clock.since(self._looked_at) >= LOOK_WHETHER_THEY_STAY_EVERY:
             self._looked_at, neighbours = clock.now_ns(), _neighbours()
             # The kernel's table of connections may be long.
             if any(each.stops for each in neighbours):
                 for port in left:
                     if not port.others_stay(neighbours):
                         # Whoever came to a queue of ours once it is empty would be reset.
-                        port.take_back()
+                        port.stop_steering()
                         for each in port.members:
                             self._shut_alone(each)
         for port in left:
@@ -483,7 +485,7 @@ class Listening:
 def _neighbours() -> list[Neighbour]:
     return [
         Neighbour(
-            listens={record.inode: record.since for record, _ in each.board.listener_records() if record.inode},
+            listens=frozenset(record.inode for record, _ in each.board.listener_records()),
             stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
         )
         for each in service.generations()

@@ -209,7 +209,8 @@ class WorkerSide:
                 os._exit(0)
             header = self.board.header
             nobody_after = phase is Phase.DRAINING and not header.successor_pid
-            if nobody_after or any(header.listener(index).door in SHUT for index in self.listeners.values()):
+            shut = header.door_since and any(header.listener(index).door in SHUT for index in self.listeners.values())
+            if nobody_after or shut:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
                 self.worker.notify = self.notify

@@ -21,7 +21,7 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zdd_web import clock
@@ -43,12 +43,18 @@ def new_epoll(size: int) -> select.epoll:
 class Queues:
     """Looks like one of gunicorn's listeners, and like the socket in it."""
 
-    def __init__(self, sockets: Sequence[socket.socket], epoll: select.epoll, arrivals: Arrivals, name: str) -> None:
-        """Take them over in a worker: sockets by slot, and what watches those that listen."""
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        epoll: select.epoll,
+        arrivals: Arrivals,
+        accepted: Sequence[Callable[[], None]],
+        name: str,
+    ) -> None:
+        """Take them over in a worker: sockets, what watches those that listen, and what counts each one's accepts."""
         self._epoll, self._arrivals, self._name = epoll, arrivals, name
-        self._members = list(sockets)
-        self._slots = {each.fileno(): slot for slot, each in enumerate(sockets)}
-        self._accepted: list[Callable[[], None]] = []
+        self._members, self._accepted = list(sockets), list(accepted)
+        self._indices = {each.fileno(): index for index, each in enumerate(sockets)}
         self._address = sockets[0].getsockname()
         self.family = self.FAMILY = sockets[0].family
         self.type, self.proto = sockets[0].type, sockets[0].proto
@@ -61,34 +67,29 @@ class Queues:
         """The socket in gunicorn's listener."""
         return self
 
-    def count(self, accepted: Mapping[int, Callable[[], None]]) -> None:
-        """Have what `accepted` has for a descriptor called for each connection that was accepted from it."""
-        self._accepted = [accepted[fd] for fd in self._slots]
-
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept whoever has waited longest. Raises OSError, BlockingIOError when nobody waits."""
-        ready = [self._slots[fd] for fd, _ in self._epoll.poll(0, len(self._members))]
+        ready = [self._indices[fd] for fd, _ in self._epoll.poll(0, len(self._members))]
         if len(ready) > 1:
             self._look(ready)
             ready = self._arrivals.in_order(ready)
-        for slot in ready:
+        for index in ready:
             try:
-                client, peer = self._members[slot].accept()
+                client, peer = self._members[index].accept()
             except OSError as error:
                 if error.errno in _NOBODY:
                     continue
                 raise
-            self._arrivals.taken(slot)
-            if self._accepted:
-                self._accepted[slot]()
+            self._arrivals.taken(index)
+            self._accepted[index]()
             return client, peer
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _look(self, ready: list[int]) -> None:
         now = clock.now_ns()
         if self._arrivals.is_due(now):
-            for slot in ready:
-                self._arrivals.note(slot, queue(self._members[slot])[0], now)
+            for index in ready:
+                self._arrivals.note(index, queue(self._members[index])[0], now)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when somebody waits; -1 once closed."""

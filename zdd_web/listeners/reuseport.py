@@ -18,14 +18,16 @@ group and outlives who attached it, so whoever joins takes away what it finds, a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 SO_ATTACH_REUSEPORT_CBPF = 51
 SO_DETACH_REUSEPORT_BPF = 68
@@ -56,10 +58,23 @@ def _attach(member: socket.socket, *instructions: tuple[int, int]) -> None:
     member.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, value)
 
 
-def let_the_kernel_choose(member: socket.socket) -> None:
-    """Take a program away that somebody has left behind."""
-    with contextlib.suppress(OSError):  # ENOENT: there is none
+def let_the_kernel_choose(member: socket.socket) -> bool:
+    """Take a program away that somebody has left behind; tell whether there was one."""
+    try:
         member.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+    except OSError:
+        return False  # ENOENT
+    return True
+
+
+def turned(order: Sequence[_T], elders: int) -> list[_T]:
+    """Return how a group stands when the `elders` members before it have closed, from the last of them to the first.
+
+    >>> turned(["b0", "b1", "b2"], elders=2)
+    ['b1', 'b2', 'b0']
+    """
+    at = -elders % len(order)
+    return [*order[at:], *order[:at]]
 
 
 def closing_indices(leaving: int, staying: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from zdd_web import clock
@@ -16,9 +16,9 @@ HANDSHAKES_WITHIN = 1.2
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another generation on this machine: since when it listens on what (monotonic, by inode), whether it stops."""
+    """Another generation on this machine: the listeners that it has, by inode, and whether it stops."""
 
-    listens: Mapping[int, int]
+    listens: frozenset[int]
     stops: bool
 
 
@@ -34,49 +34,61 @@ class Others:
     count: int
 
 
-def strangers(port: int, ours: Sequence[socket.socket]) -> set[int]:
+def strangers(port: int, ours: Sequence[socket.socket]) -> frozenset[int]:
     """Return the listeners of somebody else on the address of `ours`, by inode. Raises OSError without /proc."""
     mine = {reuseport.inode(each) for each in ours}
     here = reuseport.local_address(ours[0])
     # Another address on this port is another group, and takes nothing from ours.
-    return {
+    return frozenset(
         entry.inode
         for entry in reuseport.entries(port, reuseport.LISTEN)
         if entry.inode not in mine and entry.local == here
-    }
+    )
 
 
-def others_on(port: int, ours: Sequence[socket.socket], since: int, neighbours: Iterable[Neighbour]) -> Others | None:
-    """Return who else listens on the address of `ours`, which began to listen at `since`; None when nobody stays.
+def others_that_stay(
+    there: frozenset[int], elders: frozenset[int], ours: int, neighbours: Iterable[Neighbour]
+) -> Others | None:
+    """Return whom `ours` listeners may leave their connections to, of the strangers that are there; None for nobody.
 
-    Raises OSError without /proc.
+    Whoever is not among the elders came after ours.
+
+    >>> younger, older = frozenset({7, 8}), frozenset({5})
+    >>> others_that_stay(younger, frozenset(), 3, [])
+    Others(elders=0, first=3, count=2)
+    >>> others_that_stay(younger | older, older, 3, [])
+    Others(elders=1, first=0, count=1)
+    >>> others_that_stay(younger | older, older, 3, [Neighbour(older, stops=True)])
+    Others(elders=1, first=4, count=2)
+    >>> others_that_stay(younger, frozenset(), 3, [Neighbour(younger, stops=True)])
     """
-    inodes = strangers(port, ours)
-    there = [each for each in neighbours if inodes & each.listens.keys()]
-    staying = {inode for each in there if not each.stops for inode in each.listens}
-    going = {inode for each in there if each.stops for inode in each.listens} - staying
-    if inodes <= going:
+    neighbours = list(neighbours)
+    staying = {inode for each in neighbours if not each.stops for inode in each.listens}
+    going = {inode for each in neighbours if each.stops for inode in each.listens} - staying
+    if there <= going:
         return None
-    # Those of nobody whom this user may look at came after ours: that is how a new version is started.
-    elders = {inode for each in there for inode in inodes & each.listens.keys() if each.listens[inode] <= since}
-    if elders and (elders == inodes or not elders & going):
+    elders &= there
+    if elders and (elders == there or not elders & going):
         return Others(len(elders), 0, len(elders))
-    return Others(len(elders), len(elders) + len(ours), len(inodes - elders))
+    return Others(len(elders), len(elders) + ours, len(there - elders))
 
 
-class Farewell:
-    """All of this master's sockets on a port, in the order in which they began to listen, on their way out."""
+class Steering:
+    """New connections go to `count` members of a group from index `first` on, and to nobody else in it."""
 
-    def __init__(self, port: int, ours: Sequence[socket.socket], others: Others) -> None:
-        """Steer new connections to the others. Raises OSError."""
-        self.others = others
-        self._port, self._ours = port, ours
+    def __init__(self, port: int, member: socket.socket, first: int, count: int) -> None:
+        """Begin; any member will do for it. Raises OSError, and has changed nothing then."""
+        self._port, self._member, self._range = port, member, (first, count)
         self._steer()
-        self._under_way = reuseport.handshakes(port)
+        try:
+            self._under_way = reuseport.handshakes(port)
+        except OSError:
+            reuseport.let_the_kernel_choose(member)
+            raise
         self._at_last = clock.after_ns(HANDSHAKES_WITHIN)
 
     def _steer(self) -> None:
-        reuseport.steer_to_range(self._ours[0], self.others.first, self.others.count)
+        reuseport.steer_to_range(self._member, *self._range)
 
     def is_settled(self) -> bool:
         """Look whether the handshakes that were under way are over. Raises OSError."""
@@ -89,6 +101,15 @@ class Farewell:
             self._under_way &= reuseport.handshakes(self._port)
         return not self._under_way
 
+
+class Farewell(Steering):
+    """All of this master's sockets on a port, in the order in which they stand in the group, on their way out."""
+
+    def __init__(self, port: int, ours: Sequence[socket.socket], others: Others) -> None:
+        """Steer new connections to the others. Raises OSError."""
+        super().__init__(port, ours[0], others.first, others.count)
+        self._ours, self._others = ours, others
+
     def close(self, close: Callable[[int], None]) -> None:
         """Close them by `close(index)`, in an order that leads no connection to one that is being closed."""
         for index, target in zip(reversed(range(len(self._ours))), self._targets(), strict=True):
@@ -98,8 +119,8 @@ class Farewell:
             close(index)
 
     def _targets(self) -> Sequence[int | None]:
-        if self.others.first:
-            targets = reuseport.closing_indices(len(self._ours), self.others.count)
-            return [self.others.elders + target for target in targets]
+        if self._others.first:
+            targets = reuseport.closing_indices(len(self._ours), self._others.count)
+            return [self._others.elders + target for target in targets]
         # Theirs stand before ours: no close moves any of them.
         return [None] * len(self._ours)

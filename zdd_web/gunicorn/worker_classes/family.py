@@ -61,21 +61,6 @@ class Family:
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
 
-    def count_accepts(self) -> None:
-        """Count on the board what is accepted, listener by listener; called right after the fork."""
-        counters = {fd: self._accept_counter(index) for fd, index in self.side.listeners.items()}
-        for queues in self.worker.sockets:
-            queues.count(counters)
-
-    def _accept_counter(self, index: int) -> Callable[[], None]:
-        slot = self.side.slot
-        words, at = slot.words, slot.base + Slot.ACCEPTS_AT + index
-
-        def accepted() -> None:
-            words[at] += 1
-
-        return accepted
-
     def before_load(self) -> None:
         """Called before the app is imported."""
 
