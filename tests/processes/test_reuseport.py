@@ -96,12 +96,27 @@ def test_workers_that_come_and_go_bring_and_take_their_queues(make_service: Make
             if count == 4:
                 # Those that were forked before the queue was opened, too.
                 until("all to accept from it", lambda: who_accepts(service, 3) == 4, service)
-        # One more than it was bound for is one more worker, and no queue.
-        for count in range(3, 12):
-            service.signal(signal.SIGTTIN)
-            settled(service, count)
-        has_queues(service, 10)
         answered_from(load, 100)
+    service.stop()
+
+
+def test_more_workers_than_sockets_were_bound_for_share_them_until_an_upgrade_binds_more(make_service: Make):
+    service = make_service("sync", workers=2)
+    count = service.directory / "count"
+    count.write_text("2")
+    service.workers = 0
+    service.configure("workers = int(open('count').read())\n", listener="reuseport").start()
+    with service.under_load(8) as load:
+        for workers in range(3, 12):
+            service.signal(signal.SIGTTIN)
+            settled(service, workers)
+        has_queues(service, 10)
+        count.write_text("12")
+        service.upgrade()
+        settled(service, 12)
+        has_queues(service, 12)
+        answered_from(load, 20)
+    assert not service.matches("event=listener.added")
     service.stop()
 
 

@@ -7,10 +7,9 @@ A mode (`LISTENER`) decides how they come to be and go, and nothing else:
                 when a worker does, and every worker accepts from all, so that nobody waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
-A successor inherits them, with what each is called; which of them its configuration means is decided by name and
-address (listeners/matching.py). Those that it adds are bound at once and listen when its gate opens: before that
-nobody accepts from them. Those that it does not want are drained by the predecessor: nobody new is let in, its workers
-accept what waits, and when the last of them accepts no more they are closed.
+A successor inherits them, with what each is called (obtaining.py). Those that it does not want are drained by the
+predecessor: nobody new is let in, its workers accept what waits, and when the last of them accepts no more they are
+closed.
 
 Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
 to the other (listeners/sharing.py), and holds its sockets until they are empty and its workers have left.
@@ -21,25 +20,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Collection, Iterable
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
 from zdd_web import clock, log, service
-from zdd_web.board import LAYOUT, MOST_LISTENERS, Board, Slot
+from zdd_web.board import LAYOUT, Board, Slot
 from zdd_web.door import Door
-from zdd_web.errors import ListenerError, UpgradeError
+from zdd_web.errors import ListenerError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
-from zdd_web.gunicorn.port import Listener, Port, how_many
+from zdd_web.gunicorn.obtaining import Obtaining, paths_added
+from zdd_web.gunicorn.port import Listener, Port
 from zdd_web.lifecycle import Phase
-from zdd_web.listeners import activation, reuseport
+from zdd_web.listeners import activation
 from zdd_web.listeners.backlog import close_door, open_door, queue
-from zdd_web.listeners.binding import make_way, refuse_mixed, why_not
-from zdd_web.listeners.matching import Address, Place, match, same_bind
 from zdd_web.listeners.sharing import Neighbour
 from zdd_web.settings import Settings
 
@@ -88,19 +85,9 @@ class Listening:
 
         Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
-        compat.check_certificates(self._server.cfg)
-        try:
-            if self._heir is not None:
-                dropped = self._adopt(self._heir)
-            else:
-                dropped = ()
-                self._make()
-        except BaseException:
-            # Nobody has heard of them.
-            for path in self.added_paths if self._heir is not None else self._made_paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            raise
+        obtaining = Obtaining(self._server, self._header, self._settings)
+        dropped = obtaining.adopt(self._heir) if self._heir is not None else obtaining.make(self._activated)
+        self._all = obtaining.listeners
         self._publish()
         if self._shares:
             self._share_ports()
@@ -122,163 +109,10 @@ class Listening:
             ordered, elders = groups.get(ours[0].sock.getsockname()[1], (True, ()))
             self._ports.append(Port(ours, backlog, elders, ordered=ordered))
 
-    def _make(self) -> None:
-        server = self._server
-        if self._activated:
-            # Nobody's to unlink, nor to close for good.
-            server.systemd = True
-            for each in self._activated:
-                if each.role == "app":
-                    self._add(f"systemd:{each.name}", each.fd, compat.adopt_listener(server, each.fd))
-            return
-        stock = compat.take_stock_inheritance() if server.master_pid else []
-        if stock:
-            binds = self._wanted() if self._mode == "fd" and len(stock) == len(server.cfg.bind) else []
-            for at, fd in enumerate(stock):
-                bind, address = (binds[at].bind, binds[at].address) if binds else (f"fd://{fd}", fd)
-                self._add(bind, address, compat.adopt_listener(server, fd))
-            return
-        for place in self._wanted():
-            if self._shares or str(place.address).startswith("\0"):
-                # An abstract Unix socket is bound here too: gunicorn before 27 looks for its file.
-                self._bind(place)
-            elif isinstance(place.address, int):
-                self._add(place.bind, place.address, self._adopt_number(place.bind, place.address))
-            else:
-                self._create(place)
-
-    def _create(self, place: Place) -> None:
-        if isinstance(place.address, str):
-            # gunicorn takes the file away from whoever serves there (sock.py:128).
-            make_way(place.address)
-        try:
-            self._add(place.bind, place.address, compat.create_listener(self._server, place.address))
-        except (SystemExit, OverflowError):
-            # It has tried for five seconds, and does not say what to do.
-            self._bind(place)
-
-    def _adopt_number(self, bind: str, fd: int) -> Any:
-        try:
-            return compat.adopt_listener(self._server, fd)
-        except OSError as error:
-            raise ListenerError(
-                f"bind = {bind!r}: descriptor {fd} is no listening socket ({error.strerror}): whoever starts gunicorn "
-                f"must leave it open under this number"
-            ) from None
-
-    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0) -> Listener:
-        index = len(self._all)
-        if index == MOST_LISTENERS:
-            raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
-        each = Listener(bind, address, slot, sock, self._header.listener(index), index, listens=False)
-        self._all.append(each)
-        if reuseport.listens(each.socket):
-            each.note_that_it_listens()
-        return each
-
-    def _wanted(self) -> list[Place]:
-        cfg = self._server.cfg
-        places = [Place(bind, address) for bind, address in zip(cfg.bind, cfg.address, strict=True)]
-        if not self._shares:
-            return places
-        refuse_mixed(places)
-        slots = how_many(cfg.workers, len(places), MOST_LISTENERS)
-        return [Place(place.bind, place.address, slot) for slot in range(slots) for place in places]
-
-    def _bind(self, place: Place) -> None:
-        address = place.address
-        if place.slot:
-            # Port 0: those behind the first one take the port that it was given.
-            address = next(each for each in self._all if each.bind == place.bind).sock.getsockname()[:2]
-        try:
-            if isinstance(address, str):
-                make_way(address)
-            sock = compat.bind_listener(self._server, address, shared=self._shares)
-        except (OSError, OverflowError) as error:
-            why = why_not(error, address, shared=self._shares)
-            if self._settings.takeover and self._heir is None:
-                why += (
-                    "; TAKEOVER = True has found no master to take it from: was the running one started with TAKEOVER, "
-                    "and with the same NAME and TAKEOVER_SOCKET?"
-                )
-            raise ListenerError(f"bind = {place.bind!r}: {why}") from None
-        self._add(place.bind, place.address, sock, place.slot)
-        if self._shares and place.slot == 0:
-            # Once for all of them: the kernel's table of connections may be long.
-            self._refuse_overlap(place.bind, sock)
-
-    @staticmethod
-    def _refuse_overlap(bind: str, sock: Any) -> None:
-        # The kernel allows it to one user, and sends connections to whichever address is the more exact one.
-        listening = reuseport.entries(sock.getsockname()[1], reuseport.LISTEN)
-        ours = reuseport.local_address(sock.sock)
-        if any(reuseport.overlap(ours, entry.local) for entry in listening):
-            raise ListenerError(
-                f"bind = {bind!r}: another socket listens on this port by an address that covers this one, or is "
-                f"covered by it (`ss -ltnp` shows which): two masters share a port only where they bind the same "
-                f"address; '[::]' takes IPv4 and IPv6"
-            )
-
-    def _adopt(self, heir: Inheritance) -> tuple[int, ...]:
-        server = self._server
-        if heir.mode != self._mode:
-            self._close_given(heir.listeners)
-            raise UpgradeError(
-                f"LISTENER is {self._mode!r} in the new configuration and {heir.mode!r} in the running one: an upgrade "
-                f"keeps the listeners; restore LISTENER, or restart the service"
-            )
-        binds = heir.binds if len(heir.binds) == len(heir.listeners) else ("",) * len(heir.listeners)
-        slots = heir.slots if len(heir.slots) == len(heir.listeners) else (0,) * len(heir.listeners)
-        # One of a release that names its listeners otherwise goes by its address.
-        given = [
-            Place(bind, _address_of(fd), slot) for fd, bind, slot in zip(heir.listeners, binds, slots, strict=True)
-        ]
-        inherited_only = all(place.bind.startswith("systemd:") for place in given)
-        if self._mode == "systemd" or inherited_only:
-            wanted = given
-        else:
-            wanted = self._wanted()
-            if self._shares:
-                # Those that listen go on to, however many workers there are now: see Port.fit().
-                old = [place for place in given if any(same_bind(place, each) for each in wanted)]
-                new = [place for place in wanted if not any(same_bind(place, each) for each in old)]
-                wanted = [*old, *new]
-        found = match(wanted, given)
-        kept = dict(found.kept)
-        for at, place in enumerate(wanted):
-            if at in kept:
-                sock = compat.adopt_listener(server, heir.listeners[kept[at]], shared=self._shares)
-                self._add(place.bind, place.address, sock, place.slot)
-            elif isinstance(place.address, int):
-                raise UpgradeError(
-                    f"bind = {place.bind!r} is new: a descriptor cannot be added in an upgrade; restart the service"
-                )
-            else:
-                self._bind(place)
-                self._all[-1].added = True
-        self._close_given(heir.listeners[index] for index in found.dropped)
-        had = {each.bind for each in given}
-        for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):
-            log.emit("listener.added", bind=bind)
-        for bind in dict.fromkeys(given[index].bind or str(given[index].address) for index in found.dropped):
-            log.emit("listener.dropped", bind=bind)
-        return found.dropped
-
-    @staticmethod
-    def _close_given(fds: Iterable[int]) -> None:
-        for fd in fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
     @property
     def added_paths(self) -> list[str]:
         """Paths that this generation has made beside a predecessor's, which removes them if this one fails."""
-        return [each.path for each in self._all if each.path and each.added]
-
-    @property
-    def _made_paths(self) -> list[str]:
-        theirs = compat.has_stock_predecessor(self._server)
-        return [each.path for each in self._all if each.path and not each.is_lent and not theirs]
+        return paths_added(self._all)
 
     def open(self) -> None:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
@@ -491,11 +325,3 @@ def _neighbours() -> list[Neighbour]:
         for each in service.generations()
         if each.pid != os.getpid() and each.board.header.layout == LAYOUT
     ]
-
-
-def _address_of(fd: int) -> Address:
-    with socket.socket(fileno=os.dup(fd)) as look:
-        name = look.getsockname()
-    if isinstance(name, tuple):
-        return name[0], name[1]
-    return os.fsdecode(name)
