@@ -44,6 +44,7 @@ EVENTS = {
     "listener.closed": "a listener that the successor does not want is empty and closed",
     "listener.lost": "a listener that the successor did not want cannot be bound again, now that the successor is gone",
     "listener.queues": "the number of workers has changed, and with it the number of queues on a port",
+    "listener.shared": "others listen on this port too; `unknown` of them are no service of ours (`ss -ltnp`)",
     "listener.steered": "others listen on this port too: new connections go to them, what waits here is finished",
     "keeper.started": "the retired master became a keeper: its pid stays, and signals go to the master in office",
     "reload.started": "SIGHUP: a child process tries config and app",

@@ -16,6 +16,7 @@ from tests.processes.harness import (
     Held,
     Service,
     answered_from,
+    descriptors,
     generations_of,
     lost,
     serving_workers,
@@ -25,6 +26,7 @@ from tests.processes.harness import (
 )
 from tests.processes.test_listeners import free_port, refused
 from tests.processes.test_worker_classes import deploy
+from zdd_web import proc
 from zdd_web.board import Slot
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.door import Door
@@ -315,6 +317,65 @@ def test_two_masters_share_a_port_and_the_one_that_stops_loses_nothing(
         assert lost(load) == [], (lost(load), old.log(), new.log())
         assert generations_of(load) == {1}
     old.stop()
+
+
+FORKS = """
+    import os, time
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/fork" and os.fork() == 0:
+            with open("forked", "w") as file:
+                file.write(str(os.getpid()))
+            time.sleep(60)
+            os._exit(0)
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_child_of_the_apps_that_lives_on_keeps_nobody_waiting(make_service: Make, beside: bool):
+    port = free_port()
+    services = [make_service("sync", workers=2).configure(listener="reuseport") for _ in range(2)]
+    for service in services:
+        service.bind = f"127.0.0.1:{port}"
+        service.write_app(FORKS)
+    old, new = services
+    old.start()
+    assert old.get("/fork").status == 200
+    child = int(until("the child", lambda: (found := old.directory / "forked").exists() and found.read_text(), old))
+    try:
+        if beside:
+            new.start()
+        master = old.pid
+        old.signal(signal.SIGTERM)
+        until("its end", lambda: proc.state(master) in ("", "Z"), old)
+        if not beside:
+            new.start()
+        # It has copies of all that the worker had.
+        assert any("socket:" in each for each in descriptors(child).values())
+        assert {new.get(timeout=5).status for _ in range(40)} == {200}
+        assert len(kernel.entries(port, kernel.LISTEN)) == 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+    new.stop()
+
+
+def test_others_on_the_port_are_named_at_the_start(make_service: Make):
+    with socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        theirs.bind(("127.0.0.1", 0))
+        theirs.listen()
+        first = make_service("sync", workers=2).configure(listener="reuseport")
+        first.bind = f"127.0.0.1:{theirs.getsockname()[1]}"
+        first.start()
+        assert "WARNING" in first.wait_for(rf"event=listener.shared port={first.port} others=1 unknown=1")
+    second = make_service("sync", workers=2).configure(listener="reuseport")
+    second.bind = f"127.0.0.1:{first.port}"
+    second.start()
+    assert "INFO" in second.wait_for("event=listener.shared .*others=2 unknown=0")
+    second.stop()
+    first.stop()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="without CAP_NET_ADMIN a stop may reset a few")

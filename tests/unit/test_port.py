@@ -17,9 +17,9 @@ from zdd_web.board import Board, ListenerRecord, Slot
 from zdd_web.door import Door
 from zdd_web.gunicorn.port import Listener, Port
 from zdd_web.listeners import arrivals as arrivals_module
-from zdd_web.listeners import reuseport
+from zdd_web.listeners import reuseport, sharing
 from zdd_web.listeners.arrivals import Arrivals
-from zdd_web.listeners.backlog import queue
+from zdd_web.listeners.backlog import is_full, queue
 from zdd_web.listeners.queues import Queues
 from zdd_web.listeners.sharing import Neighbour
 from zdd_web.record import WORD
@@ -327,6 +327,30 @@ def test_what_cannot_be_looked_at_is_not_steered_away_from(monkeypatch: pytest.M
         for _ in range(200):
             clients.enter_context(socket.create_connection(("127.0.0.1", master.number), 10))
         assert all(queue(each.socket)[0] for each in master.members)
+    master.close()
+
+
+def test_whoever_met_a_full_queue_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    master = Master(0, 2).open(2)
+    one = master.members[0].socket
+    one.listen(0)
+    monkeypatch.setattr(sharing, "HANDSHAKES_WITHIN", 0.0)
+    # One whose last segment the kernel has dropped: it comes again in a while.
+    monkeypatch.setattr(reuseport, "handshakes", lambda port: frozenset({"somebody"}))
+    with contextlib.ExitStack() as clients:
+        assert sharing.Steering(master.number, [one], 1, 1).is_settled()
+        reuseport.steer_to_one(one, 0)
+        while not is_full(one):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", master.number))
+        steering = sharing.Steering(master.number, [one], 1, 1)
+        assert not steering.is_settled()
+        one.accept()[0].close()
+        assert not is_full(one)
+        assert not steering.is_settled()
+        monkeypatch.setattr(reuseport, "handshakes", lambda port: frozenset())
+        assert steering.is_settled()
     master.close()
 
 

@@ -151,7 +151,10 @@ def adopt_listener(server: Any, fd: int, *, shared: bool = False) -> Any:
         listener.sock = socket.socket(fileno=fd)
         listener.sock.setblocking(False)
         return listener
-    return kind(name, server.cfg, server.log, fd=fd)
+    adopted = kind(name, server.cfg, server.log, fd=fd)
+    # gunicorn makes it inheritable, by whatever the app starts too; a successor is given it by number.
+    adopted.sock.set_inheritable(False)
+    return adopted
 
 
 def _unmade(kind: Any, server: Any, address: Any) -> Any:

@@ -204,7 +204,7 @@ class Deploy:
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
-            self._master.listening.close(unlink=False)
+            self._master.listening.close(for_good=False)
         if verdict is not None and verdict.ready:
             self._let_go(upgrade, verdict.workers)
         elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterable
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -118,9 +119,20 @@ class Listening:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
         for port in self._ports:
             port.open(self._server.num_workers)
+        guarded("listeners", self._name_others)()
         for each in [] if self._ports else self._all:
             if not each.listens and each.is_open:
                 each.listen(self._server.cfg.backlog)
+
+    def _name_others(self) -> None:
+        known: frozenset[int] = frozenset()
+        elders = [(port, elders) for port in self._ports for _, _, elders in [port.group] if elders]
+        if elders:
+            known = known.union(*(each.listens for each in _neighbours()))
+        for port, inodes in elders:
+            unknown = len(frozenset(inodes) - known)
+            log.emit("listener.shared", logging.WARNING if unknown else logging.INFO, port=port.number,
+                     others=len(inodes), unknown=unknown)  # fmt: skip
 
     # -- how they travel
 
@@ -195,9 +207,9 @@ class Listening:
                 each.address = each.sock.getsockname()[:2]
         for port in self._ports:
             if port.members[0] in dropped:
-                port.close(lambda each: self._close(each, unlink=False))
+                port.close(partial(self._close, for_good=True))
         for each in dropped:
-            self._close(each, unlink=True)
+            self._close(each, for_good=True)
         for bind in dict.fromkeys(each.bind for each in dropped):
             log.emit("listener.closed", bind=bind)
 
@@ -264,8 +276,9 @@ class Listening:
     def _shut_alone(self, each: Listener) -> None:
         if each.listens and each.is_open:
             each.say(close_door(each.socket))
-        # The workers have their own: the last of them closes the queue, right after it has found it empty.
-        self._close(each, unlink=True)
+        if not self._shares:
+            # The workers have their own: the last of them closes the queue, right after it has found it empty.
+            self._close(each, for_good=True)
 
     def _leave_ports_to_others(self, ports: Iterable[Port]) -> None:
         self._looked_at = clock.now_ns()
@@ -298,19 +311,24 @@ class Listening:
         for port in left:
             port.follow_farewell()
 
-    def close(self, *, unlink: bool) -> None:
-        """Close what this master still holds of them; `unlink` removes the paths of Unix sockets."""
+    def close(self, *, for_good: bool) -> None:
+        """Close what this master still holds of them; `for_good` when nobody is to use them any more."""
         for port in self._ports:
-            port.close(lambda each: self._close(each, unlink=False))
+            port.close(partial(self._close, for_good=for_good))
         for each in self._all:
-            self._close(each, unlink=unlink and not each.is_lent)
+            self._close(each, for_good=for_good and not each.is_lent)
         self._server.LISTENERS = []
 
-    def _close(self, each: Listener, *, unlink: bool) -> None:
+    def _close(self, each: Listener, *, for_good: bool) -> None:
         path = each.path
+        if for_good and self._shares and each.is_open and each.listens:
+            # Whoever still has a copy, such as a child of the app's, would keep those waiting whom the kernel sends
+            # there, beside the next master on the port.
+            with contextlib.suppress(OSError):
+                each.stop_listening()
         # gunicorn's own sets `sock` to None, and does nothing the second time.
         each.sock.close()
-        if unlink and path:
+        if for_good and path:
             # A file that is left behind is in nobody's way; the other listeners are still to be closed.
             with contextlib.suppress(OSError):
                 os.unlink(path)

@@ -404,7 +404,7 @@ class Master:
         is_last = not (self.kept or self.server.reexec_pid or self.header.successor_pid or self.awaits_office)
         guarded("takeover", self.offer.close)()
         guarded("takeover", self.deploy.end_given_up)()
-        guarded("listeners", lambda: self.listening.close(unlink=is_last))()
+        guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
 
     def _end_when_nobody_is_left(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from zdd_web.board import MOST_LISTENERS, Header
 from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.handover import Inheritance
-from zdd_web.gunicorn.port import Listener, how_many
+from zdd_web.gunicorn.port import LEAST_QUEUES, Listener, how_many
 from zdd_web.listeners import activation, reuseport
 from zdd_web.listeners.binding import make_way, refuse_mixed, why_not
 from zdd_web.listeners.matching import Address, Place, match, same_bind
@@ -124,7 +125,7 @@ class Obtaining:
         if not self._shares:
             return places
         refuse_mixed(places)
-        slots = how_many(cfg.workers, len(places), MOST_LISTENERS)
+        slots = how_many(cfg.workers, len(places), _most())
         return [Place(place.bind, place.address, slot) for slot in range(slots) for place in places]
 
     def _bind(self, place: Place) -> None:
@@ -184,7 +185,7 @@ class Obtaining:
                 # Those that listen go on to, however many workers there are now: see Port.fit().
                 old = [place for place in given if any(same_bind(place, each) for each in wanted)]
                 named = [_as_one_of(old, place) for place in wanted]
-                wanted = [*old, *(place for place in named if place not in old)]
+                wanted = [*old, *_as_many_as_fit([place for place in named if place not in old], _most() - len(old))]
         found = match(wanted, given)
         kept = dict(found.kept)
         for at, place in enumerate(wanted):
@@ -211,6 +212,18 @@ class Obtaining:
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+
+def _most() -> int:
+    # Every worker has them all, and opens files besides.
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_LISTENERS if files == resource.RLIM_INFINITY else min(MOST_LISTENERS, files // 4)
+
+
+def _as_many_as_fit(places: list[Place], room: int) -> list[Place]:
+    """Leave those out that are only for workers to come, as many for each bind."""
+    binds = len({place.bind for place in places})
+    return [place for place in places if place.slot < max(LEAST_QUEUES, room // max(1, binds))]
 
 
 def _as_one_of(old: list[Place], place: Place) -> Place:

@@ -216,7 +216,7 @@ class Port:
     def _begin_to_close(self) -> None:
         last, staying = self._order[-1], len(self._order) - 1
         self._say_that_it_changes(staying)
-        self._closing = Steering(self.number, last.socket, 0, staying)
+        self._closing = Steering(self.number, [last.socket], 0, staying)
         last.say(Door.STEERED)
 
     def _say_that_it_changes(self, wanted: int) -> None:

@@ -75,6 +75,12 @@ def queue(listener: socket.socket) -> tuple[int, int]:
     return length, limit
 
 
+def is_full(listener: socket.socket) -> bool:
+    """Tell whether a TCP listener's queue has no room: the kernel drops the ends of handshakes."""
+    length, limit = queue(listener)
+    return length > limit
+
+
 def is_empty(listeners: Iterable[socket.socket | int]) -> bool:
     """Tell whether nobody waits in any of the queues: of sockets or descriptors."""
     poller = select.poll()

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 
 from zdd_web import clock
 from zdd_web.listeners import reuseport
+from zdd_web.listeners.backlog import is_full
 
 #: A SYN-ACK that was lost is sent again after a second: for so long handshakes under way are waited for, seconds.
 HANDSHAKES_WITHIN = 1.2
+
+#: And for so long once a queue has been full: a SYN-ACK is sent again after 1, 3, 7, 15 and 31 seconds, seconds.
+FULL_QUEUE_WITHIN = 32.0
 
 
 @dataclass(frozen=True)
@@ -74,26 +78,30 @@ def others_that_stay(
 
 
 class Steering:
-    """New connections go to `count` members of a group from index `first` on, and to nobody else in it."""
+    """New connections go to `count` members of a group from index `first` on, and to none of `ours`."""
 
-    def __init__(self, port: int, member: socket.socket, first: int, count: int) -> None:
-        """Begin; any member will do for it. Raises OSError, and has changed nothing then."""
-        self._port, self._member, self._range = port, member, (first, count)
+    def __init__(self, port: int, ours: Sequence[socket.socket], first: int, count: int) -> None:
+        """Begin. Raises OSError, and has changed nothing then."""
+        self._port, self._ours, self._range = port, ours, (first, count)
         self._steer()
         try:
             self._under_way = reuseport.handshakes(port)
         except OSError:
-            reuseport.let_the_kernel_choose(member)
+            reuseport.let_the_kernel_choose(ours[0])
             raise
         self._at_last = clock.after_ns(HANDSHAKES_WITHIN)
 
     def _steer(self) -> None:
-        reuseport.steer_to_range(self._member, *self._range)
+        reuseport.steer_to_range(self._ours[0], *self._range)
 
     def is_settled(self) -> bool:
         """Look whether the handshakes that were under way are over. Raises OSError."""
         # Whoever has joined meanwhile has taken the program away.
         self._steer()
+        if any(is_full(each) for each in self._ours):
+            # The kernel drops the last segment of a handshake then, and the client, which is connected as far as it
+            # knows, sends it again after some time, longer each time.
+            self._at_last = clock.after_ns(FULL_QUEUE_WITHIN)
         # Before anything is read, which may fail.
         if clock.passed(self._at_last):
             return True
@@ -107,8 +115,8 @@ class Farewell(Steering):
 
     def __init__(self, port: int, ours: Sequence[socket.socket], others: Others) -> None:
         """Steer new connections to the others. Raises OSError."""
-        super().__init__(port, ours[0], others.first, others.count)
-        self._ours, self._others = ours, others
+        super().__init__(port, ours, others.first, others.count)
+        self._others = others
 
     def close(self, close: Callable[[int], None]) -> None:
         """Close them by `close(index)`, in an order that leads no connection to one that is being closed."""
