@@ -361,9 +361,9 @@ def test_a_mode_cannot_change_in_an_upgrade(service: Service):
     service.stop()
 
 
-def refused(service: Service) -> str:
-    """Start a service that cannot start; return the line that says why."""
-    process = service.spawn()
+def refused(service: Service, process: subprocess.Popen[bytes] | None = None) -> str:
+    """Start a service that cannot start, if it was not; return the line that says why."""
+    process = process or service.spawn()
     until("the end", lambda: process.poll() is not None, service)
     assert process.returncode == 1, service.log()
     assert "Traceback" not in service.log()
@@ -390,16 +390,20 @@ def test_what_cannot_be_bound_at_a_start_is_named_with_what_to_do(make_service: 
     (tmp_path / "file").write_text("no socket")
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        for bind, listener, remedy in (
-            (taken, "fd", "`ss -ltnp` shows which"),
-            ("127.0.0.1:99999", "fd", "choose one from 1 to 65535"),
-            ("127.0.0.1:99999", "reuseport", "choose one from 1 to 65535"),
-            (f"unix:{tmp_path}/file", "fd", "this is no socket"),
-            (f"unix:{tmp_path}/missing/a", "fd", "make the directory first"),
-        ):
-            service = bound_to(make_service("sync"), bind).configure(f"bind = {bind!r}\n", listener=listener)
-            line = refused(service)
+        scenes = [
+            (taken, {}, "`ss -ltnp` shows which"),
+            (taken, {"takeover": True}, "has found no master to take it from"),
+            ("127.0.0.1:99999", {}, "choose one from 1 to 65535"),
+            ("127.0.0.1:99999", {"listener": "reuseport"}, "choose one from 1 to 65535"),
+            (f"unix:{tmp_path}/file", {}, "this is no socket"),
+            (f"unix:{tmp_path}/missing/a", {}, "make the directory first"),
+        ]
+        services = [make_service("sync").configure(f"bind = {bind!r}\n", **more) for bind, more, _ in scenes]
+        for service in services:
+            service.bind = None
+        # Side by side: gunicorn tries each for five seconds.
+        processes = [service.spawn() for service in services]
+        for (bind, _, remedy), service, process in zip(scenes, services, processes, strict=True):
+            line = refused(service, process)
             assert remedy in line
             assert f"bind = '{bind}'" in line
-        late = bound_to(make_service("sync"), taken).configure(f"bind = {taken!r}\n", takeover=True)
-        assert "has found no master to take it from" in refused(late)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.processes.conftest import PLAYS_ALL
 from tests.processes.harness import (
     WORKER_CLASSES,
     Held,
@@ -41,7 +42,13 @@ def reuseport(make_service: Make, worker_class: str) -> Service:
     return make_service(worker_class, workers=3).configure(listener="reuseport")
 
 
-@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
+#: Each has its scene; both with ZDD_WEB_TEST_CLASSES=all.
+UPGRADED, RESIZED = (
+    (WORKER_CLASSES, WORKER_CLASSES) if PLAYS_ALL else (["sync", "gevent", WORKER_CLASSES[-1]], ["gthread", "asgi"])
+)
+
+
+@pytest.mark.parametrize("worker_class", UPGRADED)
 def test_upgrades_under_load_lose_nothing_whatever_the_number_of_workers(make_service: Make, worker_class: str):
     service = make_service(skip_unless_installed(worker_class), workers=3, grace_period=15)
     # On the command line the number would be the same for ever.
@@ -82,13 +89,13 @@ def who_accepts(service: Service, slot: int) -> int:
     return sum(bool(each.words[each.base + Slot.ACCEPTS_AT + at]) for each in board.used_slots())
 
 
-@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
+@pytest.mark.parametrize("worker_class", RESIZED)
 def test_workers_that_come_and_go_bring_and_take_their_queues(make_service: Make, worker_class: str):
     service = make_service(skip_unless_installed(worker_class), workers=2).configure(listener="reuseport")
     if worker_class not in ("sync", "gthread"):
         deploy(service, "1")
     service.start()
-    with service.under_load(16) as load:
+    with service.under_load(8) as load:
         for count in (3, 4, 3, 4, 3, 2):
             before = len(service.snapshot().listeners)
             service.signal(signal.SIGTTIN if count > before else signal.SIGTTOU)
@@ -125,7 +132,7 @@ def test_more_workers_than_sockets_were_bound_for_share_them_until_an_upgrade_bi
 def test_workers_leave_also_while_the_queues_are_never_empty(make_service: Make):
     service = make_service("sync", workers=4).configure(listener="reuseport").start()
     settled(service, 4)
-    with load_on(service.port, "/slow?seconds=0.1", clients=24) as load:
+    with load_on(service.port, "/slow?seconds=0.1", clients=16) as load:
         for count in (3, 2):
             service.signal(signal.SIGTTOU)
             settled(service, count)
@@ -286,7 +293,7 @@ def load_on(port: int, path: str = "/", clients: int = 8) -> Iterator[LoadThread
         yield load
 
 
-@pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 1)])
 def test_two_masters_share_a_port_and_the_one_that_stops_loses_nothing(
     make_service: Make, worker_class: str, sizes: tuple[int, int]
 ):
