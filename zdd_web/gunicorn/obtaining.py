@@ -10,7 +10,7 @@ import contextlib
 import os
 import resource
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from zdd_web import log
@@ -37,7 +37,8 @@ class Obtaining:
 
     def make(self, activated: Sequence[activation.Activated]) -> tuple[int, ...]:
         """Make them, or take systemd's; nothing is dropped. Raises `ListenerError`, `SettingsError`."""
-        self._or_undo(lambda: self._make(activated), self._own_paths)
+        with self._or_undo(self._own_paths):
+            self._make(activated)
         return ()
 
     def adopt(self, heir: Inheritance) -> tuple[int, ...]:
@@ -46,14 +47,14 @@ class Obtaining:
         Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
         self._is_first = False
-        dropped: list[int] = []
-        self._or_undo(lambda: dropped.extend(self._adopt(heir)), lambda: paths_added(self.listeners))
-        return tuple(dropped)
+        with self._or_undo(lambda: paths_added(self.listeners)):
+            return self._adopt(heir)
 
-    def _or_undo(self, obtain: Callable[[], None], made: Callable[[], list[str]]) -> None:
+    @contextlib.contextmanager
+    def _or_undo(self, made: Callable[[], list[str]]) -> Iterator[None]:
         compat.check_certificates(self._server.cfg)
         try:
-            obtain()
+            yield
         except BaseException:
             # Nobody has heard of them.
             for path in made():
@@ -128,7 +129,7 @@ class Obtaining:
         slots = how_many(cfg.workers, len(places), _most())
         return [Place(place.bind, place.address, slot) for slot in range(slots) for place in places]
 
-    def _bind(self, place: Place) -> None:
+    def _bind(self, place: Place) -> Listener:
         address = place.address
         if place.slot:
             # Port 0: those behind the first one take the port that it was given.
@@ -145,10 +146,10 @@ class Obtaining:
                     "and with the same NAME and TAKEOVER_SOCKET?"
                 )
             raise ListenerError(f"bind = {place.bind!r}: {why}") from None
-        self._add(place.bind, place.address, sock, place.slot)
         if self._shares and place.slot == 0:
             # Once for all of them: the kernel's table of connections may be long.
             self._refuse_overlap(place.bind, sock)
+        return self._add(place.bind, place.address, sock, place.slot)
 
     @staticmethod
     def _refuse_overlap(bind: str, sock: Any) -> None:
@@ -197,8 +198,7 @@ class Obtaining:
                     f"bind = {place.bind!r} is new: a descriptor cannot be added in an upgrade; restart the service"
                 )
             else:
-                self._bind(place)
-                self.listeners[-1].added = True
+                self._bind(place).added = True
         self._close_given(heir.listeners[index] for index in found.dropped)
         had = {each.bind for each in given}
         for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):

@@ -30,7 +30,7 @@ from zdd_web.door import Door
 from zdd_web.listeners import reuseport
 from zdd_web.listeners.arrivals import Arrivals
 from zdd_web.listeners.backlog import is_empty
-from zdd_web.listeners.matching import Address, Place
+from zdd_web.listeners.matching import Address
 from zdd_web.listeners.queues import Queues, new_epoll
 from zdd_web.listeners.sharing import Farewell, Neighbour, Others, Steering, others_that_stay, strangers
 
@@ -61,11 +61,6 @@ class Listener:
     added: bool = False
     #: This generation's alone: a successor does not want it.
     dropped: bool = False
-
-    @property
-    def place(self) -> Place:
-        """What the configuration calls it."""
-        return Place(self.bind, self.address, self.slot)
 
     @property
     def is_open(self) -> bool:

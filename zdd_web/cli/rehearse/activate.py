@@ -47,10 +47,5 @@ def activate(sockets: Mapping[str, int], command: list[str]) -> None:
     os.execvp(command[0], command)
 
 
-def main(fd: int, command: list[str]) -> None:
-    """Become the command, with one listener."""
-    activate({"web": fd}, command)
-
-
 if __name__ == "__main__":
     activate(parse(sys.argv[1]), sys.argv[2:])
