@@ -12,9 +12,11 @@ from tests.processes.harness import Service
 
 
 @pytest.fixture(autouse=True)
-def no_django(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep pytest-django's settings module from every master that a test starts: it would have it read."""
+def no_strange_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is the tests' own from every master that they start: pytest-django's settings module would be read."""
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
+    # To a service it would be an unknown setting. Not taken out at import: xdist's workers have it from the controller.
+    monkeypatch.delenv("ZDD_WEB_TEST_CLASSES", raising=False)
 
 
 #: A scene is played by one of each of these, whichever falls to its name; by every one where ZDD_WEB_TEST_CLASSES=all
@@ -22,8 +24,7 @@ def no_django(monkeypatch: pytest.MonkeyPatch) -> None:
 CLASSES = ("sync", "gthread")
 LOOPS = ("gevent", "asgi", "uvicorn_worker.UvicornWorker")
 ALWAYS_ALL = "test_upgrade.py"
-#: Taken out: to the services that the tests start it would be an unknown setting.
-PLAYS_ALL = os.environ.pop("ZDD_WEB_TEST_CLASSES", "") == "all"
+PLAYS_ALL = os.environ.get("ZDD_WEB_TEST_CLASSES") == "all"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
