@@ -3,10 +3,15 @@
 Theory of operation
 -------------------
 One memfd per generation, mapped by the master before its first fork, so that every worker has it too. A fixed layout
-of 64-bit words: a header, which only the master writes, and slots, one for each worker, which only that worker writes
-(the words under "command" in a slot are the master's). One writer per word and stores of whole aligned words mean that
-nobody needs a lock and that a process killed in the middle of anything leaves nothing locked. `memoryview.cast("Q")`
-stores a word with one move; `struct.pack_into` would write zeroes first, and a reader would see them.
+of 64-bit words: a header and an order for each worker, which only the master writes, and slots, one for each worker,
+which only that worker writes. One writer per word and stores of whole aligned words mean that no process needs a lock
+and that a process killed in the middle of anything leaves nothing locked. `memoryview.cast("Q")` stores a word with
+one move; `struct.pack_into` would write zeroes first, and a reader would see them.
+
+What a worker writes is a claim, never an order: the master's user is often root and a worker's is not. A slot is
+whole pages, and `restrict()` leaves a worker no writable page but those (system/memory.py). Which process has a slot
+and whether it shall leave stands in the orders, written by the master from its own forks. Readers of a slot get
+numbers within bounds and states that exist (record.py); no process is signalled because a slot names it.
 
 Texts are longer than a word: they stand under a sequence counter that is odd while the text is being written. A reader
 that does not get an even, unchanged counter in a few tries gives up on the text, never on the numbers.
@@ -31,7 +36,8 @@ from typing import Any
 from zdd_web.door import Door
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.record import WORD, Record, Text, Word
+from zdd_web.record import WORD, Choice, Count, Record, Text, Word
+from zdd_web.system import memory as shared_memory
 
 MEMFD_PREFIX = "zdd_web:"
 MAGIC = int.from_bytes(b"ZDDBOARD", "little")
@@ -39,6 +45,8 @@ LAYOUT = 4
 
 #: More than any host runs of gunicorn workers; untouched slots cost no memory, a memfd is sparse.
 SLOTS = 512
+
+PAGE_WORDS = mmap.PAGESIZE // WORD
 
 
 class WorkerState(enum.IntEnum):
@@ -124,6 +132,10 @@ class Header(Record):
     stop_since = Word(26)
     #: When it was decided what becomes of the listeners' queues: each has its door, see `ListenerRecord`.
     door_since = Word(28)
+    #: Where the orders stand; 0 on a board of zdd_web 0.1.0, whose slots hold them.
+    orders_at = Word(25)
+    #: The user of the workers, plus one; 0 for unknown.
+    worker_uid = Word(27)
     name = Text(32, 128)
     #: How many slots were ever used: nobody needs to look at those behind.
     slots_used = Word(50)
@@ -181,42 +193,71 @@ class CheckRecord(Record):
 MAX_CHECKS = 32
 
 
-class Slot(Record):
-    """A worker's words, and the master's orders to it. Times are monotonic nanoseconds."""
+class Order(Record):
+    """Which worker has a slot, and what it is told: the master's words. Times are monotonic nanoseconds.
 
-    # pid and start never move: see Board.worker_pids.
+    The indices are those that these words had in a slot of zdd_web 0.1.0: there the slot is read as the order.
+    """
+
+    #: As the master knows it from its own fork; 0 until then.
     pid = Word(0)
     start = Word(1)
-    state = Word(2)
-    state_since = Word(3)
-    in_flight = Word(4)
-    requests = Word(5)
-    tasks = Word(6)
-    #: Background tasks that were given up at the deadline.
-    abandoned = Word(7)
-    #: The last heartbeat. It outlives the worker: see `claim()`.
-    beat_at = Word(11)
-    #: How many of the records behind are in use.
-    checks = Word(15)
-    #: The worker has answered `max_requests` and asks for a replacement.
-    weary = Word(12)
-    # command, written by the master only
+    #: A worker has the slot.
+    taken = Word(2)
     age = Word(8)
     retire = Word(9)
     retire_deadline = Word(10)
+    WORDS = 16
+
+
+class Slot(Record):
+    """A worker's words: claims, see the module's text. Times are monotonic nanoseconds."""
+
+    # pid and start never move: a master of zdd_web 0.1.0 looks for its successor's workers here.
+    pid = Word(0)
+    start = Word(1)
+    #: A worker that claims a state that there is not is replaced.
+    state = Choice(2, WorkerState, WorkerState.LEAVING)
+    state_since = Word(3)
+    in_flight = Count(4)
+    requests = Count(5)
+    tasks = Count(6)
+    #: Background tasks that were given up at the deadline.
+    abandoned = Count(7)
+    #: The last heartbeat. It outlives the worker: see `claim()`.
+    beat_at = Word(11)
+    #: How many of the records behind are in use.
+    checks = Count(15, most=MAX_CHECKS)
+    #: The worker has answered `max_requests` and asks for a replacement.
+    weary = Word(12)
+    # 8 to 10 were the master's orders in zdd_web 0.1.0.
     #: Requests that came after SIGTERM; how late the last of them, nanoseconds, and from where.
-    late = Word(13)
-    late_by = Word(14)
+    late = Count(13)
+    late_by = Count(14)
     error = Text(16, 512)
     late_peer = Text(82, 88)
     #: Replies with a status of 500 or more, probes aside.
-    server_errors = Word(95)
+    server_errors = Count(95)
     #: When the oldest background task was offered.
     oldest_task = Word(96)
     CHECKS_AT = 104
     #: Connections accepted from each listener, by all workers that have had this slot.
     ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
     WORDS = ACCEPTS_AT + MOST_LISTENERS
+
+    def __init__(self, memory: memoryview, base: int, order: Order) -> None:
+        super().__init__(memory, base)
+        self.order = order
+
+    @property
+    def retire(self) -> int:
+        """Whether the master has told this worker to leave."""
+        return self.order.retire
+
+    @property
+    def retire_deadline(self) -> int:
+        """Until when it may take."""
+        return self.order.retire_deadline
 
     def count_accept(self, index: int) -> None:
         """Count a connection accepted from the listener with that index; the worker's call."""
@@ -311,54 +352,60 @@ class Board:
     @classmethod
     def create(cls, name: str, *, slots: int = SLOTS) -> Board:
         """Make a new, empty board of a generation under the memfd name `zdd_web:<name>`."""
-        size = (Header.WORDS + slots * Slot.WORDS) * WORD
+        # Whole pages, so that a worker can have its slot and nothing else.
+        slot_words = _whole_pages(Slot.WORDS)
+        size = (_slots_at(slots) + slots * slot_words) * WORD
         if hasattr(os, "memfd_create"):
-            fd = os.memfd_create(MEMFD_PREFIX + name, os.MFD_CLOEXEC)
-            os.ftruncate(fd, size)
-            board = cls(mmap.mmap(fd, size), fd)
+            fd, mapping = shared_memory.create(MEMFD_PREFIX + name, size)
+            board = cls(mapping, fd)
         else:
             board = cls(mmap.mmap(-1, size))
-        header = board.header
-        header.layout, header.slots_at, header.slot_words, header.slot_count = (
-            LAYOUT,
-            Header.WORDS,
-            Slot.WORDS,
-            slots,
-        )
-        header.name = name
-        header.phase = Phase.BOOTING
+        board._format(name, slots, slot_words)
+        board.header.phase = Phase.BOOTING
         # Last: a reader that sees the magic may believe the rest.
-        header.magic = MAGIC
+        board.header.magic = MAGIC
         return board
 
     @classmethod
     def private(cls, name: str = "") -> Board:
         """Make a board that no other process has: for `runserver`, `flask run` and test clients."""
-        size = (Header.WORDS + Slot.WORDS) * WORD
-        board = cls(mmap.mmap(-1, size))
+        board = cls(mmap.mmap(-1, (_slots_at(1) + Slot.WORDS) * WORD))
+        board._format(name, 1, Slot.WORDS)
         header = board.header
-        header.layout, header.slots_at, header.slot_words, header.slot_count = (
-            LAYOUT,
-            Header.WORDS,
-            Slot.WORDS,
-            1,
-        )
-        header.name, header.generation, header.phase, header.magic = name, 1, Phase.SERVING, MAGIC
+        header.generation, header.phase, header.magic = 1, Phase.SERVING, MAGIC
         header.master_pid, header.slots_used, header.alone = os.getpid(), 1, 1
         return board
 
+    def _format(self, name: str, slots: int, slot_words: int) -> None:
+        header = self.header
+        header.layout, header.slots_at, header.slot_words, header.slot_count = (
+            LAYOUT,
+            _slots_at(slots),
+            slot_words,
+            slots,
+        )
+        header.orders_at = Header.WORDS
+        header.name = name
+
     @classmethod
-    def open(cls, fd: int, *, writable: bool = False) -> Board:
-        """Map the board behind a descriptor, which stays the caller's.
+    def open(cls, fd: int) -> Board:
+        """Map the board behind a descriptor, which stays the caller's, to read it.
 
         Raises `BoardError` when it is no board.
         """
         size = os.fstat(fd).st_size
         if size < Header.FIXED * WORD:
             raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # Whole words: a foreign file may end anywhere.
-        board = cls(mmap.mmap(fd, size - size % WORD, prot=protection))
+        own = fd
+        # A mapping made with a descriptor that can write could be made writable again, where the board is not sealed.
+        with contextlib.suppress(OSError):
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Whole words: a foreign file may end anywhere.
+            board = cls(mmap.mmap(own, size - size % WORD, prot=mmap.PROT_READ))
+        finally:
+            if own != fd:
+                os.close(own)
         header = board.header
         if header.magic != MAGIC or header.slots_at + header.slot_count * header.slot_words > size // WORD:
             board.close()
@@ -376,9 +423,31 @@ class Board:
             os.close(self.fd)
             self.fd = -1
 
+    def restrict(self, own: Slot | None = None) -> None:
+        """Leave this process, a child of the master, no page to write but those of its `own` slot, for good.
+
+        Where there is no memfd the pages stay writable. Raises OSError.
+        """
+        if self.fd < 0:
+            return
+        at, size = shared_memory.address_of(self._mapping), len(self._mapping)
+        begin, end = size, size
+        if own is not None:
+            begin, end = own.base * WORD, (own.base + self.header.slot_words) * WORD
+        shared_memory.make_read_only(at, 0, begin, self.fd)
+        shared_memory.make_read_only(at, end, size - end, self.fd)
+
     def slot(self, index: int) -> Slot:
         """Return the slot with an index from 0."""
-        return Slot(self.memory, self.header.slots_at + index * self.header.slot_words)
+        return Slot(self.memory, self._slot_at(index), self.order(index))
+
+    def order(self, index: int) -> Order:
+        """Return the order to the worker that has the slot with that index."""
+        orders_at = self.header.orders_at
+        return Order(self.memory, orders_at + index * Order.WORDS if orders_at else self._slot_at(index))
+
+    def _slot_at(self, index: int) -> int:
+        return self.header.slots_at + index * self.header.slot_words
 
     def slots(self) -> Iterator[Slot]:
         """Return all slots, used or not."""
@@ -388,14 +457,18 @@ class Board:
         """Return the slots that were ever used."""
         return (self.slot(index) for index in range(self.header.slots_used))
 
+    def taken_slots(self) -> Iterator[Slot]:
+        """Return the slots that a worker has now."""
+        return (slot for slot in self.used_slots() if slot.order.taken)
+
     def claim(self, age: int) -> Slot:
         """Take a free slot for a worker that is about to be forked; the master's call.
 
         Raises `BoardError` when none is free.
         """
         for index, slot in enumerate(self.slots()):
-            if slot.state == WorkerState.FREE:
-                words = slot.words
+            if not slot.order.taken:
+                words, order = slot.words, slot.order
                 # Workers that die one after the other have not beaten, whatever their slots' numbers.
                 beat_at = slot.beat_at
                 for word in range(slot.base, slot.base + Slot.error.index):
@@ -404,20 +477,27 @@ class Board:
                 self.header.slots_used = max(self.header.slots_used, index + 1)
                 slot.error = slot.late_peer = ""
                 slot.server_errors = slot.oldest_task = 0
-                slot.age = age
                 slot.state = WorkerState.BOOTING
+                order.pid = order.start = order.retire = order.retire_deadline = 0
+                order.age = age
+                order.taken = 1
                 return slot
         raise BoardError(f"all {self.header.slot_count} slots of the board are taken: run fewer workers")
 
+    def free(self, slot: Slot) -> None:
+        """Give up the slot of a worker that has ended; the master's call."""
+        slot.order.taken = slot.order.pid = slot.pid = 0
+        slot.state = WorkerState.FREE
+
     def worker_pids(self) -> list[tuple[int, int]]:
-        """Return (pid, start time) of every worker on the board, also on one of another layout."""
-        header = self.header
-        found = []
-        for index in range(header.slot_count):
-            at = header.slots_at + index * header.slot_words
-            if header.words[at]:
-                found.append((header.words[at], header.words[at + 1]))
-        return found
+        """Return (pid, start time) of every worker, as the master knows them from its forks."""
+        orders = (self.order(index) for index in range(self.header.slot_count))
+        return [(order.pid, order.start) for order in orders if order.pid]
+
+    @property
+    def names_its_workers(self) -> bool:
+        """Whether `worker_pids()` is the master's word; on a board of zdd_web 0.1.0 it is what the workers claim."""
+        return bool(self.header.orders_at)
 
     def listener_records(self) -> Iterator[tuple[ListenerRecord, int]]:
         """Return the records that are in use, each with its index."""
@@ -440,17 +520,16 @@ class Board:
                 f"the board has layout {header.layout}, this zdd_web reads {LAYOUT}: use the commands of its version"
             )
         views: list[WorkerView] = []
-        for slot in self.used_slots():
-            state = slot.state
-            if state == WorkerState.FREE:
-                continue
+        for slot in self.taken_slots():
+            order = slot.order
             views.append(
                 WorkerView(
-                    pid=slot.pid,
-                    start=slot.start,
-                    age=slot.age,
-                    state=WorkerState(state),
-                    retiring=bool(slot.retire),
+                    # Between the fork and the master's note of it the worker itself knows better.
+                    pid=order.pid or slot.pid,
+                    start=order.start or slot.start,
+                    age=order.age,
+                    state=slot.state,
+                    retiring=bool(order.retire),
                     in_flight=slot.in_flight,
                     requests=slot.requests,
                     tasks=slot.tasks,
@@ -470,3 +549,11 @@ class Board:
             listeners=tuple(self.listeners()),
             **fields,
         )
+
+
+def _whole_pages(words: int) -> int:
+    return -(-words // PAGE_WORDS) * PAGE_WORDS
+
+
+def _slots_at(slots: int) -> int:
+    return _whole_pages(Header.WORDS + slots * Order.WORDS)

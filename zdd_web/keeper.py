@@ -90,17 +90,19 @@ def main(name: str, successor: int) -> int:
         if generation is not None:
             proc.kill(generation.pid, generation.board.header.master_start, signal.Signals(caught.si_signo))
     # Its memory outlives it.
-    _wait_for(board.worker_pids() if board is not None else [], statuses)
+    if board is not None and board.names_its_workers:
+        _wait_for(board.worker_pids(), (last, os.getpid(), *proc.ancestors(os.getpid())), statuses)
     status = statuses[last] if last in statuses else _status_of(last)
     return 128 - status if status < 0 else status
 
 
-def _wait_for(workers: list[tuple[int, int]], statuses: dict[int, int]) -> None:
+def _wait_for(workers: list[tuple[int, int]], parents: tuple[int, ...], statuses: dict[int, int]) -> None:
+    """Wait for the workers of a master that has ended; they are orphans that one of `parents` has adopted."""
     deadline = clock.after_ns(LAST_REPLIES)
-    while left := [worker for worker in workers if proc.alive(*worker)]:
+    while left := [worker for worker in workers if proc.alive(*worker) and proc.parent(worker[0]) in parents]:
         if clock.passed(deadline):
             for pid, start in left:
-                proc.kill(pid, start, signal.SIGKILL)
+                proc.kill(pid, start, signal.SIGKILL, parents=parents)
             return
         signal.sigtimedwait([signal.SIGCHLD], 0.1)
         reap(statuses)

@@ -62,8 +62,8 @@ def take_back(board: Board, successor: Board) -> None:
     """Add to a generation's board what a successor had counted that is lost; its master's call."""
     if successor.header.layout != LAYOUT:
         return
-    more = totals(successor).at_least(totals(board))
     began, ours = before(board), totals(board)
+    more = totals(successor).at_least(ours)
     for index, name in enumerate(field.name for field in dataclasses.fields(Totals)):
         if not name.startswith("last_"):
             had = getattr(began, name) + getattr(more, name) - getattr(ours, name)
@@ -82,7 +82,7 @@ def totals(board: Board, predecessor: Board | None = None) -> Totals:
     if predecessor is not None and predecessor.header.layout == LAYOUT:
         # It counts on, and what this generation's master has noted of it is a tick old.
         began = totals(predecessor).at_least(began)
-    slots = [slot for slot in board.used_slots() if slot.state != WorkerState.FREE]
+    slots = list(board.taken_slots())
     return Totals(
         requests=began.requests + header.requests_gone + sum(slot.requests for slot in slots),
         server_errors=began.server_errors + header.server_errors_gone + sum(slot.server_errors for slot in slots),
@@ -158,13 +158,13 @@ class Collector:
 
     def _oldest(self) -> float:
         # Read once: it may be over in between.
-        began = [began for slot in self._board.used_slots() if slot.state and (began := slot.oldest_task)]
-        return clock.since(min(began)) if began else 0.0
+        began = [began for slot in self._board.taken_slots() if (began := slot.oldest_task)]
+        return max(0.0, clock.since(min(began))) if began else 0.0
 
     def _checks(self) -> dict[str, bool]:
         passes: dict[str, bool] = {}
         now = clock.now_ns()
-        for slot in self._board.used_slots():
+        for slot in self._board.taken_slots():
             if slot.state == WorkerState.SERVING:
                 for record in (slot.check(index) for index in range(slot.checks)):
                     name = record.name

@@ -12,6 +12,7 @@ from zdd_web import checks, clock, process
 from zdd_web.board import Board, CheckRecord, WorkerState
 from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
 from zdd_web.lifecycle import Phase
+from zdd_web.record import one_of
 from zdd_web.settings import FrameworkSettings, Settings, of_app
 
 
@@ -22,17 +23,17 @@ def look(board: Board) -> Health:
     workers, beat_at, limit = [], header.ready_at, header.worker_timeout
     for slot in board.used_slots():
         beat_at = max(beat_at, slot.beat_at)
-        state = slot.state
+        state = slot.state if slot.order.taken or alone else WorkerState.FREE
         if state == WorkerState.BOOTING and limit:
             # It does not beat while it imports, and may be all that is left.
             limit = max(limit, header.boot_timeout)
         if state not in (WorkerState.FREE, WorkerState.LEAVING) or alone:
             seen = tuple(_check(slot.check(index), now) for index in range(slot.checks))
             workers.append(WorkerSeen(state == WorkerState.SERVING or alone, seen))
-    successor = header.successor_phase
+    successor = one_of(Phase, header.successor_phase, Phase.STOPPED) if header.successor_phase else None
     return Health(
         phase=Phase(header.phase),
-        successor=Phase(successor) if successor else None,
+        successor=successor,
         successor_trouble=header.successor_trouble,
         wanted=None if alone else header.workers_wanted,
         workers=tuple(workers),
@@ -44,9 +45,9 @@ def look(board: Board) -> Health:
 def _check(record: CheckRecord, now: int) -> CheckSeen:
     return CheckSeen(
         name=record.name,
-        kind=Kind(record.kind),
+        kind=one_of(Kind, record.kind, Kind.READINESS),
         critical=bool(record.critical),
-        result=Result(record.result),
+        result=one_of(Result, record.result, Result.NONE),
         fresh=now < record.fresh_until,
         failing_for=(now - record.failing_since) / 1e9 if record.failing_since else 0.0,
         message=record.message,
@@ -56,7 +57,7 @@ def _check(record: CheckRecord, now: int) -> CheckSeen:
 def kinds(board: Board) -> dict[str, Kind]:
     """Return the names of all checks that any worker has, and their kinds."""
     records = (slot.check(index) for slot in board.used_slots() for index in range(slot.checks))
-    return {record.name: Kind(record.kind) for record in records}
+    return {record.name: one_of(Kind, record.kind, Kind.READINESS) for record in records}
 
 
 def is_loopback(peer: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Collection
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -92,17 +93,67 @@ def die_with_parent(sig: signal.Signals, parent: int) -> bool:
     return os.getppid() == parent
 
 
-def kill(pid: int, start: int, sig: signal.Signals) -> bool:
-    """Signal the process that had `pid` at `start`; False when it is gone."""
+def owner(pid: int) -> int:
+    """Return the effective user of a process; -1 when there is no such process or no /proc.
+
+    The directory's owner, unlike that of the files in it, does not turn into root where a process has changed its user.
+    """
     try:
-        if not alive(pid, start):
-            return False
+        return os.stat(f"/proc/{pid}").st_uid
     except OSError:
-        pass  # no descriptor left to look with: better one signal too many than a process that outlives its end
+        return -1
+
+
+def ancestors(pid: int) -> tuple[int, ...]:
+    """Return the pids of a process's parent, its parent's and so on: one of them adopts the orphans of the process."""
+    found: list[int] = []
+    while (pid := parent(pid)) and pid not in found:
+        found.append(pid)
+    return tuple(found)
+
+
+def kill(
+    pid: int,
+    start: int,
+    sig: signal.Signals,
+    *,
+    parents: Collection[int] | None = None,
+    users: Collection[int] | None = None,
+) -> bool:
+    """Signal the process that had `pid` at `start`; False when it is gone, or is not what is expected.
+
+    With `parents` only a process is signalled whose parent is one of them, with `users` one that runs as one of these
+    users. The process is held by a pidfd from before the look until the signal, so a pid that is used again in between
+    is not hit.
+    """
     try:
-        os.kill(pid, sig)
+        held = os.pidfd_open(pid)
     except ProcessLookupError:
         return False
+    except (OSError, AttributeError):
+        held = -1  # Linux before 5.3, a sandbox, or no descriptor left
+    try:
+        try:
+            if not alive(pid, start):
+                return False
+            if parents is not None and parent(pid) not in parents:
+                return False
+            if users is not None and owner(pid) not in users:
+                return False
+        except OSError:
+            # No descriptor left to look with: rather one signal too many than a successor that outlives its end. A
+            # process that is not known by this one's own fork is left alone.
+            if parents is not None:
+                return False
+        if held >= 0:
+            signal.pidfd_send_signal(held, sig)
+        else:
+            os.kill(pid, sig)
+    except ProcessLookupError:
+        return False
+    finally:
+        if held >= 0:
+            os.close(held)
     return True
 
 

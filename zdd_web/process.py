@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from zdd_web import checks, clock, waitgroup
-from zdd_web.board import Board, Header, Slot, WorkerState
+from zdd_web.board import Board, Header, Order, Slot, WorkerState
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
 
@@ -39,6 +39,7 @@ class Process:
         # Bound once: these run on every request.
         self._words = board.header.words
         self._at = slot.base if slot is not None else -1
+        self._retire_at = slot.order.base + Order.retire.index if slot is not None else -1
         if slot is not None:
             waitgroup.observer = self._tasks_changed
         #: There is no gunicorn.
@@ -62,7 +63,7 @@ class Process:
         """Whether replies should close their connection: the generation or this worker is on its way out."""
         if self.going or self._words[_PHASE] in LEAVING:
             return True
-        return self._at >= 0 and bool(self._words[self._at + _RETIRE])
+        return self._retire_at >= 0 and bool(self._words[self._retire_at])
 
     @property
     def deadline_ns(self) -> int:
@@ -146,7 +147,6 @@ def _write(slot: Slot, state: checks.State) -> None:
 
 
 _PHASE = Header.phase.index
-_RETIRE = Slot.retire.index
 
 _current: Process | None = None
 

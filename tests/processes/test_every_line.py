@@ -31,7 +31,7 @@ def post_worker_init(worker):
         left -= event == "line"
         if left == 0 and event == "line":
             sys.settrace(None)
-            hooks.state.worker.slot.retire = 1
+            hooks.state.worker.slot.order.retire = 1
             os.kill(os.getpid(), signal.SIGTERM)
             return None
         return trace

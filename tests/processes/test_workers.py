@@ -8,7 +8,6 @@ import time
 
 from tests.processes.harness import Service, answered_from, serving_workers, settled, until
 from zdd_web import proc
-from zdd_web.board import WorkerState
 
 
 def test_slots_are_reused_and_name_live_processes(service: Service):
@@ -23,7 +22,7 @@ def test_slots_are_reused_and_name_live_processes(service: Service):
             settled(service, 2, without=before)
         answered_from(load, 50)
     board = service.in_office().board
-    used = [slot.base for slot in board.slots() if slot.state != WorkerState.FREE]
+    used = [slot.base for slot in board.slots() if slot.order.taken]
     # Sixteen workers have been here; the two that are left stand in the first few places.
     assert max(used) < board.slot(6).base
     for worker in service.snapshot().workers:

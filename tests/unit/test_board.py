@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
+import mmap
 import os
+import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.forks import in_child, spawn, status_of
+from zdd_web import metrics, probes
 from zdd_web.board import (
     LAYOUT,
     MAGIC,
@@ -22,6 +26,7 @@ from zdd_web.board import (
     CheckRecord,
     Header,
     ListenerRecord,
+    Order,
     Slot,
     Snapshot,
     UpgradeState,
@@ -30,7 +35,7 @@ from zdd_web.board import (
 )
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.record import WORD, Text, Word
+from zdd_web.record import LARGEST_COUNT, WORD, Choice, Text, Word
 
 
 @pytest.fixture
@@ -93,6 +98,7 @@ def test_fields_of_a_record_do_not_overlap() -> None:
         ],
         ListenerRecord: [],
         CheckRecord: [],
+        Order: [],
     }
     for record, behind in blocks.items():
         taken = [word for block in behind for word in range(*block)]
@@ -100,7 +106,7 @@ def test_fields_of_a_record_do_not_overlap() -> None:
             if isinstance(descriptor, Text):
                 assert descriptor.size % WORD == 0
                 taken += range(descriptor.index, descriptor.index + 2 + descriptor.size // WORD)
-            elif isinstance(descriptor, Word):
+            elif isinstance(descriptor, (Word, Choice)):
                 taken.append(descriptor.index)
         assert len(taken) == len(set(taken))
         assert max(taken) < record.WORDS
@@ -108,7 +114,7 @@ def test_fields_of_a_record_do_not_overlap() -> None:
 
 def test_worker_says_all_there_is_to_say(board: Board) -> None:
     slot = board.claim(7)
-    slot.pid, slot.start, slot.state, slot.retire = 4711, 99, WorkerState.SERVING, 1
+    slot.order.pid, slot.order.start, slot.state, slot.order.retire = 4711, 99, WorkerState.SERVING, 1
     slot.in_flight, slot.requests, slot.tasks = 2, 300, 4
     slot.error = "ImportError: no module named 'shöp'"
     assert board.snapshot().workers == (
@@ -168,8 +174,8 @@ def test_slots_are_claimed_freed_and_reused_clean(board: Board) -> None:
     first, second = board.claim(1), board.claim(2)
     assert first.base != second.base
     first.pid, first.start, first.in_flight, first.tasks, first.error = 4711, 5, 3, 2, "it broke"
-    first.retire, first.retire_deadline = 1, 12
-    first.state = WorkerState.FREE
+    first.order.retire, first.order.retire_deadline = 1, 12
+    board.free(first)
     again = board.claim(3)
     assert again.base == first.base
     assert board.snapshot().workers[-1] == WorkerView(
@@ -190,14 +196,15 @@ def test_full_board_refuses_a_worker_and_says_what_to_do(board: Board) -> None:
     claimed = [board.claim(age) for age in range(3)]
     with pytest.raises(BoardError, match="all 3 slots of the board are taken: run fewer workers"):
         board.claim(3)
-    claimed[1].state = WorkerState.FREE
+    board.free(claimed[1])
     assert board.claim(4).base == claimed[1].base
 
 
-def test_worker_pids_leaves_out_who_has_not_said_its_pid(board: Board) -> None:
-    board.claim(1)
-    slot = board.claim(2)
-    slot.pid, slot.start = 4711, 99
+def test_worker_pids_are_those_that_the_master_has_noted(board: Board) -> None:
+    claimed = board.claim(1)
+    claimed.pid, claimed.start = 1, 1
+    order = board.claim(2).order
+    order.pid, order.start = 4711, 99
     assert board.worker_pids() == [(4711, 99)]
 
 
@@ -239,14 +246,11 @@ def test_reader_never_gets_half_of_one_text_and_half_of_another(board: Board) ->
 
 def test_descriptor_opens_the_same_board_in_another_process(board: Board) -> None:
     def read() -> object:
-        other = Board.open(board.fd, writable=True)
-        found = [other.header.generation, other.snapshot().name]
-        other.header.generation = 6
-        return found
+        other = Board.open(board.fd)
+        return [other.header.generation, other.snapshot().name]
 
     board.header.generation = 5
     assert in_child(read) == [5, "unit"]
-    assert board.header.generation == 6
 
 
 def test_board_opened_to_read_cannot_be_written(board: Board) -> None:
@@ -255,7 +259,7 @@ def test_board_opened_to_read_cannot_be_written(board: Board) -> None:
     for attempt in (
         lambda: setattr(reader.header, "phase", Phase.SERVING),
         lambda: setattr(reader.header, "name", "mine"),
-        lambda: setattr(reader.slot(0), "retire", 1),
+        lambda: setattr(reader.slot(0).order, "retire", 1),
         lambda: reader.claim(2),
     ):
         with pytest.raises(TypeError, match="read-only"):
@@ -320,7 +324,7 @@ def test_writer_that_died_within_a_text_costs_the_text_and_not_the_numbers(board
     assert (snapshot.workers[0].error, snapshot.workers[0].in_flight) == ("", 2)
     board.header.upgrade_reason = "whole"
     assert board.snapshot().upgrade_reason == "whole"
-    slot.state = WorkerState.FREE
+    board.free(slot)
     board.claim(2).error = "whole too"
     assert board.snapshot().workers[0].error == "whole too"
 
@@ -409,3 +413,83 @@ def test_closing_a_reader_leaves_the_descriptor_to_its_owner(board: Board) -> No
     reader.close()
     assert os.fstat(board.fd).st_size > 0
     assert board.snapshot().name == "unit"
+
+
+# -- what a worker may write
+
+
+def test_a_restricted_process_writes_its_own_slot_and_dies_of_any_other_store(board: Board) -> None:
+    own, other = board.claim(1), board.claim(2)
+
+    def ends_by(store: Callable[[], None]) -> int:
+        def work() -> None:
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+            faulthandler.disable()
+            board.restrict(own)
+            own.in_flight = 7
+            store()
+
+        return status_of(spawn(work))
+
+    assert ends_by(lambda: None) == 0
+    assert own.in_flight == 7
+    for store in (
+        lambda: setattr(board.header, "phase", Phase.STOPPED),
+        lambda: setattr(own.order, "retire", 1),
+        lambda: setattr(other, "in_flight", 1),
+        lambda: board.header.listener(0).words.__setitem__(Header.LISTENERS_AT, 1),
+    ):
+        assert ends_by(store) == -signal.SIGSEGV
+    assert (board.header.phase, own.retire, other.in_flight) == (Phase.BOOTING, 0, 0)
+
+
+def test_a_restricted_process_sees_what_the_master_writes(board: Board) -> None:
+    slot = board.claim(1)
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        board.restrict(slot)
+        os.read(reader, 1)
+        slot.requests = board.header.generation
+
+    pid = spawn(work)
+    board.header.generation = 5
+    os.write(writer, b".")
+    assert status_of(pid) == 0
+    os.close(reader)
+    os.close(writer)
+    assert slot.requests == 5
+
+
+@pytest.mark.parametrize("access", [mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_WRITE])
+def test_no_descriptor_of_a_board_can_be_written_or_cut(board: Board, access: int) -> None:
+    again = os.open(f"/proc/self/fd/{board.fd}", os.O_RDWR)
+    try:
+        for fd in (board.fd, again):
+            for attempt in (
+                lambda fd=fd: mmap.mmap(fd, mmap.PAGESIZE, prot=access),
+                lambda fd=fd: os.pwrite(fd, b"x", 0),
+                lambda fd=fd: os.ftruncate(fd, 0),
+            ):
+                with pytest.raises(PermissionError):
+                    attempt()
+    finally:
+        os.close(again)
+
+
+@given(numbers=st.lists(st.integers(0, 2**64 - 1), min_size=20, max_size=20), data=st.binary(min_size=64, max_size=64))
+def test_whatever_stands_in_a_slot_a_snapshot_can_be_taken(numbers: list[int], data: bytes) -> None:
+    board = Board.create("unit", slots=1)
+    slot = board.claim(1)
+    for at, number in enumerate(numbers):
+        slot.words[slot.base + at] = number
+    at = (slot.base + Slot.error.index) * WORD
+    board.memory[at : at + len(data)] = data
+    (worker,) = board.snapshot().workers
+    assert worker.state in WorkerState
+    assert worker.in_flight <= LARGEST_COUNT
+    assert probes.look(board).workers is not None
+    assert metrics.totals(board).requests <= LARGEST_COUNT
+    slot.error = "the master's own words"
+    del slot
+    board.close()

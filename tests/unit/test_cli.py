@@ -68,7 +68,7 @@ class Masters:
             slot = board.claim(1)
             slot.pid, slot.state, slot.in_flight, slot.requests = 4711, WorkerState.SERVING, 3, 12
             slot = board.claim(2)
-            slot.pid, slot.state, slot.tasks, slot.retire = 4712, WorkerState.LEAVING, 1, 1
+            slot.pid, slot.state, slot.tasks, slot.order.retire = 4712, WorkerState.LEAVING, 1, 1
             slot.error = "it broke"
 
             def usr2(*args: object) -> None:

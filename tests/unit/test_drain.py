@@ -66,7 +66,7 @@ def leave(board: Board, slot: Slot) -> None:
     board.header.phase = Phase.LAME_DUCK
     board.header.phase = Phase.DRAINING
     slot.in_flight = slot.tasks = 0
-    slot.state = WorkerState.FREE
+    board.free(slot)
     board.header.phase = Phase.STOPPED
 
 
@@ -122,7 +122,7 @@ def test_stop_that_cuts_something_off_is_status_1(
         board.header.phase = Phase.DRAINING
         slot.in_flight, slot.tasks, slot.abandoned = requests, tasks, abandoned
         if freed:
-            slot.state = WorkerState.FREE
+            board.free(slot)
             board.header.phase = Phase.STOPPED
 
     start(cut)
@@ -135,7 +135,8 @@ def test_stop_that_cuts_something_off_is_status_1(
 def test_worker_that_died_long_ago_is_not_held_against_the_stop(start: Start, board: Board) -> None:
     old = board.claim(0)
     start(leave)
-    old.in_flight, old.abandoned, old.state = 5, 5, WorkerState.FREE
+    old.in_flight, old.abandoned = 5, 5
+    board.free(old)
     del old
     assert drain().exit_code == 0
 

@@ -149,7 +149,8 @@ def test_workers_of_a_killed_master_are_waited_for_and_at_last_killed(monkeypatc
         patient = spawn(lambda: time.sleep(600))
         quick = spawn(lambda: time.sleep(0.1))
         statuses: dict[int, int] = {}
-        keeper._wait_for([(pid, proc.start_time(pid)) for pid in (patient, quick)], statuses)
+        workers = [(pid, proc.start_time(pid)) for pid in (patient, quick)]
+        keeper._wait_for(workers, (os.getpid(),), statuses)
         eventually(lambda: keeper.reap(statuses) or len(statuses) == 2)
         return [statuses[patient], statuses[quick]]
 

@@ -56,7 +56,7 @@ def test_counts_outlive_the_worker_that_counted() -> None:
     slot = board.slot(0)
     slot.server_errors, slot.late = 2, 1
     assert totals(board) == Totals(requests=7, server_errors=2, late_requests=1)
-    slot.state = WorkerState.FREE
+    board.free(slot)
     board.header.requests_gone, board.header.server_errors_gone, board.header.late_gone = 7, 2, 1
     assert totals(board) == Totals(requests=7, server_errors=2, late_requests=1)
     board.claim(2).requests = 1
@@ -155,7 +155,7 @@ def test_a_collector_never_shows_less_than_before() -> None:
         while not stop.is_set():
             slot = board.slot(0)
             requests = slot.requests
-            slot.state = WorkerState.FREE
+            board.free(slot)
             board.header.requests_gone += requests
             board.claim(1).requests = 5
 

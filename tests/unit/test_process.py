@@ -33,6 +33,7 @@ def slot(board: Board) -> Iterator[Slot]:
     slot = board.claim(1)
     yield slot
     slot.words.release()
+    slot.order.words.release()
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_phase_and_generation_are_the_boards(worker: Process, phase: Phase) -> N
 )
 def test_worker_drains_with_its_generation_or_alone(worker: Process, phase: Phase, retire: int, leaving: bool) -> None:
     assert worker.slot is not None
-    worker.board.header.phase, worker.slot.retire = phase, retire
+    worker.board.header.phase, worker.slot.order.retire = phase, retire
     assert zdd_web.draining() is leaving
 
 
@@ -88,7 +89,7 @@ def test_deadline_is_the_generations_before_the_workers_own(
     worker: Process, generations: int, workers: int, expected: float | None
 ) -> None:
     assert worker.slot is not None
-    worker.board.header.deadline, worker.slot.retire_deadline = generations, workers
+    worker.board.header.deadline, worker.slot.order.retire_deadline = generations, workers
     assert zdd_web.deadline() == expected
 
 

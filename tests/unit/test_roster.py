@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zdd_web import clock
-from zdd_web.board import Board, WorkerState
+from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn import roster as module
 from zdd_web.gunicorn.roster import Member, Plan, Roster, plan
 from zdd_web.lifecycle import SPAWNING, Phase
+from zdd_web.record import LARGEST_COUNT
 
 BOOTING, READY, SERVING, LEAVING = (
     WorkerState.BOOTING,
@@ -46,7 +47,7 @@ def new(pid: int, state: WorkerState = SERVING, *, told: bool = False) -> Member
         pytest.param([new(1), new(2)], 2, Plan(), id="all are here"),
         pytest.param([new(1, BOOTING)], 1, Plan(), id="one that boots is on its way"),
         pytest.param([new(1, READY)], 1, Plan(), id="one at the gate is on its way"),
-        pytest.param([new(1, LEAVING)], 1, Plan(spawn=1), id="one that leaves counts for nothing"),
+        pytest.param([new(1, LEAVING)], 1, Plan(spawn=1, retire=(1,)), id="one that leaves counts for nothing"),
         pytest.param([new(1, told=True)], 1, Plan(spawn=1), id="one that was told counts for nothing"),
         pytest.param([new(1), new(2), new(3)], 2, Plan(retire=(1,)), id="one too many: the oldest goes"),
         pytest.param([new(3), new(1), new(2)], 1, Plan(retire=(1, 2)), id="by age, not by order"),
@@ -60,7 +61,7 @@ def new(pid: int, state: WorkerState = SERVING, *, told: bool = False) -> Member
         pytest.param([new(1), old(2), new(3)], 2, Plan(retire=(2,)), id="the outdated first, whatever its age"),
         pytest.param([old(1, BOOTING), new(2)], 1, Plan(retire=(1,)), id="an outdated one that boots is useless"),
         pytest.param([old(1), old(2, READY)], 1, Plan(spawn=1, retire=(2,)), id="an outdated one at the gate"),
-        pytest.param([old(1, LEAVING), old(2)], 1, Plan(spawn=1), id="an outdated one that leaves anyway"),
+        pytest.param([old(1, LEAVING), old(2)], 1, Plan(spawn=1, retire=(1,)), id="an outdated one that leaves anyway"),
     ],
 )
 @pytest.mark.parametrize("phase", sorted(SPAWNING))
@@ -173,7 +174,8 @@ class Worker:
     """gunicorn's worker object, as far as the roster looks at it."""
 
     def __init__(self, age: int) -> None:
-        self.age, self.pid = age, 0
+        self.age: int = age
+        self.pid: int | str = "[booting]"
 
 
 class Server:
@@ -212,8 +214,9 @@ def hire(roster: Roster, server: Server, pid: int, state: WorkerState = SERVING)
     server.worker_age += 1
     worker = Worker(server.worker_age)
     slot = roster.claim(worker)
-    worker.pid = slot.pid = pid
+    worker.pid = pid
     server.WORKERS[pid] = worker
+    roster.note_forks()
     slot.state = state
     return worker
 
@@ -221,7 +224,7 @@ def hire(roster: Roster, server: Server, pid: int, state: WorkerState = SERVING)
 def test_members_are_what_the_workers_say_on_the_board(roster: Roster, server: Server) -> None:
     first = hire(roster, server, 11)
     hire(roster, server, 12, BOOTING)
-    roster.slot_of(first).retire = 1
+    roster.slot_of(first).order.retire = 1
     assert roster.members() == [Member(11, 1, SERVING, told=True), Member(12, 2, BOOTING)]
     assert len(roster) == 2
 
@@ -257,8 +260,7 @@ def test_reused_pid_does_not_keep_a_dead_worker_on_the_books(roster: Roster, ser
 
 
 def test_worker_that_died_before_it_took_its_slot_is_reported_by_its_pid(roster: Roster, server: Server) -> None:
-    worker = hire(roster, server, 11, BOOTING)
-    roster.slot_of(worker).pid = 0
+    hire(roster, server, 11, BOOTING)
     del server.WORKERS[11]
     assert [(gone.pid, gone.state) for gone in roster.reconcile()] == [(11, BOOTING)]
 
@@ -351,3 +353,50 @@ def test_back_off_lasts_as_long_as_the_failures_do(roster: Roster) -> None:
     # At one every 30 s this is a weekend of broken code on disk.
     assert {roster.boot_failed() for _ in range(8_000)} <= {0.5 * 1.5**n for n in range(11)} | {30.0}
     assert roster.may_spawn() is False
+
+
+# -- what a worker claims
+
+
+def test_a_worker_that_has_served_cannot_take_that_back(roster: Roster, server: Server) -> None:
+    worker = hire(roster, server, 11)
+    assert [member.state for member in roster.members()] == [SERVING]
+    roster.slot_of(worker).state = BOOTING
+    assert [member.state for member in roster.members()] == [SERVING]
+    del server.WORKERS[11]
+    assert [gone.lost for gone in roster.reconcile()] == [True]
+
+
+def test_a_pid_in_a_slot_is_not_a_worker(roster: Roster, server: Server, board: Board) -> None:
+    worker = hire(roster, server, 11)
+    slot = roster.slot_of(worker)
+    slot.pid, slot.start = 1, 1
+    assert board.worker_pids() == [(11, 0)]
+    assert roster.kill() == 1
+    assert server.signals == [(11, signal.SIGKILL)]
+
+
+def test_claims_that_cannot_be_true_are_counted_within_bounds(roster: Roster, server: Server, board: Board) -> None:
+    worker = hire(roster, server, 11)
+    slot = roster.slot_of(worker)
+    for at in range(slot.base, slot.base + Slot.WORDS):
+        slot.words[at] = 2**64 - 1
+    assert [member.state for member in roster.members()] == [LEAVING]
+    assert 0 < roster.unfinished() <= LARGEST_COUNT
+    del server.WORKERS[11]
+    (gone,) = roster.reconcile()
+    assert gone.pid == 11
+    assert max(gone.requests, gone.late, gone.in_flight, gone.abandoned, gone.server_errors) <= LARGEST_COUNT
+    for _ in range(2):
+        board.header.requests_gone += 2**64 - 1
+    assert board.header.requests_gone == 2**64 - 1
+
+
+def test_a_worker_that_outlives_its_deadline_is_killed_once(roster: Roster, server: Server) -> None:
+    hire(roster, server, 11)
+    hire(roster, server, 12)
+    roster.retire([11], clock.after_ns(-10))
+    assert roster.kill_overdue(3600) == []
+    assert roster.kill_overdue(5) == [11]
+    assert roster.kill_overdue(5) == []
+    assert server.signals == [(11, signal.SIGTERM), (11, signal.SIGKILL)]

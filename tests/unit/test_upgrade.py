@@ -65,6 +65,7 @@ def fork_worker(age, work):
         work()
     while not slot.pid:
         os.sched_yield()
+    slot.order.start, slot.order.pid = slot.start, slot.pid
     return slot
 
 def hang():
@@ -532,7 +533,7 @@ def test_end_signals_nobody_who_has_the_pid_of_a_worker_by_chance(bench: Bench) 
     # The board names this very process, with the start time of another.
     upgrade = bench.begin(f"""
         slot = board.claim(1)
-        slot.pid, slot.start = {os.getpid()}, 1
+        slot.order.pid, slot.order.start = {os.getpid()}, 1
         hello()
         hang()
     """)

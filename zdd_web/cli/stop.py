@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zdd_web import clock
-from zdd_web.board import Board, Snapshot, WorkerState
+from zdd_web.board import Board, Snapshot
 from zdd_web.cli.follow import ANSWER_WITHIN, POLL, STANDS_STILL
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.service import Generation
@@ -37,7 +37,7 @@ class Leftovers:
     def look(self) -> None:
         """Note which slots have a worker."""
         slots = enumerate(self._board.used_slots())
-        self._used.update(index for index, slot in slots if slot.state != WorkerState.FREE)
+        self._used.update(index for index, slot in slots if slot.order.taken)
 
     def count(self) -> tuple[int, int]:
         """Return how many requests and background tasks were not finished."""

@@ -1,8 +1,10 @@
 """The gate: a worker accepts nothing until its generation may serve.
 
-A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by writing a byte
-that nobody ever reads, so that it stands open for every later worker, at once and without a word. The master's death
-makes the pipe readable too: the phase on the board tells which of the two it was.
+A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by
+writing a byte, which no worker reads, and closing the writing end: it stands open for every later worker, at once. A
+worker that reads the byte all the same does not shut it, since the end of a pipe cannot be taken away; a child of a
+preloaded app that keeps the writing end does not either. The master's death ends the pipe too: the phase on the board
+tells which of the two it was.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ class Gate:
         if not self.opened:
             self.opened = True
             os.write(self._writer, b"\n")
+            self.keep_reader()
 
     def keep_reader(self) -> None:
-        """Close the writing end, in a worker: only the master's death may end the pipe."""
+        """Close the writing end, in a worker: it may not keep the gate closed."""
         if self._writer >= 0:
             os.close(self._writer)
             self._writer = -1

@@ -205,7 +205,7 @@ def post_fork(server: Any, worker: Any) -> None:
     master = state.master
     slot = master.roster.slot_of(worker)
     boot_log = master.succession.handler if master.succession is not None else None
-    master.after_fork()
+    master.after_fork(slot)
     listeners = master.listening.for_worker(worker, slot)
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
     state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)

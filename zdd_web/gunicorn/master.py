@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
-from zdd_web.board import Board, WorkerState
+from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
@@ -55,6 +55,9 @@ IDLE_TICK = 1.0
 
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
+
+#: How long after its deadline a worker that was told to leave is killed, seconds, beside what naming its work takes.
+OVERDUE_SLACK = 5.0
 
 #: After "stop now" a worker that does not even hear the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
@@ -167,6 +170,7 @@ class Master:
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
         self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
+        self.header.worker_uid = self.server.cfg.uid + 1
         if self.succession is not None and self.succession.follow():
             self.succession = None
         if self.phase is Phase.BOOTING:
@@ -360,6 +364,8 @@ class Master:
         """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
         # After the reaper and before anybody is spawned in place of one whose end should end the start.
         self._bury_workers()
+        # Those of a reload or a SIGTTIN.
+        self.roster.note_forks()
         if self.gate.opened or (self.succession is not None and self.succession.alone):
             # A first start takes as long as it takes; a successor whose predecessor died shall not hang for ever.
             self.roster.give_up_boots(self.settings.upgrade_timeout)
@@ -375,9 +381,13 @@ class Master:
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self.server.spawn_worker()
+                self.roster.note_forks()
         deadline = self.header.deadline
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
+            slack = self.settings.stop_budget().last_words + OVERDUE_SLACK
+            for pid in self.roster.kill_overdue(slack):
+                log.emit("worker.overdue", logging.ERROR, pid=pid, timeout=self.settings.recycle_timeout)
         self.roster.retire(decision.retire, deadline)
         self.roster.repeat()
 
@@ -488,8 +498,9 @@ class Master:
 
     # -- in the children
 
-    def after_fork(self) -> None:
-        """Close, in a worker, what is the master's alone: its death must be seen by those who listen for it."""
+    def after_fork(self, slot: Slot) -> None:
+        """Take from a worker what is the master's alone: its death must be seen, and its words must be its own."""
+        self.board.restrict(slot)
         # Its own exit statuses are gunicorn's.
         del self.server.WORKER_BOOT_ERROR, self.server.APP_LOAD_ERROR
         self.gate.keep_reader()

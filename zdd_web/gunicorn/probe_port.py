@@ -332,7 +332,8 @@ class ProbePort:
             signal.signal(sig, signal.SIG_DFL if sig == signal.SIGCHLD else signal.SIG_IGN)
         # Not `server.proc_name`, which is set after the first hook runs (arbiter.py:126).
         util._setproctitle(f"probes [{server.cfg.proc_name}]")
-        board = Board.open(self._board.fd) if self._board.fd >= 0 else self._board
+        # Here workers' code does not run, but what a client sends does arrive.
+        self._board.restrict()
         keep = {0, 1, 2, self._listener.fileno(), *log.own_streams()}
         _let_go_of_all_but(keep)
         # Here, since neither the master nor a worker shall load asyncio before gevent has patched what is below it.
@@ -343,7 +344,7 @@ class ProbePort:
         # After the change of the user, which makes the kernel forget it.
         if not proc.die_with_parent(signal.SIGTERM, master):
             return
-        Server(board, self._listener, self.settings, master, server.log.reopen_files, self._predecessors).run()
+        Server(self._board, self._listener, self.settings, master, server.log.reopen_files, self._predecessors).run()
 
 
 def _forget_imports() -> None:

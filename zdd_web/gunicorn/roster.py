@@ -2,6 +2,10 @@
 
 `plan()` is the whole decision, pure; `Roster` keeps the books of the master. Both go by what workers say on the
 board: a worker that is leaving counts for nothing, one that boots counts only as on its way.
+
+What workers say is a claim (board.py). Which processes there are, and which of them were told to leave, the roster
+knows by itself: a pid comes from gunicorn's fork. A worker that has served once never counts as a failed boot, and one
+that says it leaves is told to, which gives it a deadline.
 """
 
 from __future__ import annotations
@@ -68,7 +72,9 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     )
     current = [member for member in staying if not member.outdated]
     serving = [member for member in staying if member.state is WorkerState.SERVING]
-    retire = [member.pid for member in serving[: max(0, len(serving) - wanted)]]
+    # Its replacement is on its way: it has as long as any other that leaves, however often it beats.
+    retire = [member.pid for member in members if not member.told and member.state is WorkerState.LEAVING]
+    retire += [member.pid for member in serving[: max(0, len(serving) - wanted)]]
     # One that has not promised anything yet costs nothing.
     retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
     return Plan(spawn=max(0, wanted - len(current)), retire=tuple(retire))
@@ -157,6 +163,13 @@ class _Place:
     given_up: bool = False
     told_at: int = 0
     status: int | None = None
+    #: How far it has come, as the master has seen it: a worker cannot take it back.
+    reached: WorkerState = WorkerState.BOOTING
+
+    @property
+    def state(self) -> WorkerState:
+        self.reached = max(self.reached, self.slot.state)
+        return self.reached
 
 
 class Roster:
@@ -175,6 +188,14 @@ class Roster:
         self._places.append(_Place(worker, slot, since=clock.now_ns()))
         return slot
 
+    def note_forks(self) -> None:
+        """Write the pids of new workers on the board, where a predecessor that ends this generation reads them."""
+        for place in self._places:
+            order = place.slot.order
+            if not order.pid and isinstance(place.worker.pid, int):
+                order.start = proc.start_time(place.worker.pid)
+                order.pid = place.worker.pid
+
     def slot_of(self, worker: Any) -> Slot:
         """Return the slot of a worker that was given one."""
         return next(place.slot for place in self._places if place.worker is worker)
@@ -185,8 +206,8 @@ class Roster:
             Member(
                 pid=place.worker.pid,
                 age=place.worker.age,
-                state=WorkerState(place.slot.state),
-                told=bool(place.slot.retire),
+                state=place.state,
+                told=bool(place.slot.order.retire),
                 outdated=place.worker.age <= self._current_age or bool(place.slot.weary),
             )
             for place in self._places
@@ -206,13 +227,13 @@ class Roster:
             slot = place.slot
             gone.append(
                 Gone(
-                    pid=slot.pid or place.worker.pid,
-                    state=WorkerState(slot.state),
+                    pid=place.worker.pid,
+                    state=place.state,
                     error=slot.error,
                     # One that was killed could not give its work up.
                     abandoned=max(slot.abandoned, slot.tasks),
                     in_flight=slot.in_flight,
-                    told=bool(slot.retire),
+                    told=bool(slot.order.retire),
                     status=place.status,
                     late=slot.late,
                     late_by=slot.late_by / 1e9,
@@ -221,8 +242,7 @@ class Roster:
                     server_errors=slot.server_errors,
                 )
             )
-            slot.pid = 0
-            slot.state = WorkerState.FREE
+            self._board.free(slot)
         return gone
 
     def reaped(self, pid: int, status: int) -> None:
@@ -253,7 +273,7 @@ class Roster:
         with the wall-clock time of the heartbeat's file (arbiter.py:612).
         """
         for place in self._places:
-            late = place.slot.state == WorkerState.BOOTING and clock.since(place.since) > timeout
+            late = place.state is WorkerState.BOOTING and clock.since(place.since) > timeout
             if late and not place.given_up:
                 place.given_up = True
                 # What it said last, such as a check that fails, is why.
@@ -270,8 +290,8 @@ class Roster:
         """Tell workers to go: the order on the board first, then the signal."""
         for place in self._places:
             if place.worker.pid in pids:
-                place.slot.retire_deadline = deadline_ns
-                place.slot.retire = 1
+                place.slot.order.retire_deadline = deadline_ns
+                place.slot.order.retire = 1
                 self._term(place)
 
     def repeat(self) -> None:
@@ -279,6 +299,20 @@ class Roster:
         for place in self._places:
             if place.told_at and clock.since(place.told_at) >= REPEAT_TERM:
                 self._term(place)
+
+    def kill_overdue(self, slack: float) -> list[int]:
+        """SIGKILL workers that are here `slack` seconds after their deadline to leave; return the pids.
+
+        By then a worker has cut off and named what it had in hand: what is left does not obey.
+        """
+        overdue = []
+        for place in self._places:
+            deadline = place.slot.order.retire_deadline
+            if place.told_at and deadline and clock.passed(deadline + int(slack * 1e9)) and not place.given_up:
+                place.given_up = True
+                overdue.append(place.worker.pid)
+                self._server.kill_worker(place.worker.pid, signal.SIGKILL)
+        return overdue
 
     def unfinished(self) -> int:
         """Count the background work that those who are here have in hand, or have given up."""

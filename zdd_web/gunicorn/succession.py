@@ -157,8 +157,12 @@ class Succession:
         self._channel.send("failed", reason=reason)
 
     def forget(self) -> None:
-        """Close what only the master may hold, in a worker: the channel, whose end tells of the master's."""
+        """Close, in a worker, what is the master's alone: the channel, whose end shows the master's, and the board."""
         self._channel.close()
+        if self._predecessors is not None:
+            # One of zdd_web 0.1.0 is not sealed.
+            self._predecessors.close()
+            self._predecessors = None
 
     def unlink_pid_file(self) -> None:
         """Remove a pid file that names this master before it has heard that it is in office, because it ends."""

@@ -9,8 +9,12 @@ that reached gunicorn's loop would stop the live service from inside the copy.
 The master then calls `poll()` from its tick. It returns nothing while all goes its way, and a `Verdict` when the
 successor asks to serve, or has failed. What to do about it is the master's business.
 
-`end()` kills: the new master first, so that it forks no more, then every worker on its board. Before `go` nobody there
-has taken a request, so SIGKILL costs nothing; afterwards the workers get SIGTERM and finish what they have.
+`end()` kills: the new master first, so that it forks no more, then every worker that it has written on its board.
+Before `go` none of them has taken a request, so SIGKILL costs nothing; afterwards they get SIGTERM and finish what they
+have. A pid on a board is signalled only when the process is the new master's child, or an orphan that one of its
+ancestors has adopted, and runs as a user that it may run as. On a board of zdd_web 0.1.0 the workers themselves write
+their pids: there only children of the new master are signalled, which is stopped meanwhile; its orphans end by the
+kernel (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -78,6 +82,9 @@ class Upgrade:
         self.released = False
         self.speaks = False
         self._channel = channel
+        #: These adopt its workers when it has ended.
+        self._ancestors = proc.ancestors(pid)
+        self._user = proc.owner(pid)
 
     @classmethod
     def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float) -> Upgrade:
@@ -180,6 +187,9 @@ class Upgrade:
         # process has run out of descriptors: the successor would live on, and serve.
         if self.status is None:
             with contextlib.suppress(ProcessLookupError):
+                if self.board is not None and not self.board.names_its_workers:
+                    os.kill(self.pid, signal.SIGSTOP)
+                    self._end_workers(now=now, parents=(self.pid,))
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
         while message := self._channel.receive():
@@ -189,13 +199,21 @@ class Upgrade:
         self._end_workers(now=now)
         self.forget()
 
-    def _end_workers(self, *, now: bool) -> None:
-        # Only when the master can fork no more. One that has not written its pid yet finds its parent gone.
-        for pid, start in self._workers():
-            proc.kill(pid, start, signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM)
-        if now and self.board is not None and self.board.header.layout == LAYOUT and self.board.header.probe_pid:
+    def _end_workers(self, *, now: bool, parents: tuple[int, ...] = ()) -> None:
+        # Only when the master can fork no more. A worker that it has not noted yet finds its parent gone.
+        board = self.board
+        if board is None or not (parents or board.names_its_workers):
+            return
+        parents = parents or (self.pid, *self._ancestors)
+        header = board.header
+        # A worker is of the master's user until it has changed it.
+        users = (self._user, header.worker_uid - 1) if header.worker_uid else None
+        sig = signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM
+        for pid, start in board.worker_pids():
+            proc.kill(pid, start, sig, parents=parents, users=users)
+        if now and header.layout == LAYOUT and header.probe_pid:
             # It would go by itself, a moment later.
-            proc.kill(self.board.header.probe_pid, self.board.header.probe_start, signal.SIGKILL)
+            proc.kill(header.probe_pid, header.probe_start, signal.SIGKILL, parents=parents, users=users)
 
     def ask_to_stop(self, sig: signal.Signals) -> None:
         """Pass on to the new master what this one was told: it has requests in hand."""
@@ -207,9 +225,6 @@ class Upgrade:
         if self.board is not None:
             self.board.close()
             self.board = None
-
-    def _workers(self) -> list[tuple[int, int]]:
-        return self.board.worker_pids() if self.board is not None else []
 
     def _reap(self) -> None:
         # A killed process is gone in microseconds; bounded because one in uninterruptible sleep is not.

@@ -1,0 +1,1 @@
+"""What the operating system does for zdd_web; knows nothing of gunicorn, frameworks or the board."""
