@@ -226,6 +226,8 @@ def test_every_probe_that_kubernetes_and_people_send_is_answered(one: Service) -
         b"GET /readyz HTTP/1.0\r\nHost: shop.example\r\nX-Forwarded-Proto: http\r\n\r\n",
         b"GET http://10.1.2.3/healthz HTTP/1.1\r\nHost: 10.1.2.3\r\nConnection: close\r\n\r\n",
         b"HEAD /livez HTTP/1.1\nHost: a\nConnection: close\n\n",
+        # HAProxy's `option httpchk /readyz`.
+        b"OPTIONS /readyz HTTP/1.0\r\n\r\n",
     ):
         assert says(port, request).startswith(b"HTTP/1.1 200 OK\r\n"), request
     # Who asks from this machine may see why.

@@ -90,11 +90,17 @@ def test_head_is_get_without_the_body(app: flask.Flask) -> None:
     assert (response.status_code, response.data, response.headers["Content-Length"]) == (200, b"", "3")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_other_methods_are_not_allowed(app: flask.Flask, method: str) -> None:
     ZddWeb(app)
     response = app.test_client().open("/healthz", method=method)
-    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+def test_options_is_get_without_the_body(app: flask.Flask) -> None:
+    ZddWeb(app)
+    response = app.test_client().open("/healthz", method="OPTIONS")
+    assert (response.status_code, response.data, response.headers["Content-Length"]) == (200, b"", "0")
 
 
 def test_drain_shows_in_readiness_and_not_in_liveness(app: flask.Flask, service: Service) -> None:

@@ -115,13 +115,25 @@ def test_head_is_get_without_the_body(probe: Probe, phase: Phase) -> None:
     assert (head.status, head.reason, head.headers, head.body) == (get.status, get.reason, get.headers, b"")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get", ""])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "options", "get", ""])
 @pytest.mark.parametrize("probe", Probe)
 def test_other_methods_are_not_allowed_in_any_phase(probe: Probe, method: str) -> None:
     for phase in Phase:
         reply = ask(probe, phase, method=method)
         assert reply.status_line == "405 Method Not Allowed"
-        assert dict(reply.headers)["Allow"] == "GET, HEAD"
+        assert dict(reply.headers)["Allow"] == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize(("probe", "phase"), list(itertools.product(Probe, Phase)))
+def test_options_has_the_status_of_get_and_an_empty_body(probe: Probe, phase: Phase) -> None:
+    get, options = ask(probe, phase), ask(probe, phase, method="OPTIONS")
+    assert (options.status, options.reason, options.body) == (get.status, get.reason, b"")
+    expected = {**dict(get.headers), "Content-Length": "0", "Allow": "GET, HEAD, OPTIONS"}
+    assert dict(options.headers) == expected
+
+
+def test_options_for_a_path_that_does_not_exist_is_not_found() -> None:
+    assert (not_found("OPTIONS").status, not_found("OPTIONS").body) == (404, b"")
 
 
 @pytest.mark.parametrize(("probe", "method", "phase"), list(itertools.product(Probe, ["GET", "HEAD", "POST"], Phase)))

@@ -109,6 +109,8 @@ def test_metrics_have_their_path(board: Board) -> None:
     assert reply.status == 200
     assert b"zdd_web_generation " in reply.body
     assert Answers(board, Settings()).reply(Asked("POST", "/metrics")).status == 405
+    options = Answers(board, Settings()).reply(Asked("OPTIONS", "/metrics"))
+    assert (options.status, options.body) == (200, b"")
 
 
 def test_metrics_without_their_library_say_how_to_get_it(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
