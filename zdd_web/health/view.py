@@ -61,7 +61,7 @@ class Health:
     phase: Phase
     #: While this one retires.
     successor: Phase | None = None
-    #: What is wrong with a successor that serves, "" for nothing.
+    #: What fails in a successor that serves, joined by "; ": the names of checks, other things as "name: text".
     successor_trouble: str = ""
     #: How many workers there should be; None where there is no gunicorn.
     wanted: int | None = None
