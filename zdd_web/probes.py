@@ -11,7 +11,7 @@ from collections.abc import Callable
 from zdd_web import checks, clock, process
 from zdd_web.board import Board, CheckRecord, WorkerState
 from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
-from zdd_web.lifecycle import Phase
+from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.settings import FrameworkSettings, Settings, of_app
 
 
@@ -38,6 +38,7 @@ def look(board: Board) -> Health:
         workers=tuple(workers),
         silence=max(0.0, (now - beat_at) / 1e9),
         worker_timeout=limit / 1e9 if limit else None,
+        master_stalled=stalled_for(Phase(header.phase), header.tick_at, now),
     )
 
 

@@ -180,6 +180,15 @@ def test_a_check_alone_is_that_of_the_successor_while_a_generation_retires() -> 
     assert answer(Probe.READINESS, Question(only="search"), ill).status == 200
 
 
+@pytest.mark.parametrize("probe", [Probe.LIVENESS, Probe.READINESS])
+def test_a_master_that_stalls_is_a_warning_and_fails_nothing(probe: Probe) -> None:
+    health = Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),), worker_timeout=30.0, master_stalled=42.0)
+    reply = answer(probe, Question(details=True, verbose=True), health)
+    assert reply.status == 200
+    assert b"[!]master its main loop has not run for 42 s\n" in reply.body
+    assert answer(probe, Question(), health).body == b"ok\n"
+
+
 def test_paths_are_those_of_the_settings() -> None:
     settings = Settings(liveness_path="/-/alive", readiness_path="/up", health_path="/up", startup_path="/-/begun")
     assert {path for path in table(settings) if not path.endswith("/")} == {"/-/alive", "/up", "/-/begun"}

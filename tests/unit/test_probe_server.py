@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
@@ -156,6 +157,24 @@ def test_a_verdict_is_logged_when_it_changes_and_not_while_a_generation_boots_or
         'event=probe.failing probe=readiness reason="phase: lame_duck"',
     ]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+
+
+def test_a_master_that_stalls_is_logged_once_and_not_before_it_has_had_time_to_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "zdd_web")
+    verdicts, well = Verdicts(), Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),))
+    stalled = dataclasses.replace(well, master_stalled=6.0)
+    for health in (stalled, stalled, well):
+        verdicts.see(health)
+    assert caplog.records == []
+    monkeypatch.setattr(answers, "CONFIRM", 0.0)
+    for health in (stalled, stalled, well, well):
+        verdicts.see(health)
+    assert [record.getMessage() for record in caplog.records] == [
+        "event=master.stalled seconds=6",
+        "event=master.resumed",
+    ]
 
 
 # -- one connection

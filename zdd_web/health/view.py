@@ -69,6 +69,8 @@ class Health:
     #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
     silence: float = 0.0
     worker_timeout: float | None = None
+    #: Seconds for which the master's main loop has not run, 0 for one that runs.
+    master_stalled: float = 0.0
 
     @property
     def speaking(self) -> Phase:

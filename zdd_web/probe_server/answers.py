@@ -19,6 +19,9 @@ from zdd_web.settings import Settings
 #: How often an unknown path may make the table anew, seconds: a worker may have registered a check meanwhile.
 REMAKE = 1.0
 
+#: For how long a master must be seen to stall before that is logged, seconds.
+CONFIRM = 1.0
+
 METRICS_PATH = "/metrics"
 
 
@@ -108,9 +111,13 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._failing: dict[Probe, bool] = {Probe.LIVENESS: False, Probe.READINESS: False}
+        #: Since when the master stalls, on the monotonic clock; None while it does not. And whether that was logged.
+        self._stalled_since: float | None = None
+        self._stall_logged = False
 
     def see(self, health: Health) -> None:
         """Log what has changed. Not of a generation that boots, nor of one whose successor says it."""
+        self._see_master(health.master_stalled)
         if health.phase in (Phase.BOOTING, Phase.RETIRING):
             return
         for probe, was in self._failing.items():
@@ -125,3 +132,15 @@ class Verdicts:
                 log.emit("probe.failing", level, probe=probe.value, reason=reason)
             else:
                 log.emit("probe.passing", probe=probe.value)
+
+    def _see_master(self, stalled: float) -> None:
+        if not stalled:
+            if self._stall_logged:
+                log.emit("master.resumed")
+            self._stalled_since, self._stall_logged = None, False
+            return
+        # When the whole host was paused, this process may look before the master had a chance to run.
+        self._stalled_since = self._stalled_since or time.monotonic()
+        if not self._stall_logged and time.monotonic() - self._stalled_since >= CONFIRM:
+            self._stall_logged = True
+            log.emit("master.stalled", logging.WARNING, seconds=stalled)
