@@ -12,7 +12,8 @@ from zdd_web import log, proc
 from zdd_web.board import Board
 from zdd_web.health import Health, Probe, Question, Reply, Status, answer, examine, not_found, plain, table
 from zdd_web.lifecycle import Phase
-from zdd_web.metrics import Collector, exposition
+from zdd_web.metrics import Collector
+from zdd_web.probe_server.scrapes import Scrapes
 from zdd_web.probes import kinds, look, may_see
 from zdd_web.settings import Settings
 
@@ -55,11 +56,17 @@ class Answers:
     def __init__(self, board: Board, settings: Settings, predecessors: Board | None = None) -> None:
         self._board, self._settings, self._predecessors = board, settings, predecessors
         # Kept: what it has shown once never becomes less.
-        self._collector = Collector(board, predecessors)
+        self._scrapes = Scrapes(Collector(board, predecessors))
         self._probes: dict[str, tuple[Probe, str]] = {}
         self._made_at = -REMAKE
+        self._liveness_path = settings.liveness_path.encode()
         #: Nobody moves the phase of this generation any more.
         self.orphaned = False
+
+    def is_liveness(self, head: bytes | bytearray) -> bool:
+        """Tell whether a request that begins like this asks for liveness, without taking it apart."""
+        target = head[:256].partition(b" ")[2]
+        return target.startswith(self._liveness_path)
 
     def reply(self, asked: Asked) -> Reply:
         """Answer a request."""
@@ -75,7 +82,7 @@ class Answers:
 
     def _metrics(self, asked: Asked, *, details: bool) -> Reply:
         try:
-            content_type, body = exposition(self._collector, asked.accept, details=details)
+            content_type, body = self._scrapes.get(asked.accept, details=details)
         except ImportError:
             return plain(
                 501,
