@@ -362,7 +362,7 @@ def zdd(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "shared", registry.Registry())
 
 
 def test_command_needs_no_database_and_no_other_checks() -> None:
