@@ -29,7 +29,7 @@ def test_examples_of_a_module_do_what_they_say(name: str, monkeypatch: pytest.Mo
     # An example may make this process one of zdd_web's; it is taken back.
     monkeypatch.setattr(process, "_current", None)
     monkeypatch.setattr(hooks, "state", None)
-    monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "shared", registry.Registry())
     module = importlib.import_module(name)
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.failed == 0

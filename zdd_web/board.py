@@ -163,12 +163,25 @@ class Header(Record):
     boot_timeout = Word(194)
     #: There is no gunicorn, and nobody else has this board.
     alone = Word(195)
-    #: What is wrong with a successor that serves; read by a generation that retires.
-    successor_trouble = Text(200, 120)
+    #: `successor_trouble` as far as it fits; boards of versions without the whole have this alone.
+    successor_trouble_cut = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
     BEFORE_AT = 220
     LISTENERS_AT = 240
-    WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
+    #: The names of all checks of a successor, and more: see `successor_trouble`.
+    successor_trouble_whole = Text(LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS, 2048)
+    WORDS = successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD
+
+    @property
+    def successor_trouble(self) -> str:
+        """What fails in a successor that serves, joined by "; "; read by a generation that retires."""
+        # The header of an earlier version ends before it.
+        has_whole = self.slots_at > Header.successor_trouble_whole.index
+        return self.successor_trouble_whole if has_whole else self.successor_trouble_cut
+
+    @successor_trouble.setter
+    def successor_trouble(self, value: str) -> None:
+        self.successor_trouble_whole = self.successor_trouble_cut = value
 
     def listener(self, index: int) -> ListenerRecord:
         """Return the record of a listener, with an index from 0."""

@@ -30,6 +30,10 @@ class UpgradeError(ZddError):
     """An upgrade was refused or failed; the old generation serves on."""
 
 
+class NeedsUpgrade(ZddError):
+    """A reload (SIGHUP) was refused, because only an upgrade (SIGUSR2) can make the change."""
+
+
 class ServiceNotFound(ZddError):
     """No running service, or more than one, answers to what the operator named."""
 

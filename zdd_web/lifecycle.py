@@ -78,6 +78,27 @@ STOPPING = frozenset({Phase.LAME_DUCK, Phase.DRAINING})
 #: A worker obeys SIGTERM at once in these; in the others only when its slot says `retire`.
 WORKERS_LEAVE = frozenset({Phase.DRAINING, Phase.RETIRING, Phase.STOPPED})
 
+#: The main loop of a master runs at least once a second in these; before, it may be loading a preloaded app.
+LOOPING = frozenset({Phase.SERVING, Phase.LAME_DUCK, Phase.DRAINING, Phase.RETIRING})
+
+#: A main loop that has not run for so long, in seconds, is stopped or stuck: the workers may serve on, but no signal is
+#: obeyed and no worker is replaced.
+STALLED_AFTER = 5.0
+
+
+def stalled_for(phase: Phase, tick_at: int, now: int) -> float:
+    """Return for how many seconds a master's main loop has not run; 0 for one that runs.
+
+    `tick_at` and `now` are monotonic nanoseconds.
+
+    >>> stalled_for(Phase.SERVING, tick_at=1_000_000_000, now=9_000_000_000)
+    8.0
+    >>> stalled_for(Phase.SERVING, tick_at=8_000_000_000, now=9_000_000_000)
+    0.0
+    """
+    silent = (now - tick_at) / 1e9
+    return silent if tick_at and phase in LOOPING and silent > STALLED_AFTER else 0.0
+
 
 def after(phase: Phase, event: Event) -> Phase:
     """Return the phase that follows `phase` upon `event`.

@@ -60,6 +60,8 @@ EVENTS = {
     "probes.restarted": "the probe port's process had ended; another answers",
     "probe.failing": "a probe says 503 from now on; reason says why",
     "probe.passing": "a probe that had failed says 200 again",
+    "master.stalled": "the main loop of the master has stopped: no signal is obeyed and no worker is replaced",
+    "master.resumed": "the main loop of the master runs again",
     "background.waiting": "a leaving worker waits for its background work",
     "background.failed": "a background task raised",
     "background.abandoned": "a background task was not finished at the deadline",

@@ -121,6 +121,8 @@ class Collector:
         yield self._labelled("phase", "The generation's phase: 1 for the one it is in.", "phase",
                              {phase.label: phase is snapshot.phase for phase in Phase})  # fmt: skip
         yield gauge("generation", "The generation's number along a chain of upgrades.", snapshot.generation)
+        silence = clock.since(snapshot.tick_at) if snapshot.tick_at else 0.0
+        yield gauge("master_silence_seconds", "Since the master's main loop last ran.", silence)
         yield gauge("workers_wanted", "How many workers there should be.", snapshot.workers_wanted)
         states = Counter(worker.state for worker in snapshot.workers)
         yield self._labelled("workers", "Workers by what they do.", "state",

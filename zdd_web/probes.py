@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 from collections.abc import Callable
 
 from zdd_web import checks, clock, process
 from zdd_web.board import Board, CheckRecord, WorkerState
+from zdd_web.checks import registry
 from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
-from zdd_web.lifecycle import Phase
+from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.record import one_of
 from zdd_web.settings import FrameworkSettings, Settings, of_app
 
@@ -39,6 +41,7 @@ def look(board: Board) -> Health:
         workers=tuple(workers),
         silence=max(0.0, (now - beat_at) / 1e9),
         worker_timeout=limit / 1e9 if limit else None,
+        master_stalled=stalled_for(Phase(header.phase), header.tick_at, now),
     )
 
 
@@ -84,11 +87,15 @@ class Probes:
     """Which paths are probes, for one app, and the answers to them. For adaptors.
 
     `brought` is called for the app's own settings when they are first needed, and again after `forget()` and whenever
-    the settings of the process, or its checks, have changed.
+    the settings of the process, or its checks, have changed. `own` has the checks of this app, besides those that all
+    apps share; in a worker of gunicorn, each app answers for all of them.
     """
 
-    def __init__(self, brought: Callable[[], FrameworkSettings] | None = None) -> None:
+    def __init__(
+        self, brought: Callable[[], FrameworkSettings] | None = None, own: checks.Registry | None = None
+    ) -> None:
         self._brought = brought
+        self._own = own
         # Kept, since each request of the app is looked up in it; in one attribute, so that threads see all or nothing.
         self._made: tuple[Settings | None, Settings | None, int, dict[str, tuple[Probe, str]]] = (None, None, 0, {})
 
@@ -98,18 +105,22 @@ class Probes:
 
     def asks(self, path: str) -> bool:
         """Tell whether a path is a probe; for everybody else's requests this is all that happens."""
-        made_of, _, count, paths = self._made
-        if made_of is not process.current().settings or count != checks.count():
+        made_of, _, latest, paths = self._made
+        if made_of is not process.current().settings or latest != checks.latest():
             paths = self._make()
         return path in paths
 
     def must_wait(self) -> bool:
         """Whether an answer has to wait for the first results of checks: once, where there is no gunicorn."""
-        return process.current().must_run_checks
+        return process.current().must_run_checks(self._checks)
 
     def wait(self) -> None:
         """Wait for them; in asyncio code in a thread."""
-        process.current().run_checks()
+        process.current().results(self._checks)
+
+    @property
+    def _checks(self) -> checks.Registry:
+        return self._own if self._own is not None else registry.shared
 
     def answer(self, path: str, method: str, *, query: str = "", accept: str = "", peer: str = "") -> Reply | None:
         """Return the reply to a probe; None when the path is none.
@@ -124,20 +135,22 @@ class Probes:
             return None  # forgotten in between
         probe, only = asked
         here = process.current()
-        if here.must_run_checks:
-            here.run_checks()
+        results = here.results(self._checks)
+        health = look(here.board)
+        if results is not here.board:
+            health = dataclasses.replace(health, workers=look(results).workers)
         details = may_see(settings.details, peer, default="never")
         question = Question.read(method, query, accept, only=only, details=details)
-        return answer(probe, question, look(here.board))
+        return answer(probe, question, health)
 
     def _make(self) -> dict[str, tuple[Probe, str]]:
         here = process.current()
-        settings, count = here.settings, checks.count()
+        settings, latest = here.settings, checks.latest()
         own = of_app(settings, here.fixed, self._brought()) if self._brought else settings
         if here.alone:
             # gunicorn's workers do so before they serve.
-            checks.load(own.checks)
-            count = checks.count()
-        paths = table(own, checks.kinds())
-        self._made = settings, own, count, paths
+            checks.load(own.checks, into=self._checks)
+            latest = checks.latest()
+        paths = table(own, self._checks.kinds() if here.alone else checks.kinds())
+        self._made = settings, own, latest, paths
         return paths

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from zdd_web import checks, clock, waitgroup
 from zdd_web.board import Board, Header, Order, Slot, WorkerState
+from zdd_web.checks import registry
+from zdd_web.errors import LifecycleError
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
 
@@ -45,7 +47,11 @@ class Process:
         #: There is no gunicorn.
         self.alone = bool(board.header.alone)
         self._runner: checks.Runner | None = None
-        self._checks_run = 0
+        #: Which checks `self._runner` runs, for which app, and as of which `checks.latest()`.
+        self._run_for: checks.Registry | None = None
+        self._run_checks: list[checks.Check] = []
+        self._run_latest = 0
+        self._results = board
         self._make_runner_once = threading.Lock()
 
     def _tasks_changed(self, count: int) -> None:
@@ -97,34 +103,52 @@ class Process:
     def checks_runner(self, loop: Any = None) -> checks.Runner:
         """Make what runs the checks of this process, and have the board hold them, without a result yet."""
         # On a private board it is this process's anyway.
-        slot = self.slot if self.slot is not None else self.board.slot(0)
-        runner = checks.Runner(lambda state: _write(slot, state), self.is_leaving, loop)
+        return self._runner_on(self.slot if self.slot is not None else self.board.slot(0), loop)
+
+    def _runner_on(self, slot: Slot, loop: Any = None, only: list[checks.Check] | None = None) -> checks.Runner:
+        runner = checks.Runner(lambda state: _write(slot, state), self.is_leaving, loop, only)
         slot.checks = 0
         for state in runner.states:
             _write(slot, state)
         return runner
 
-    def run_checks(self) -> None:
-        """Where there is no gunicorn: have the checks run from now on, and wait for their first results."""
-        with self._make_runner_once:
-            if not self.must_run_checks:
-                return  # somebody else has, meanwhile
-            self.stop_checks()
-            runner, count = self.checks_runner(), checks.count()
-            limit = max((state.check.timeout for state in runner.states), default=0.0)
-            runner.settle(lambda: None, time.monotonic() + limit + 1)
-            runner.start()
-            self._runner, self._checks_run = runner, count
+    def results(self, of: checks.Registry) -> Board:
+        """Return the board on which the results of an app's checks are.
 
-    @property
-    def must_run_checks(self) -> bool:
-        """Whether there is no gunicorn, and checks that were not run yet."""
-        return self.alone and self._checks_run != checks.count()
+        Where there is no gunicorn, that app's checks run from now on, and this waits for the first results. Those of
+        another app, that was asked before, end: a test run makes thousands of apps.
+        """
+        if not self.alone:
+            return self.board
+        with self._make_runner_once:
+            if self.must_run_checks(of):
+                self._run_only(of)
+            return self._results
+
+    def _run_only(self, of: checks.Registry) -> None:
+        self.stop_checks()
+        latest, found = checks.latest(), of.registered()
+        # Each app has its own: a runner that has been stopped may still write.
+        self._results = self.board if of is registry.shared else Board.private()
+        runner = self._runner_on(self._results.slot(0), only=found)
+        limit = max((state.check.timeout for state in runner.states), default=0.0)
+        runner.settle(lambda: None, time.monotonic() + limit + 1)
+        runner.start()
+        self._runner, self._run_for, self._run_checks, self._run_latest = runner, of, found, latest
+
+    def must_run_checks(self, of: checks.Registry) -> bool:
+        """Whether there is no gunicorn, and the checks of an app are not those that run."""
+        if not self.alone:
+            return False
+        if self._run_for is of and self._run_latest == checks.latest():
+            return False
+        return self._run_for is not of or self._run_checks != of.registered()
 
     def stop_checks(self) -> None:
-        """End what `run_checks()` has begun."""
+        """End what `results()` has begun."""
         if self._runner is not None:
             self._runner.stop()
+        self._runner, self._run_for = None, None
 
     def say(self, state: WorkerState) -> None:
         """Write this worker's state on the board."""
@@ -175,6 +199,20 @@ def bring(app: App, read: Callable[[App], FrameworkSettings]) -> None:
     The app is not kept alive: a test run makes thousands.
     """
     _apps[app] = read
+
+
+def reset() -> None:
+    """Forget what was registered for all apps of this process, as if no app had been made yet; between two tests.
+
+    That is: shared checks, functions of `on_drained`, and what groups of background work hold or refuse. Apps keep
+    their own checks. Raises `LifecycleError` in a worker of gunicorn.
+    """
+    if _current is not None and not _current.alone:
+        raise LifecycleError("reset() is for tests: this process is a worker of gunicorn, which serves")
+    if _current is not None:
+        _current.stop_checks()
+    registry.shared.clear()
+    waitgroup.reset()
 
 
 def brought() -> list[FrameworkSettings]:

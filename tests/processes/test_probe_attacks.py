@@ -13,6 +13,7 @@ import signal
 import socket
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -775,6 +776,26 @@ def test_strange_clients_are_answered_or_refused_and_cost_nothing(make_service: 
     assert received.count(b" 200 OK\r\n") == 30
     assert received.count(b" 404 ") == 1
     assert process_of(service) == pid
+    assert not service.matches(r"event=internal\.error")
+
+
+def test_liveness_is_fast_beside_clients_that_pipeline_scrapes_and_many_that_are_silent(make_service: Make):
+    service = make_service(workers=1).configure(probe_bind="127.0.0.1:0").start()
+    port = port_of(service)
+    ask(port, "/metrics")  # the first one imports prometheus_client
+    scrapes = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 400
+    took = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(700):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+        # Together they ask for ten seconds' worth of metrics, rendered one after the other.
+        for _ in range(8):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE)).sendall(scrapes)
+        for _ in range(20):
+            began = time.monotonic()
+            assert ask(port, LIVE).status == 200
+            took.append(time.monotonic() - began)
+    assert max(took) < 1, took
     assert not service.matches(r"event=internal\.error")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import resource
@@ -201,6 +202,28 @@ def test_liveness_fails_when_no_worker_has_beaten_for_the_worker_timeout(one: Se
     is_gone(one, port)
 
 
+def test_a_master_whose_main_loop_has_stopped_is_reported_and_its_workers_serve_on(one: Service) -> None:
+    one.start()
+    port, master = port_of(one), one.pid
+    assert one.run("status", "--pid", str(master)).returncode == 0
+    os.kill(master, signal.SIGSTOP)
+    line = one.wait_for(r"event=master\.stalled seconds=")
+    assert "WARNING" in line
+    assert statuses(port) == (200, 200, 200)
+    assert b"[!]master its main loop has not run for " in says(port, b"GET /readyz?verbose HTTP/1.0\r\n\r\n")
+    said = one.run("status", "--pid", str(master))
+    assert said.returncode == 1
+    assert "  serving, stalled  " in said.stdout
+    assert f"generation 1 (pid {master}): its main loop has not run for " in said.stderr
+    programs = one.run("status", "--pid", str(master), "--json")
+    assert (programs.returncode, json.loads(programs.stdout)["generations"][0]["stalled_for"] > 5) == (1, True)
+    assert one.get().status == 200
+    os.kill(master, signal.SIGCONT)
+    one.wait_for(r"event=master\.resumed")
+    assert one.run("status", "--pid", str(master)).returncode == 0
+    one.stop()
+
+
 def test_readiness_fails_when_all_workers_are_dead_and_passes_when_others_serve(one: Service) -> None:
     one.start()
     port = port_of(one)
@@ -226,6 +249,8 @@ def test_every_probe_that_kubernetes_and_people_send_is_answered(one: Service) -
         b"GET /readyz HTTP/1.0\r\nHost: shop.example\r\nX-Forwarded-Proto: http\r\n\r\n",
         b"GET http://10.1.2.3/healthz HTTP/1.1\r\nHost: 10.1.2.3\r\nConnection: close\r\n\r\n",
         b"HEAD /livez HTTP/1.1\nHost: a\nConnection: close\n\n",
+        # HAProxy's `option httpchk /readyz`.
+        b"OPTIONS /readyz HTTP/1.0\r\n\r\n",
     ):
         assert says(port, request).startswith(b"HTTP/1.1 200 OK\r\n"), request
     # Who asks from this machine may see why.

@@ -362,6 +362,7 @@ def test_abort_ends_a_worker_that_does_not_beat(service: Service):
         with pytest.raises((ConnectionError, OSError)):
             reply.result()
     settled(service, 2, without=[stuck])
+    assert service.in_office().board.header.workers_lost == 1
     service.stop()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from tests.processes.harness import Service, answered_from, serving_workers, settled, until
 from zdd_web import proc
@@ -120,3 +121,12 @@ def test_a_request_in_flight_is_counted_and_counted_out(service: Service):
     until("the task", lambda: service.snapshot().tasks == 1 or time.monotonic() - began > 5, service)
     until("its end", lambda: service.snapshot().tasks == 0, service)
     service.stop()
+
+
+def test_worker_that_its_timeout_ends_while_it_boots_has_failed_to_boot(make_service: Callable[..., Service]):
+    service = make_service("sync", workers=1)
+    service.arguments = ["--timeout", "1"]
+    service.configure(warmup=["/slow?seconds=600"]).spawn()
+    service.wait_for(r"event=worker\.boot_failed .*retry_in=0\.5")
+    service.signal(signal.SIGTERM)
+    service.ends(status=None)

@@ -69,7 +69,8 @@ def test_head_and_other_methods(service: Service) -> None:
     status, headers, body = ask(asgi, "/livez", "HEAD")
     assert (status, body, headers["content-length"]) == (200, b"", "3")
     status, headers, _ = ask(asgi, "/livez", "POST")
-    assert (status, headers["allow"]) == (405, "GET, HEAD")
+    assert (status, headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+    assert ask(asgi, "/livez", "OPTIONS")[::2] == (200, b"")
 
 
 @pytest.mark.parametrize(

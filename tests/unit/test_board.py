@@ -91,7 +91,10 @@ def test_every_word_of_the_header_has_a_place_of_its_own(board: Board) -> None:
 
 def test_fields_of_a_record_do_not_overlap() -> None:
     blocks = {
-        Header: [(Header.BEFORE_AT, Header.LISTENERS_AT), (Header.LISTENERS_AT, Header.WORDS)],
+        Header: [
+            (Header.BEFORE_AT, Header.LISTENERS_AT),
+            (Header.LISTENERS_AT, Header.LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS),
+        ],
         Slot: [
             (Slot.CHECKS_AT, Slot.CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS),
             (Slot.ACCEPTS_AT, Slot.ACCEPTS_AT + MOST_LISTENERS),

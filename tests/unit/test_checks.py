@@ -12,20 +12,21 @@ from typing import Any
 
 import pytest
 
-from zdd_web import process
+from zdd_web import process, waitgroup
 from zdd_web.board import MAX_CHECKS, Board
-from zdd_web.checks import Runner, State, check, failing, load, pass_all, registered, registry, runner
-from zdd_web.errors import SettingsError
+from zdd_web.checks import Registry, Runner, State, check, failing, load, pass_all, registered, registry, runner
+from zdd_web.errors import LifecycleError, SettingsError
 from zdd_web.health import Kind, Result
-from zdd_web.probes import Probes, is_loopback, look, may_see
+from zdd_web.probes import Probes, is_loopback, kinds, look, may_see
 from zdd_web.settings import Settings
+from zdd_web.waitgroup import background, on_drained, run_drained_hooks
 
 DEADLINE = 20
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "shared", registry.Registry())
     monkeypatch.setattr(registry, "listener", None)
     monkeypatch.setattr(runner, "AGAIN", 0.01)
     monkeypatch.setattr(runner, "BEAT", 0.01)
@@ -424,6 +425,84 @@ def test_a_check_that_comes_later_is_asked_too() -> None:
     reply = probes.answer("/readyz", "GET", peer="10.1.2.3")
     assert reply is not None and b"[-]late it returned False" in reply.body
     here.stop_checks()
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[process.Process]:
+    """This process as a worker of gunicorn."""
+    monkeypatch.setattr(waitgroup, "observer", None)
+    board = Board.private()
+    board.header.alone = 0
+    yield process.attach(board, board.slot(0), Settings())
+    process.attach(Board.private(), None, Settings())
+
+
+def test_a_worker_runs_the_checks_of_all_apps(worker: process.Process) -> None:
+    check("shared")(lambda: None)
+    apps = [Registry(), Registry()]
+    apps[0].check("one")(lambda: None)
+    apps[1].check("two")(lambda: None)
+    assert [state.check.name for state in worker.checks_runner().states] == ["shared", "one", "two"]
+    assert set(kinds(worker.board)) == {"shared", "one", "two"}
+    # Whichever app is asked.
+    assert (Probes(own=apps[0]).answer("/readyz/two", "GET") or pytest.fail()).status == 503
+
+
+def test_two_apps_of_a_worker_share_a_name_only_for_the_same_check() -> None:
+    def factory(result: bool) -> Registry:
+        made = Registry()
+        made.check("database")(lambda: result)
+        return made
+
+    apps = [factory(False), factory(True)]
+    (only,) = registered()
+    assert only.function() is True
+    other = Registry()
+    other.check("database")(quiet)
+    with pytest.raises(SettingsError, match=r"check 'database' is registered twice, by .*factory.* and .*quiet"):
+        registered()
+    del apps
+
+
+def test_a_check_that_is_registered_again_in_a_worker_runs_from_then_on() -> None:
+    answers, calls = [], []
+
+    def register(answer: str) -> None:
+        check("database", interval=0.01)(lambda: calls.append(answer))
+
+    register("old")
+    made = Runner(lambda state: answers.append(state.result))
+    made.start()
+    until = time.monotonic() + DEADLINE
+    while "old" not in calls:
+        assert time.monotonic() < until
+    register("new")
+    while "new" not in calls:
+        assert time.monotonic() < until
+    made.stop()
+    assert len(made.states) == 1
+
+
+def test_reset_forgets_what_all_apps_share_and_opens_groups_again() -> None:
+    here = process.attach(Board.private(), None, Settings())
+    check("database")(lambda: False)
+    own = Registry()
+    own.check("own")(lambda: None)
+    on_drained(lambda: pytest.fail())
+    background.close()
+    probes = Probes()
+    assert (probes.answer("/readyz", "GET") or pytest.fail()).status == 503
+    process.reset()
+    assert (probes.answer("/readyz", "GET") or pytest.fail()).status == 200
+    assert background.go(lambda: 1).result(DEADLINE) == 1
+    run_drained_hooks()
+    assert list(own.kinds()) == ["own"]
+    here.stop_checks()
+
+
+def test_a_worker_is_not_reset(worker: process.Process) -> None:
+    with pytest.raises(LifecycleError, match=r"reset\(\) is for tests"):
+        process.reset()
 
 
 def test_a_result_that_is_too_old_is_no_result() -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import zdd_web
 from tests.unit.forks import PATIENCE, in_child, spawn, status_of
-from zdd_web import proc, service
+from zdd_web import clock, proc, service
 from zdd_web.board import Board, UpgradeState, WorkerState
 from zdd_web.cli import LOG_LINES, main
 from zdd_web.errors import ServiceNotFound
@@ -54,6 +54,7 @@ class Masters:
         successor: int = 0,
         younger_by: int = 0,
         listener: str = "",
+        ticked_before: float = 0.0,
     ) -> int:
         reader, writer = os.pipe()
 
@@ -63,6 +64,7 @@ class Masters:
             header.generation, header.phase, header.phase_since = generation, phase, 1
             header.master_start, header.workers_wanted = proc.start_time(os.getpid()) + younger_by, 2
             header.predecessor_pid, header.successor_pid = predecessor, successor
+            header.tick_at = clock.after_ns(-ticked_before)
             header.listener_count = bool(listener)
             header.listener(0).name = listener
             slot = board.claim(1)
@@ -391,6 +393,29 @@ def test_status_for_programs_is_json_whoever_is_named_how(masters: Masters, name
     }
     assert [worker["state"] for worker in generation["workers"]] == ["serving", "leaving"]
     assert (generation["successor_phase"], generation["upgrade_state"]) == (None, "none")
+
+
+@pytest.mark.parametrize(
+    ("phase", "silent", "stalled"),
+    [
+        (Phase.SERVING, 60.0, True),
+        (Phase.DRAINING, 60.0, True),
+        (Phase.SERVING, 0.0, False),
+        (Phase.BOOTING, 60.0, False),
+    ],
+)
+def test_status_of_a_master_whose_main_loop_has_stopped_is_status_1(
+    masters: Masters, name: str, phase: Phase, silent: float, stalled: bool
+) -> None:
+    masters.start(name, phase=phase, ticked_before=silent)
+    result, programs = zdd("status", "--name", name), zdd("status", "--name", name, "--json")
+    assert (result.exit_code, programs.exit_code) == (stalled, stalled)
+    assert (f"{phase.label}, stalled" in result.output, "its main loop has not run for 6" in result.stderr) == (
+        stalled,
+        stalled,
+    )
+    (generation,) = json.loads(programs.stdout)["generations"]
+    assert (generation["phase"], generation["stalled_for"] >= silent) == (phase.label, stalled or not silent)
 
 
 def test_status_of_everything_shows_every_service(masters: Masters, name: str) -> None:

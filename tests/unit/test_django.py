@@ -106,10 +106,15 @@ def test_head_is_get_without_the_body(ask: Ask) -> None:
     assert (response.status_code, response.content, response.headers["Content-Length"]) == (200, b"", "3")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_other_methods_are_not_allowed(ask: Ask, method: str) -> None:
     response = ask(method, "/healthz")
-    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+def test_options_is_get_without_the_body(ask: Ask) -> None:
+    response = ask("OPTIONS", "/healthz")
+    assert (response.status_code, response.content, response.headers["Content-Length"]) == (200, b"", "0")
 
 
 def test_drain_shows_in_readiness_and_not_in_liveness(ask: Ask, serving: Board) -> None:
@@ -357,7 +362,7 @@ def zdd(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "shared", registry.Registry())
 
 
 def test_command_needs_no_database_and_no_other_checks() -> None:

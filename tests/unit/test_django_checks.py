@@ -52,7 +52,7 @@ def test_a_cache_gives_back_what_it_was_given() -> None:
 
 
 def test_they_can_be_named_in_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_checks", {})
+    monkeypatch.setattr(registry, "shared", registry.Registry())
     paths = [f"zdd_web.django.checks.{name}" for name in ("database", "cache", "migrations")]
     load(Settings(checks=paths).checks)  # type: ignore[arg-type]
     assert [(each.name, each.kind, each.timeout) for each in registered()] == [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import NoReturn
 
@@ -19,7 +21,7 @@ from zdd_web import process
 from zdd_web.board import Board
 from zdd_web.checks import registry
 from zdd_web.errors import SettingsError
-from zdd_web.flask import ZddWeb
+from zdd_web.flask import ZddWeb, registry_of
 from zdd_web.flask.commands import zdd as commands
 from zdd_web.lifecycle import Phase
 
@@ -90,11 +92,17 @@ def test_head_is_get_without_the_body(app: flask.Flask) -> None:
     assert (response.status_code, response.data, response.headers["Content-Length"]) == (200, b"", "3")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_other_methods_are_not_allowed(app: flask.Flask, method: str) -> None:
     ZddWeb(app)
     response = app.test_client().open("/healthz", method=method)
-    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+def test_options_is_get_without_the_body(app: flask.Flask) -> None:
+    ZddWeb(app)
+    response = app.test_client().open("/healthz", method="OPTIONS")
+    assert (response.status_code, response.data, response.headers["Content-Length"]) == (200, b"", "0")
 
 
 def test_drain_shows_in_readiness_and_not_in_liveness(app: flask.Flask, service: Service) -> None:
@@ -126,7 +134,7 @@ def test_one_extension_serves_several_apps(app: flask.Flask) -> None:
     answers = [each.test_client().get(path).text for each in (app, other) for path in ("/", "/livez")]
     assert answers == ["the app", "ok\n", "the other app", "ok\n"]
     assert vars(zdd) == {}
-    assert (app.extensions["zdd_web"], other.extensions["zdd_web"]) == (True, True)
+    assert app.extensions["zdd_web"] is not other.extensions["zdd_web"]
 
 
 def test_two_extensions_for_an_app_are_one(app: flask.Flask) -> None:
@@ -225,9 +233,74 @@ def test_app_made_by_a_factory_is_reached_under_its_own_wsgi_app(app: flask.Flas
 # -- flask zdd
 
 
+def made_by_a_factory(database_is_up: bool, *, own: bool) -> flask.Flask:
+    app, zdd = flask.Flask("shop"), ZddWeb()
+    zdd.init_app(app)
+
+    def database() -> bool:
+        return database_is_up
+
+    (zdd.check(app, "database") if own else zdd_web.check("database"))(database)
+    return app
+
+
+def readiness(app: flask.Flask) -> int:
+    return app.test_client().get("/readyz").status_code
+
+
+def test_a_check_that_is_registered_again_is_the_new_one(no_checks: None) -> None:
+    broken = made_by_a_factory(False, own=False)
+    assert readiness(broken) == 503
+    healthy = made_by_a_factory(True, own=False)
+    assert (readiness(healthy), readiness(broken)) == (200, 200)
+
+
+def test_each_app_of_a_factory_has_checks_of_its_own(no_checks: None) -> None:
+    broken, healthy = made_by_a_factory(False, own=True), made_by_a_factory(True, own=True)
+    without = flask.Flask("without")
+    ZddWeb(without)
+    assert [readiness(app) for app in (broken, healthy, without, broken)] == [503, 200, 200, 503]
+    paths = [app.test_client().get("/readyz/database").status_code for app in (broken, healthy, without)]
+    assert paths == [503, 200, 404]
+    # What is registered for all is asked in each.
+    zdd_web.check("cache")(lambda: False)
+    assert [readiness(app) for app in (healthy, without)] == [503, 503]
+    assert list(registry_of(broken).kinds()) == ["cache", "database"]
+
+
+def test_checks_that_one_app_s_config_names_are_not_those_of_another(no_checks: None) -> None:
+    one, other = flask.Flask("one"), flask.Flask("other")
+    one.config["ZDD_WEB"] = {"CHECKS": [("tests.unit.test_flask.fails", {"name": "database"})]}
+    for app in (one, other):
+        ZddWeb(app)
+    assert (readiness(one), readiness(other)) == (503, 200)
+
+
+def fails() -> bool:
+    return False
+
+
+def test_a_check_needs_an_app_that_has_the_extension() -> None:
+    with pytest.raises(SettingsError, match=r"Flask app 'bare' was not given to ZddWeb: write ZddWeb\(app\)"):
+        ZddWeb().check(flask.Flask("bare"), "database")
+
+
+def test_apps_that_are_gone_leave_no_checks_running(no_checks: None) -> None:
+    for _ in range(20):
+        readiness(made_by_a_factory(True, own=True))
+    process.current().stop_checks()
+    deadline = time.monotonic() + 20
+    while any(thread.name == "zdd_web-checks" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+    gc.collect()
+    assert "database" not in registry.kinds()
+
+
 @pytest.fixture
-def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_checks", {})
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "shared", registry.Registry())
+    yield
+    process.current().stop_checks()
 
 
 def zdd(app: flask.Flask, *arguments: str) -> Result:

@@ -115,13 +115,25 @@ def test_head_is_get_without_the_body(probe: Probe, phase: Phase) -> None:
     assert (head.status, head.reason, head.headers, head.body) == (get.status, get.reason, get.headers, b"")
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get", ""])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "options", "get", ""])
 @pytest.mark.parametrize("probe", Probe)
 def test_other_methods_are_not_allowed_in_any_phase(probe: Probe, method: str) -> None:
     for phase in Phase:
         reply = ask(probe, phase, method=method)
         assert reply.status_line == "405 Method Not Allowed"
-        assert dict(reply.headers)["Allow"] == "GET, HEAD"
+        assert dict(reply.headers)["Allow"] == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize(("probe", "phase"), list(itertools.product(Probe, Phase)))
+def test_options_has_the_status_of_get_and_an_empty_body(probe: Probe, phase: Phase) -> None:
+    get, options = ask(probe, phase), ask(probe, phase, method="OPTIONS")
+    assert (options.status, options.reason, options.body) == (get.status, get.reason, b"")
+    expected = {**dict(get.headers), "Content-Length": "0", "Allow": "GET, HEAD, OPTIONS"}
+    assert dict(options.headers) == expected
+
+
+def test_options_for_a_path_that_does_not_exist_is_not_found() -> None:
+    assert (not_found("OPTIONS").status, not_found("OPTIONS").body) == (404, b"")
 
 
 @pytest.mark.parametrize(("probe", "method", "phase"), list(itertools.product(Probe, ["GET", "HEAD", "POST"], Phase)))
@@ -166,6 +178,15 @@ def test_a_check_alone_is_that_of_the_successor_while_a_generation_retires() -> 
     assert answer(Probe.READINESS, Question(only="database"), well).status == 200
     assert answer(Probe.READINESS, Question(only="database"), ill).status == 503
     assert answer(Probe.READINESS, Question(only="search"), ill).status == 200
+
+
+@pytest.mark.parametrize("probe", [Probe.LIVENESS, Probe.READINESS])
+def test_a_master_that_stalls_is_a_warning_and_fails_nothing(probe: Probe) -> None:
+    health = Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),), worker_timeout=30.0, master_stalled=42.0)
+    reply = answer(probe, Question(details=True, verbose=True), health)
+    assert reply.status == 200
+    assert b"[!]master its main loop has not run for 42 s\n" in reply.body
+    assert answer(probe, Question(), health).body == b"ok\n"
 
 
 def test_paths_are_those_of_the_settings() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from zdd_web import clock
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.health import Result
 from zdd_web.lifecycle import Phase
@@ -49,6 +50,11 @@ def scrape(board: Board, accept: str = "") -> dict[tuple[str, tuple[tuple[str, s
     assert content_type.startswith("text/plain")
     families = text_string_to_metric_families(body.decode())
     return {(each.name, tuple(each.labels.items())): each.value for family in families for each in family.samples}
+
+
+def test_the_silence_of_a_master_is_shown() -> None:
+    assert scrape(generation())["zdd_web_master_silence_seconds", ()] == 0
+    assert scrape(generation(tick_at=clock.after_ns(-60.0)))["zdd_web_master_silence_seconds", ()] >= 60
 
 
 def test_counts_outlive_the_worker_that_counted() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import os
 import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,10 +24,11 @@ from zdd_web import clock, proc
 from zdd_web.board import Board, WorkerState
 from zdd_web.health import Health, Kind, Reply, Result, WorkerSeen
 from zdd_web.lifecycle import Phase
-from zdd_web.probe_server import answers, connection, server
+from zdd_web.probe_server import answers, connection, scrapes, server, turns
 from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import HEAD_BYTES, Connection
 from zdd_web.probe_server.server import Server
+from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.probes import kinds
 from zdd_web.settings import Settings
 
@@ -109,6 +113,34 @@ def test_metrics_have_their_path(board: Board) -> None:
     assert reply.status == 200
     assert b"zdd_web_generation " in reply.body
     assert Answers(board, Settings()).reply(Asked("POST", "/metrics")).status == 405
+    options = Answers(board, Settings()).reply(Asked("OPTIONS", "/metrics"))
+    assert (options.status, options.body) == (200, b"")
+
+
+def test_metrics_are_rendered_at_most_once_a_second_whatever_clients_accept(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def exposition(collector: object, accept: str, *, details: bool) -> tuple[str, bytes]:
+        made.append(accept)
+        return "text/plain", f"{len(made)} {details}".encode()
+
+    now = [100.0]
+    monkeypatch.setattr(scrapes, "exposition", exposition)
+    monkeypatch.setattr(scrapes, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    found = Answers(board, Settings())
+
+    def scrape(accept: str, peer: str = "127.0.0.1") -> bytes:
+        return found.reply(Asked("GET", "/metrics", accept=accept, peer=peer)).body
+
+    assert {scrape("") for _ in range(100)} == {b"1 True"}
+    # Names of checks are not for those who may not see them, kept or not.
+    assert scrape("", peer="10.0.0.7") == b"2 False"
+    assert {scrape(f"text/plain; version={number}") for number in range(100)} == {b"1 True", b"3 True", b"4 True"}
+    assert scrape("x" * 5000) == b"1 True"
+    now[0] += scrapes.KEEP
+    assert scrape("") == b"5 True"
 
 
 def test_metrics_without_their_library_say_how_to_get_it(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +188,24 @@ def test_a_verdict_is_logged_when_it_changes_and_not_while_a_generation_boots_or
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
 
 
+def test_a_master_that_stalls_is_logged_once_and_not_before_it_has_had_time_to_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "zdd_web")
+    verdicts, well = Verdicts(), Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),))
+    stalled = dataclasses.replace(well, master_stalled=6.0)
+    for health in (stalled, stalled, well):
+        verdicts.see(health)
+    assert caplog.records == []
+    monkeypatch.setattr(answers, "CONFIRM", 0.0)
+    for health in (stalled, stalled, well, well):
+        verdicts.see(health)
+    assert [record.getMessage() for record in caplog.records] == [
+        "event=master.stalled seconds=6",
+        "event=master.resumed",
+    ]
+
+
 # -- one connection
 
 
@@ -194,6 +244,22 @@ class FakeOwner:
         self.asked: list[Asked] = []
         self.kept = keeps
         self.answer = OK
+        self.waiting: Turns[Connection] = Turns()
+        self.ranks: list[Rank] = []
+
+    def is_liveness(self, head: bytes | bytearray) -> bool:
+        return head.startswith(b"GET /livez")
+
+    def wait(self, connection: Connection, rank: Rank) -> None:
+        self.ranks.append(rank)
+        self.waiting.add(connection, rank)
+
+    def turn(self) -> None:
+        next(self.waiting.round()).take_turn()
+
+    def finish(self) -> None:
+        while self.waiting:
+            self.turn()
 
     def reply(self, asked: Asked) -> Reply:
         self.asked.append(asked)
@@ -216,11 +282,14 @@ class Talk:
         self.transport = FakeTransport(self.connection)
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
 
+    def sends(self, data: bytes) -> None:
+        self.owner.buffer[: len(data)] = data
+        self.connection.buffer_updated(len(data))
+
     def says(self, data: bytes) -> Talk:
         for start in range(0, len(data), len(self.owner.buffer)):
-            part = data[start : start + len(self.owner.buffer)]
-            self.owner.buffer[: len(part)] = part
-            self.connection.buffer_updated(len(part))
+            self.sends(data[start : start + len(self.owner.buffer)])
+            self.owner.finish()
         return self
 
     @property
@@ -351,6 +420,7 @@ def test_a_client_that_reads_nothing_is_answered_no_more_until_it_does() -> None
     assert len(talk.transport.written) < 2 * connection.UNREAD_BYTES
     talk.transport.unread = 0
     talk.connection.resume_writing()
+    talk.owner.finish()
     assert len(talk.owner.asked) == 6
     talk.connection.close()
     assert talk.done[-1] == "abort"
@@ -366,7 +436,87 @@ def test_no_bytes_raise_or_are_kept_beyond_the_limit(chunks: list[bytes]) -> Non
     assert set(talk.statuses) <= {200, 400, 431, 501, 505}
 
 
+def test_a_turn_has_one_answer_and_what_a_client_sends_meanwhile_is_bounded() -> None:
+    talk = Talk()
+    talk.sends(ONE * 400)
+    talk.sends(ONE * 400)
+    assert talk.owner.ranks == [Rank.OTHER]
+    assert talk.done == ["pause_reading"]
+    for number in range(1, 800):
+        talk.owner.turn()
+        assert len(talk.owner.asked) == number
+    assert talk.done == ["pause_reading"]
+    talk.owner.finish()
+    assert talk.done == ["pause_reading", "resume_reading"]
+    assert len(talk.statuses) == 800
+    assert set(talk.owner.ranks[1:]) == {Rank.PIPELINED}
+
+
+def test_liveness_goes_first_but_not_what_is_pipelined_behind_it() -> None:
+    talk = Talk().says(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" * 2 + ONE).says(ONE)
+    assert talk.owner.ranks == [Rank.LIVENESS, Rank.PIPELINED, Rank.PIPELINED, Rank.OTHER]
+
+
+@pytest.mark.parametrize(
+    ("head", "is_liveness"),
+    [(b"GET /alive HTTP/1.1\r\n", True), (b"OPTIONS /alive?verbose HT", True), (b"GET /alive/db HTTP/1.1", True),
+     (b"GET /readyz HTTP/1.1\r\nReferer: /alive", False), (b"GET", False), (b"", False)],
+)  # fmt: skip
+def test_liveness_is_known_by_its_path(board: Board, head: bytes, is_liveness: bool) -> None:
+    assert Answers(board, Settings(liveness_path="/alive")).is_liveness(head) is is_liveness
+
+
+def test_all_that_was_asked_before_the_client_closed_its_half_is_answered() -> None:
+    talk = Talk()
+    talk.sends(ONE * 3)
+    assert talk.connection.eof_received() is True
+    talk.owner.finish()
+    assert talk.statuses == [200] * 3
+    assert talk.done == ["close"]
+    assert Talk().connection.eof_received() is False
+
+
+# -- turns
+
+
+def test_a_round_is_by_rank_with_one_of_each_and_the_rest_while_there_is_time() -> None:
+    clock_ = itertools.count(0, turns.ROUND / 4)
+    waiting: Turns[str] = Turns(lambda: next(clock_))
+    for number in range(9):
+        for rank in Rank:
+            waiting.add(f"{rank.name}{number}", rank)
+    first = []
+    for each in waiting.round():
+        first.append(each)
+        waiting.add("again", Rank.LIVENESS)
+    assert first == ["LIVENESS0", "LIVENESS1", "LIVENESS2", "LIVENESS3", "OTHER0", "PIPELINED0"]
+    assert len(waiting) == 27
+    rest = [each for _ in range(27) for each in waiting.round()]
+    assert [each for each in rest if each != "again"][:2] == ["LIVENESS4", "LIVENESS5"]
+    assert len(waiting) == 0
+
+
 # -- the loop
+
+
+def test_a_new_connection_is_not_closed_for_those_that_were_answered_before(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CONNECTIONS", 3)
+    monkeypatch.setattr(server, "NEW_SECONDS", 600.0)
+
+    def client(port: int) -> None:
+        with contextlib.ExitStack() as stack:
+            known = [stack.enter_context(connect(port)) for _ in range(3)]
+            for sock in known:
+                asks(sock)
+            new = [stack.enter_context(connect(port)) for _ in range(2)]
+            # The first of them has not asked yet when the second comes.
+            for sock in (known[2], *new):
+                assert asks(sock).startswith(b"HTTP/1.1 200")
+
+    with running(board, client):
+        pass
 
 
 @contextlib.contextmanager

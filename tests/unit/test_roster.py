@@ -274,6 +274,30 @@ def test_worker_that_gave_work_up_has_that_reported(roster: Roster, server: Serv
     assert roster.slot_of(hire(roster, server, 12)).abandoned == 0
 
 
+@pytest.mark.parametrize(
+    ("state", "status", "lost"),
+    [
+        pytest.param(SERVING, 0, True, id="it ended by itself"),
+        pytest.param(SERVING, signal.SIGKILL, True, id="killed"),
+        pytest.param(SERVING, None, True, id="its end was not seen"),
+        pytest.param(LEAVING, 1 << 8, True, id="timeout"),
+        pytest.param(LEAVING, signal.SIGKILL, True, id="killed after a timeout"),
+        pytest.param(LEAVING, 0, False, id="SIGTERM from a person"),
+        pytest.param(BOOTING, 1 << 8, False, id="it had not served"),
+    ],
+)
+def test_worker_is_lost_that_served_and_ended_without_an_order(
+    roster: Roster, server: Server, state: WorkerState, status: int | None, lost: bool
+) -> None:
+    for pid in (11, 12):
+        hire(roster, server, pid, state)
+        if status is not None:
+            roster.reaped(pid, status)
+    roster.retire([12], clock.NEVER)
+    server.WORKERS.clear()
+    assert [gone.lost for gone in roster.reconcile()] == [lost, False]
+
+
 def test_full_board_refuses_a_worker_and_keeps_the_books(roster: Roster, server: Server) -> None:
     for pid in range(4):
         hire(roster, server, 11 + pid)

@@ -20,6 +20,7 @@ from django.test import override_settings
 
 from zdd_web.apps import ZddWebConfig
 from zdd_web.board import Board
+from zdd_web.checks import Registry
 from zdd_web.django import system_checks
 from zdd_web.django.middleware import ProbeMiddleware
 from zdd_web.django.system_checks import COMMON, MIDDLEWARE, SECURITY
@@ -244,7 +245,7 @@ def test_every_id_is_documented_and_no_other() -> None:
     ],
 )
 def test_checks_that_cannot_be_are_found(checks: list[Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zdd_web.checks.registry._checks", {})
+    monkeypatch.setattr("zdd_web.checks.registry.shared", Registry())
     messages = found(ZDD_WEB={"CHECKS": checks})
     assert set(messages) == {"E003"}
     assert said in messages["E003"]

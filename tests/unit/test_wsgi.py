@@ -40,7 +40,7 @@ PATHS = {"/livez": Probe.LIVENESS, "/readyz/": Probe.READINESS, "/healthz": Prob
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
 def test_probe_is_answered_as_the_phase_decides(service: Service, phase: Phase, path: str, method: str) -> None:
     service(phase)
     reply = answer(PATHS[path], Question(method), Health(phase))

@@ -10,9 +10,22 @@ then it stands at the gate. So a release that cannot reach its database does not
 stands on the board, where probes read it.
 """
 
-from zdd_web.checks.registry import Check, check, count, kinds, registered
+from zdd_web.checks.registry import Check, Registry, check, count, kinds, latest, registered
 from zdd_web.checks.runner import Runner, State, failing, pass_all
 
 from zdd_web.checks.named import load  # isort: skip
 
-__all__ = ["Check", "Runner", "State", "check", "count", "failing", "kinds", "load", "pass_all", "registered"]
+__all__ = [
+    "Check",
+    "Registry",
+    "Runner",
+    "State",
+    "check",
+    "count",
+    "failing",
+    "kinds",
+    "latest",
+    "load",
+    "pass_all",
+    "registered",
+]

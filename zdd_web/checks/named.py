@@ -9,7 +9,8 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from zdd_web.checks.registry import check, count, registered
+from zdd_web.checks import registry as registries
+from zdd_web.checks.registry import Registry
 from zdd_web.errors import SettingsError
 from zdd_web.settings import CheckSetting
 
@@ -19,16 +20,17 @@ _OURS = ("name", "kind", "timeout", "interval", "critical")
 DEFAULTS = "zdd_check"
 
 
-def load(settings: Iterable[CheckSetting], source: str = "CHECKS") -> None:
-    """Import and register what CHECKS names.
+def load(settings: Iterable[CheckSetting], source: str = "CHECKS", into: Registry | None = None) -> None:
+    """Import and register what CHECKS names, as shared checks or `into` the registry of an app.
 
     Options of a check (`name`, `kind`, `timeout`, `interval`, `critical`) are taken, all others go to the function or
     the class. Raises `SettingsError` for what is not there, is no check, or brings none.
     """
+    registry = into if into is not None else registries.shared
     for path, options in settings:
         found = _find(path, source)
         if isinstance(found, types.ModuleType):
-            _expect_checks_of(found, path, source)
+            _expect_checks_of(found, path, source, registry)
             continue
         if not callable(found):
             raise SettingsError(f"{source}: {path} is {type(found).__name__}, and no function")
@@ -37,7 +39,7 @@ def load(settings: Iterable[CheckSetting], source: str = "CHECKS") -> None:
         try:
             function = _function(found, theirs)
             name = ours.pop("name", None) or path.rpartition(".")[2].lower()
-            check(name, **ours)(function)
+            registry.check(name, **ours)(function)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"{source}: {path} with {dict(options)}: {error}") from None
         except SettingsError as error:
@@ -62,12 +64,13 @@ def _find(path: str, source: str) -> Any:
         raise SettingsError(f"{source}: {path}: module {module_path!r} has no {name!r}") from None
 
 
-def _expect_checks_of(module: types.ModuleType, path: str, source: str) -> None:
-    modules = [str(getattr(each.function, "__module__", "")) for each in registered()]
+def _expect_checks_of(module: types.ModuleType, path: str, source: str, registry: Registry) -> None:
+    modules = [str(getattr(each.function, "__module__", "")) for each in registry.registered()]
     brought = [each for each in modules if each == path or each.startswith(f"{path}.")]
     if not brought:
+        known = len(registry.registered())
         raise SettingsError(
-            f"{source}: module {path} registers no check ({count()} are known): name a function in it, or decorate "
+            f"{source}: module {path} registers no check ({known} are known): name a function in it, or decorate "
             f"one with @zdd_web.check(...)"
         )
 

@@ -1,8 +1,16 @@
-"""Which checks there are: one registry a process, whatever apps live in it."""
+"""Which checks there are: those of each app, and those that all apps of the process share.
+
+`@zdd_web.check` registers a check that is shared: the right thing for a module of a process with one app. An app that
+is made by a factory has a registry of its own, so that a second app, in a test, does not run the checks of the first.
+A worker of gunicorn runs all of them: it is one thing to whatever probes it.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,10 +36,84 @@ class Check:
     kind: Kind = Kind.READINESS
 
 
-_checks: dict[str, Check] = {}
-
-#: Is told of a check that is registered when others run already.
+#: Is called with a check that is registered when others run already, in a worker.
 listener: Callable[[Check], None] | None = None
+
+_all: weakref.WeakSet[Registry] = weakref.WeakSet()
+_all_lock = threading.Lock()
+
+_numbers = itertools.count(1)
+_latest = 0
+
+
+def latest() -> int:
+    """Return a number that changes with every registry: asked on every request, to learn of new checks."""
+    return _latest
+
+
+def _changed() -> None:
+    global _latest
+    _latest = next(_numbers)
+
+
+class Registry:
+    """The checks of one app, after those that are shared.
+
+    >>> registry = Registry()
+    >>> @registry.check("doctest")
+    ... def always(): ...
+    >>> [each.name for each in registry.registered()]
+    ['doctest']
+    """
+
+    def __init__(self) -> None:
+        self._checks: dict[str, Check] = {}
+        self.number = next(_numbers)
+        with _all_lock:
+            _all.add(self)
+        _changed()
+
+    def check(
+        self, name: str, *, kind: str = "readiness", timeout: float = 2.0, interval: float = 10.0, critical: bool = True
+    ) -> Callable[[F], F]:
+        """Register a function as a check of this app; see `zdd_web.check`. Raises `SettingsError`."""
+        _validate(name, kind, timeout, interval)
+
+        def register(function: F) -> F:
+            # In a worker where they run already, those of other apps have their names and places on the board too.
+            known = by_name() if listener is not None else self.by_name()
+            _refuse_another(name, known.get(name), function)
+            if name not in known and len(known) >= MAX_CHECKS:
+                raise SettingsError(f"check {name!r} is one too many: a process may have {MAX_CHECKS}; combine some")
+            made = Check(name, function, float(timeout), float(interval), bool(critical), _KINDS[kind])
+            self._checks[name] = made
+            _changed()
+            if listener is not None:
+                listener(made)
+            return function
+
+        return register
+
+    def by_name(self) -> dict[str, Check]:
+        """Return its checks by their names."""
+        return {**shared._checks, **self._checks}
+
+    def registered(self) -> list[Check]:
+        """Return its checks, in the order in which they were registered, those that are shared first."""
+        return list(self.by_name().values())
+
+    def kinds(self) -> dict[str, Kind]:
+        """Return the names of its checks and their kinds."""
+        return {name: each.kind for name, each in self.by_name().items()}
+
+    def clear(self) -> None:
+        """Forget its checks, but for those that are shared."""
+        self._checks.clear()
+        _changed()
+
+
+#: The checks that all apps of this process have.
+shared = Registry()
 
 
 def check(
@@ -40,9 +122,10 @@ def check(
     """Register a function, sync or async, as a check. It fails when it raises, returns False or takes too long.
 
     It runs when a worker is to get ready, and then each `interval` seconds, for at most `timeout` seconds. `kind` is
-    the probe that it has a say in: "readiness", "liveness" (where taking too long is no failure), or "startup", which
+    the probe that it affects: "readiness", "liveness" (where taking too long is not a failure), or "startup", which
     is only asked of new workers. One that is not `critical` is reported, and has no other consequence.
 
+    All apps of the process have it. Registered again, by the same place in the code, it replaces the one before.
     Raises `SettingsError` for a name that another function has, or that cannot be logged, and for a value that cannot
     work.
 
@@ -50,6 +133,10 @@ def check(
     ... def always():
     ...     return True
     """
+    return shared.check(name, kind=kind, timeout=timeout, interval=interval, critical=critical)
+
+
+def _validate(name: object, kind: str, timeout: object, interval: object) -> None:
     if callable(name):
         raise SettingsError(f"check: {place(name)} was decorated without a name: write @zdd_web.check('database')")
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or len(name) > 48:
@@ -60,21 +147,13 @@ def check(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
             raise SettingsError(f"check {name!r}: {what} = {value!r} must be seconds between 0 and {most}")
 
-    def register(function: F) -> F:
-        known = _checks.get(name)
-        if known is not None and place(known.function) != place(function):
-            raise SettingsError(
-                f"check {name!r} is registered twice, by {place(known.function)} and {place(function)}: "
-                f"give one of them another name"
-            )
-        if known is None and len(_checks) >= MAX_CHECKS:
-            raise SettingsError(f"check {name!r} is one too many: a process may have {MAX_CHECKS}; combine some")
-        made = _checks[name] = Check(name, function, float(timeout), float(interval), bool(critical), _KINDS[kind])
-        if known is None and listener is not None:
-            listener(made)
-        return function
 
-    return register
+def _refuse_another(name: str, known: Check | None, function: Callable[[], Any]) -> None:
+    if known is not None and place(known.function) != place(function):
+        raise SettingsError(
+            f"check {name!r} is registered twice, by {place(known.function)} and {place(function)}: "
+            f"give one of them another name"
+        )
 
 
 def place(function: Callable[[], Any]) -> str:
@@ -87,16 +166,32 @@ def place(function: Callable[[], Any]) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
+def by_name() -> dict[str, Check]:
+    """Return the checks of all apps of this process, by their names.
+
+    Of two apps that one factory has made the later one counts. Raises `SettingsError` when different functions of two
+    apps have one name.
+    """
+    found = dict(shared._checks)
+    with _all_lock:
+        registries = sorted(_all, key=lambda each: each.number)
+    for registry in registries:
+        for name, each in registry._checks.items():
+            _refuse_another(name, found.get(name), each.function)
+            found[name] = each
+    return found
+
+
 def registered() -> list[Check]:
-    """Return all checks, in the order in which they were registered."""
-    return list(_checks.values())
+    """Return the checks of all apps of this process. Raises `SettingsError`, see `by_name()`."""
+    return list(by_name().values())
 
 
 def kinds() -> dict[str, Kind]:
-    """Return their names and kinds."""
-    return {name: each.kind for name, each in _checks.items()}
+    """Return the names and kinds of the checks of all apps. Raises `SettingsError`, see `by_name()`."""
+    return {name: each.kind for name, each in by_name().items()}
 
 
 def count() -> int:
-    """Return how many there are: asked on every request, to learn of new ones."""
-    return len(_checks)
+    """Return how many there are in all apps."""
+    return len(by_name())

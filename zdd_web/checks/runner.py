@@ -156,7 +156,8 @@ class State:
 class Runner:
     """The checks of this process.
 
-    `write` is told of each result, `idle` whether none should be started now; `loop` is the worker's event loop.
+    `write` is called with each result, `idle` tells whether none should be started now; `loop` is the worker's event
+    loop. Without `only`, they are those of all apps, with those that are registered later.
     """
 
     def __init__(
@@ -164,9 +165,11 @@ class Runner:
         write: Callable[[State], None] = lambda state: None,
         idle: Callable[[], bool] = lambda: False,
         loop: asyncio.AbstractEventLoop | None = None,
+        only: list[Check] | None = None,
     ) -> None:
         self.write, self.idle, self.loop = write, idle, loop
-        self.states = [State(check, index) for index, check in enumerate(registered())]
+        self.states = [State(check, index) for index, check in enumerate(registered() if only is None else only)]
+        self._follows = only is None
         self._late_comers: list[State] = []
         self._thread: threading.Thread | None = None
         self.wake = threading.Event()
@@ -190,7 +193,8 @@ class Runner:
         # New workers have been asked.
         self._count = len(self.states)
         self.states = [state for state in self.states if state.check.kind is not Kind.STARTUP]
-        registry.listener = self._add
+        if self._follows:
+            registry.listener = self._add
         if self.states:
             self._start()
 
@@ -202,6 +206,11 @@ class Runner:
         # An app that imports its views at the first request, as Django does, registers some then.
         if check.kind is Kind.STARTUP:
             return
+        for state in (*self.states, *self._late_comers):
+            if state.check.name == check.name:
+                # Registered again: the function that was meant last runs from its next time on.
+                state.check = check
+                return
         state = State(check, self._count)
         self._count += 1
         self.write(state)

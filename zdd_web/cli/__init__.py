@@ -20,7 +20,7 @@ from zdd_web.cli import follow, stop
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import BoardError, ServiceNotFound
-from zdd_web.lifecycle import Phase
+from zdd_web.lifecycle import Phase, stalled_for
 
 #: The end of a failed generation's log that `upgrade` prints.
 LOG_LINES = 60
@@ -152,12 +152,27 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
         click.echo(each, err=True)
     if as_json:
         click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
-        return
-    click.echo(_generation_table(snapshots))
-    click.echo()
-    click.echo(_worker_table(snapshots))
-    click.echo()
-    click.echo(_listener_table(snapshots))
+    else:
+        tables = (_generation_table(snapshots), _worker_table(snapshots), _listener_table(snapshots))
+        click.echo("\n\n".join(tables))
+    stalled = [snapshot for snapshot in snapshots if _stalled_for(snapshot)]
+    for snapshot in stalled:
+        click.echo(_stall_of(snapshot), err=True)
+    if stalled:
+        sys.exit(1)
+
+
+def _stalled_for(snapshot: Snapshot) -> float:
+    return stalled_for(snapshot.phase, snapshot.tick_at, time.monotonic_ns())
+
+
+def _stall_of(snapshot: Snapshot) -> str:
+    pid = snapshot.master_pid
+    return (
+        f"{snapshot.name}: generation {snapshot.generation} (pid {pid}): its main loop has not run for "
+        f"{_stalled_for(snapshot):.0f} s: it obeys no signal and replaces no worker. `ps -o stat,wchan {pid}` shows "
+        f"whether it is stopped (T: kill -CONT {pid}); `py-spy dump --pid {pid}` shows which hook it is in"
+    )
 
 
 def _shown(name: str | None, pid: int | None, pid_file: str | None) -> list[service.Generation]:
@@ -181,7 +196,7 @@ def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
     return (
         snapshot.name,
         snapshot.generation,
-        snapshot.phase.label,
+        f"{snapshot.phase.label}, stalled" if _stalled_for(snapshot) else snapshot.phase.label,
         _age(snapshot.phase_since),
         snapshot.master_pid,
         f"{len(snapshot.workers)} of {snapshot.workers_wanted}",
@@ -236,6 +251,7 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
     fields["phase"] = snapshot.phase.label
     fields["successor_phase"] = snapshot.successor_phase.label if snapshot.successor_phase else None
     fields["upgrade_state"] = snapshot.upgrade_state.name.lower()
+    fields["stalled_for"] = round(_stalled_for(snapshot), 1)
     fields["in_flight"], fields["tasks"] = snapshot.in_flight, snapshot.tasks
     for worker in fields["workers"]:
         worker["state"] = worker["state"].label

@@ -50,8 +50,9 @@ def _word_of(board: Board) -> tuple[int, str]:
         return header.successor_phase, header.successor_trouble
     if header.phase != Phase.SERVING:
         return header.phase, ""
-    failed = [each.name for each in examine(Probe.READINESS, look(board)) if each.status is Status.FAIL]
-    return header.phase, "; ".join(failed)
+    failed = [each for each in examine(Probe.READINESS, look(board)) if each.status is Status.FAIL]
+    # A check may have the name of something else that is looked at, such as "workers".
+    return header.phase, "; ".join(each.name if each.is_check else f"{each.name}: {each.text}" for each in failed)
 
 
 class Deploy:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import util
 
 from zdd_web import clock, log, proc
-from zdd_web.errors import ZddError
+from zdd_web.errors import NeedsUpgrade, ZddError
 from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
 
 
-#: What a refusal says, here and in sources.py, of a change that no SIGHUP can make.
-TAKES_AN_UPGRADE = "use an upgrade (SIGUSR2)"
+#: Exit status of a proof that found a change which SIGHUP cannot make. Not one of gunicorn's own (1, 3, 4).
+NEEDS_UPGRADE = 10
 
 
 class Proof:
@@ -64,6 +64,11 @@ class Proof:
         if self.status == 0:
             return ""
         return bootlog.last_line(self._output) or f"the child that tried it ended with status {self.status}"
+
+    @property
+    def remedy(self) -> str:
+        """What the operator can do about a proof that failed."""
+        return _remedy(self.status)
 
     def end(self) -> None:
         """Kill the child if it still tries."""
@@ -120,7 +125,7 @@ class Reload:
         if reason:
             with contextlib.suppress(OSError):
                 os.write(2, said.encode())
-            self._refuse(logging.ERROR, reason, f"{_remedy(reason)}; the old workers serve on")
+            self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
         self._master.reloaded()
         log.emit("reload.done", workers=self._server.num_workers)
@@ -137,9 +142,14 @@ class Reload:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
-def _remedy(reason: str) -> str:
-    # The child that tries it can hand over no more than its last line.
-    return "use an upgrade" if TAKES_AN_UPGRADE in reason else "mend it and send SIGHUP again"
+def _remedy(status: int | None) -> str:
+    """Return the remedy by the wait status of a proof, None for one that was killed.
+
+    >>> _remedy(NEEDS_UPGRADE << 8), _remedy(1 << 8)
+    ('use an upgrade', 'fix it and send SIGHUP again')
+    """
+    # A wait status has the exit status in its second byte.
+    return "use an upgrade" if status == NEEDS_UPGRADE << 8 else "fix it and send SIGHUP again"
 
 
 def _try(server: Any, settings: Settings, output: int) -> None:
@@ -164,6 +174,9 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         with _no_traceback():
             sources.heard(settings)
         status = 0
+    except NeedsUpgrade as error:
+        status = NEEDS_UPGRADE
+        print(error, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
@@ -179,20 +192,22 @@ def _no_traceback() -> Iterator[None]:
     """End with the message alone of an error of ours, which says all; one of the app's is to be found in its code."""
     try:
         yield
+    except NeedsUpgrade:
+        raise
     except ZddError as error:
         raise SystemExit(str(error)) from None
 
 
 def _refuse_unchangeable(before: Any, after: Any) -> None:
     if before.address != after.address:
-        raise ZddError(
+        raise NeedsUpgrade(
             f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; "
-            f"{TAKES_AN_UPGRADE}, which drains what is bound no more"
+            f"use an upgrade (SIGUSR2), which drains what is bound no more"
         )
     if before.worker_class != after.worker_class:
-        raise ZddError(
+        raise NeedsUpgrade(
             f"worker_class changed from {before.worker_class_str!r} to {after.worker_class_str!r}: "
-            f"{TAKES_AN_UPGRADE}, which takes it over"
+            f"use an upgrade (SIGUSR2), which takes it over"
         )
 
 

@@ -100,7 +100,11 @@ class Gone:
     @property
     def lost(self) -> bool:
         """Whether it had served and ended without having been told to."""
-        return self.state is WorkerState.SERVING and not self.told
+        if self.told:
+            return False
+        # A worker that gunicorn's `timeout` ends has time to say that it leaves; a person may have asked one to.
+        failed = self.killed or self.exit_status != 0
+        return self.state is WorkerState.SERVING or (self.state is WorkerState.LEAVING and failed)
 
     @property
     def ended(self) -> str:

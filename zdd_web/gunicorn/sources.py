@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zdd_web import proc, process
-from zdd_web.errors import SettingsError
+from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn import bootlog
 from zdd_web.settings import (
     APP_SETTINGS,
@@ -81,7 +81,7 @@ def settle(cfg: Any) -> Settings:
 def refuse_changes(cfg: Any) -> None:
     """Read all sources again, in the child that tries a reload, and have it refused when the master's have changed.
 
-    Raises `SettingsError`.
+    Raises `NeedsUpgrade` for such a change, and `SettingsError` for what cannot work.
     """
     global _in_force, _settled
     before = _in_force
@@ -93,7 +93,7 @@ def refuse_changes(cfg: Any) -> None:
         name = field.name
         old, new = getattr(before.settings, name), getattr(after.settings, name)
         if name not in APP_SETTINGS and old != new:
-            raise SettingsError(
+            raise NeedsUpgrade(
                 f"{name.upper()} changed from {spelled(old)} ({before.text(name)}) to {spelled(new)} "
                 f"({after.text(name)}): SIGHUP keeps the master and its settings; "
                 f"use an upgrade (SIGUSR2), which takes it over"

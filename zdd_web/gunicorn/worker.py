@@ -228,10 +228,14 @@ class WorkerSide:
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
+        self.note_leaving()
         self._end_now(self.worker.cfg.worker_int, 0)
 
     def handle_abort(self, sig: int, frame: Any) -> None:
         """SIGABRT: the master missed this worker's heartbeat (`timeout`)."""
+        # A worker that has not served yet has failed to boot, which the master sees by its state.
+        if self.slot.state == WorkerState.SERVING:
+            self.note_leaving()
         self._end_now(self.worker.cfg.worker_abort, 1)
 
     def _end_now(self, hook: Callable[[Any], None], status: int) -> None:
@@ -239,7 +243,6 @@ class WorkerSide:
         # joins the pool's threads at exit.
         self._status_now = status
         self.worker.alive = False
-        self.note_leaving()
         self.worker.cfg.set("graceful_timeout", 0)
         hook(self.worker)
         self.family.end_now(status)

@@ -118,6 +118,10 @@ def _service(probe: Probe, health: Health) -> list[Finding]:
         silent = health.silence > limit
         text = f"the last one {health.silence:.0f} s ago, worker timeout {limit:g} s"
         found.append(Finding("heartbeat", Status.FAIL if silent else Status.OK, text))
+    if health.master_stalled:
+        # Not a failure: workers serve on without it, and once they do not, their heartbeats and number fail.
+        text = f"its main loop has not run for {health.master_stalled:.0f} s"
+        found.append(Finding("master", Status.WARN, text))
     if probe is Probe.READINESS and health.wanted is not None:
         serving = sum(worker.serving for worker in health.workers)
         text = f"{serving} of {health.wanted} serve"

@@ -15,7 +15,7 @@ from zdd_web.health.view import Health
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer that an adaptor translates for its framework; `body` is empty for HEAD."""
+    """An answer that an adaptor translates for its framework; `body` is empty for HEAD and OPTIONS."""
 
     status: int
     reason: str
@@ -52,6 +52,12 @@ class Question:
         return cls(method, only, "verbose" in asked, exclude, _accepts_json(accept), details)
 
 
+NOT_FOUND = 404
+
+#: OPTIONS too: it is what HAProxy's `option httpchk` sends unless it is given another method.
+METHODS = ("GET", "HEAD", "OPTIONS")
+ALLOW = ("Allow", ", ".join(METHODS))
+
 #: A balancer that asks again after this many seconds finds another pod, or this one restarted.
 RETRY_AFTER = 5
 
@@ -79,7 +85,7 @@ def answer(probe: Probe, question: Question, health: Health) -> Reply:
     >>> answer(Probe.READINESS, Question(), Health(Phase.SERVING)).body
     b'ok\\n'
     """
-    if question.method not in ("GET", "HEAD"):
+    if question.method not in METHODS:
         return _not_allowed(question.method)
     found = examine(probe, health, question.only, question.exclude)
     failed = any(each.status is Status.FAIL for each in found)
@@ -148,27 +154,29 @@ def _unknown(question: Question, health: Health, probe: Probe) -> list[str]:
 def _reply(
     status: int, reason: str, text: str, method: str, *headers: tuple[str, str], content_type: str = ""
 ) -> Reply:
-    body = text.encode("utf-8", "backslashreplace")
+    # HEAD has the length that GET would have; a reply to OPTIONS has a body of its own, which is empty.
+    body = b"" if method == "OPTIONS" else text.encode("utf-8", "backslashreplace")
     all_headers = (
         ("Content-Type", content_type or "text/plain; charset=utf-8"),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),
+        *(() if method in ("GET", "HEAD") or status == NOT_FOUND else (ALLOW,)),
         *headers,
     )
     return Reply(status, reason, all_headers, b"" if method == "HEAD" else body)
 
 
 def _not_allowed(method: str) -> Reply:
-    return _reply(405, "Method Not Allowed", "method not allowed\n", method, ("Allow", "GET, HEAD"))
+    return _reply(405, "Method Not Allowed", "method not allowed\n", method)
 
 
 def plain(status: int, reason: str, text: str, method: str, content_type: str = "") -> Reply:
-    """Return an answer with a text that is made already, in the same form; other methods than GET and HEAD get 405."""
-    if method not in ("GET", "HEAD"):
+    """Return an answer with a text that is made already, in the same form; methods not in `METHODS` get 405."""
+    if method not in METHODS:
         return _not_allowed(method)
     return _reply(status, reason, text, method, content_type=content_type)
 
 
 def not_found(method: str) -> Reply:
     """Return what a port that has nothing but probes says to every other path."""
-    return _reply(404, "Not Found", "not found\n", method)
+    return _reply(NOT_FOUND, "Not Found", "not found\n", method)

@@ -61,7 +61,7 @@ class Health:
     phase: Phase
     #: While this one retires.
     successor: Phase | None = None
-    #: What is wrong with a successor that serves, "" for nothing.
+    #: What fails in a successor that serves, joined by "; ": the names of checks, other things as "name: text".
     successor_trouble: str = ""
     #: How many workers there should be; None where there is no gunicorn.
     wanted: int | None = None
@@ -69,6 +69,8 @@ class Health:
     #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
     silence: float = 0.0
     worker_timeout: float | None = None
+    #: Seconds for which the master's main loop has not run, 0 for one that runs.
+    master_stalled: float = 0.0
 
     @property
     def speaking(self) -> Phase:

@@ -12,12 +12,16 @@ from zdd_web import log, proc
 from zdd_web.board import Board
 from zdd_web.health import Health, Probe, Question, Reply, Status, answer, examine, not_found, plain, table
 from zdd_web.lifecycle import Phase
-from zdd_web.metrics import Collector, exposition
+from zdd_web.metrics import Collector
+from zdd_web.probe_server.scrapes import Scrapes
 from zdd_web.probes import kinds, look, may_see
 from zdd_web.settings import Settings
 
 #: How often an unknown path may make the table anew, seconds: a worker may have registered a check meanwhile.
 REMAKE = 1.0
+
+#: For how long a master must be seen to stall before that is logged, seconds.
+CONFIRM = 1.0
 
 METRICS_PATH = "/metrics"
 
@@ -52,11 +56,17 @@ class Answers:
     def __init__(self, board: Board, settings: Settings, predecessors: Board | None = None) -> None:
         self._board, self._settings, self._predecessors = board, settings, predecessors
         # Kept: what it has shown once never becomes less.
-        self._collector = Collector(board, predecessors)
+        self._scrapes = Scrapes(Collector(board, predecessors))
         self._probes: dict[str, tuple[Probe, str]] = {}
         self._made_at = -REMAKE
+        self._liveness_path = settings.liveness_path.encode()
         #: Nobody moves the phase of this generation any more.
         self.orphaned = False
+
+    def is_liveness(self, head: bytes | bytearray) -> bool:
+        """Tell whether a request that begins like this asks for liveness, without taking it apart."""
+        target = head[:256].partition(b" ")[2]
+        return target.startswith(self._liveness_path)
 
     def reply(self, asked: Asked) -> Reply:
         """Answer a request."""
@@ -72,7 +82,7 @@ class Answers:
 
     def _metrics(self, asked: Asked, *, details: bool) -> Reply:
         try:
-            content_type, body = exposition(self._collector, asked.accept, details=details)
+            content_type, body = self._scrapes.get(asked.accept, details=details)
         except ImportError:
             return plain(
                 501,
@@ -108,9 +118,13 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._failing: dict[Probe, bool] = {Probe.LIVENESS: False, Probe.READINESS: False}
+        #: Since when the master stalls, on the monotonic clock; None while it does not. And whether that was logged.
+        self._stalled_since: float | None = None
+        self._stall_logged = False
 
     def see(self, health: Health) -> None:
         """Log what has changed. Not of a generation that boots, nor of one whose successor says it."""
+        self._see_master(health.master_stalled)
         if health.phase in (Phase.BOOTING, Phase.RETIRING):
             return
         for probe, was in self._failing.items():
@@ -125,3 +139,15 @@ class Verdicts:
                 log.emit("probe.failing", level, probe=probe.value, reason=reason)
             else:
                 log.emit("probe.passing", probe=probe.value)
+
+    def _see_master(self, stalled: float) -> None:
+        if not stalled:
+            if self._stall_logged:
+                log.emit("master.resumed")
+            self._stalled_since, self._stall_logged = None, False
+            return
+        # When the whole host was paused, this process may look before the master had a chance to run.
+        self._stalled_since = self._stalled_since or time.monotonic()
+        if not self._stall_logged and time.monotonic() - self._stalled_since >= CONFIRM:
+            self._stall_logged = True
+            log.emit("master.stalled", logging.WARNING, seconds=stalled)

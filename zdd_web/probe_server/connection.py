@@ -11,6 +11,7 @@ import h11
 
 from zdd_web.health import Reply
 from zdd_web.probe_server.answers import Asked
+from zdd_web.probe_server.turns import Rank
 
 #: Bytes of a request's head; a probe's has a hundred.
 HEAD_BYTES = 16_384
@@ -33,6 +34,12 @@ class Owner(Protocol):
 
     #: Shared by all connections: what was received is handed to h11 before the loop turns again.
     buffer: memoryview
+
+    def is_liveness(self, head: bytes | bytearray) -> bool:
+        """Tell whether a request that begins like this asks for liveness."""
+
+    def wait(self, connection: Connection, rank: Rank) -> None:
+        """Have `take_turn()` called when it is the connection's turn."""
 
     def reply(self, asked: Asked) -> Reply:
         """Answer a request."""
@@ -59,12 +66,18 @@ class Connection(asyncio.BufferedProtocol):
         #: What has come of the request that is not answered yet; see `_again_with_a_host`.
         self._head = bytearray()
         self._paused = False
+        #: Waits for its turn; and does not read meanwhile, if more has come than the beginning.
+        self._waits = False
+        self._holds = False
         self._refused = False
         self._dropped = 0
+        #: The client sends nothing more.
+        self._eof = False
         #: Between two requests.
         self.idle = False
         #: Has been answered once.
         self.known = False
+        self.made_at = time.monotonic()
         self.deadline = time.monotonic() + HEAD_SECONDS
 
     @staticmethod
@@ -86,7 +99,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._owner.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Read what was received."""
+        """Keep what was received until it is this connection's turn."""
         if self._refused:
             self._dropped += nbytes
             if self._dropped > DROPPED_BYTES:
@@ -98,11 +111,18 @@ class Connection(asyncio.BufferedProtocol):
         data = bytes(self._owner.buffer[:nbytes])
         self._head += data
         self._http.receive_data(data)
-        self._work()
+        if self._waits:
+            # No more than one buffer beside the first, however much the client sends.
+            self._holds = True
+            self._transport.pause_reading()
+        else:
+            self._wait(Rank.LIVENESS if self._owner.is_liveness(self._head) else Rank.OTHER)
 
-    def eof_received(self) -> None:
-        """Close, after what was answered is written: nobody asks anything any more."""
+    def eof_received(self) -> bool:
+        """Close, after what was asked is answered and written: nothing more will be asked."""
+        self._eof = True
         self.deadline = time.monotonic() + CLOSE_SECONDS
+        return self._waits
 
     def pause_writing(self) -> None:
         """Answer nothing more, and read nothing more, until the client has taken what it has asked for."""
@@ -114,10 +134,11 @@ class Connection(asyncio.BufferedProtocol):
         """Go on."""
         self._paused = False
         if not self.closing:
-            self._transport.resume_reading()
+            if not self._holds:
+                self._transport.resume_reading()
             self.deadline = time.monotonic() + HEAD_SECONDS
             if not self._refused:
-                self._work()
+                self._wait(Rank.PIPELINED)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -144,6 +165,17 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- HTTP
 
+    def _wait(self, rank: Rank) -> None:
+        self._waits = True
+        self._owner.wait(self, rank)
+
+    def take_turn(self) -> None:
+        """Answer one request, if one has come; the server's call."""
+        self._waits = False
+        self._work()
+        if self._eof and not (self._waits or self._paused or self.closing):
+            self._transport.close()
+
     def _work(self) -> None:
         while not self._paused and not self._refused and not self.closing:
             try:
@@ -158,8 +190,17 @@ class Connection(asyncio.BufferedProtocol):
                 self._answer(event)
             elif isinstance(event, h11.EndOfMessage):
                 self._next()
+                if self._head:
+                    self._wait(Rank.PIPELINED)
+                    return
             elif not isinstance(event, h11.Data):
-                return  # NEED_DATA, PAUSED or the end
+                self._read_on()  # NEED_DATA, PAUSED or the end
+                return
+
+    def _read_on(self) -> None:
+        if self._holds:
+            self._holds = False
+            self._transport.resume_reading()
 
     def _again_with_a_host(self) -> None:
         # h11 refuses a request of HTTP/1.1 without a Host header, as the standard has it. Probes written by hand have
@@ -210,6 +251,7 @@ class Connection(asyncio.BufferedProtocol):
         self._refused = True
         self._head.clear()
         self._http = self._new()
+        self._read_on()
         self.deadline = time.monotonic() + CLOSE_SECONDS
         if self._transport.can_write_eof():
             self._transport.write_eof()

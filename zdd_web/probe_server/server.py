@@ -20,6 +20,7 @@ from zdd_web.health import Reply
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import Connection
+from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
 
 #: Connections at once; beyond, the one that has been silent for longest is closed.
@@ -27,7 +28,9 @@ CONNECTIONS = 512
 #: Descriptors that are not connections.
 SPARE_DESCRIPTORS = 32
 #: How many are accepted before those that are here are heard again.
-AT_ONCE = 64
+AT_ONCE = 16
+#: For how long a connection is new, seconds.
+NEW_SECONDS = 0.5
 BUFFER_BYTES = 16_384
 #: How often the header of the board is read seconds.
 TURN = 0.1
@@ -59,6 +62,8 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self._limit = max(1, min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS))
         self._beginning: set[asyncio.Task[Any]] = set()
+        self._waiting: Turns[Connection] = Turns()
+        self._round_is_due = False
         self._accepting = self._named = False
         self._closes_from = 0.0
         self._goes_from = 0.0
@@ -153,14 +158,40 @@ class Server:
             task.add_done_callback(self._beginning.discard)
 
     def _make_room(self) -> bool:
-        # A kept connection that was answered before is somebody's who probes.
-        strangers = (each for each in self._connections if not each.known)
+        # A connection that was answered before is likely a prober's: those that never asked go first, but for new
+        # ones, whose request is on its way.
+        before = time.monotonic() - NEW_SECONDS
+        strangers = (each for each in self._connections if not each.known and each.made_at < before)
         longest = next(strangers, next(iter(self._connections), None))
         if longest is None:
             return False
         self.lost(longest)
         longest.abort()
         return True
+
+    def is_liveness(self, head: bytes | bytearray) -> bool:
+        """Tell whether a request that begins like this asks for liveness."""
+        return self._answers.is_liveness(head)
+
+    def wait(self, connection: Connection, rank: Rank) -> None:
+        """Have a connection answer one request when it is its turn."""
+        self._waiting.add(connection, rank)
+        self._have_a_round()
+
+    def _have_a_round(self) -> None:
+        if not self._round_is_due:
+            self._round_is_due = True
+            # Behind what the sockets have by then.
+            self._loop.call_soon(self._round)
+
+    def _round(self) -> None:
+        self._round_is_due = False
+        try:
+            for connection in self._waiting.round():
+                connection.take_turn()
+        finally:
+            if self._waiting:
+                self._have_a_round()
 
     def reply(self, asked: Asked) -> Reply:
         """Answer a request, from what the board says now."""

@@ -33,7 +33,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from zdd_web.errors import GroupClosed
-from zdd_web.waitgroup.drained import on_drained, run_drained_hooks
+from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
 from zdd_web.waitgroup.threads import Apart, Threads, close_connections, name_of, refuse_coroutines, report
@@ -440,6 +440,13 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def reset() -> None:
+    """Forget all work in hand, open what was closed, and forget the functions of `on_drained`; between two tests."""
+    for group in _all_groups():
+        group._reset()
+    forget_drained_hooks()
 
 
 def renew_locks() -> None:

@@ -41,6 +41,11 @@ def on_drained(function: Any = None, /, *, timeout: float = 5.0) -> Any:
     return function
 
 
+def forget_drained_hooks() -> None:
+    """Forget all functions of `on_drained`."""
+    _hooks.clear()
+
+
 def run_drained_hooks(deadline: float | None = None, beat: Callable[[], object] = lambda: None) -> None:
     """Call what `on_drained` has, until `deadline` on the monotonic clock; `beat` is called all the while.
 
