@@ -38,6 +38,9 @@ def new(pid: int, state: WorkerState = SERVING, *, told: bool = False) -> Member
 # -- the plan, as tables
 
 
+LINGERS = Member(1, 1, LEAVING, lingers=True)
+
+
 @pytest.mark.parametrize(
     ("members", "wanted", "expected"),
     [
@@ -47,7 +50,10 @@ def new(pid: int, state: WorkerState = SERVING, *, told: bool = False) -> Member
         pytest.param([new(1), new(2)], 2, Plan(), id="all are here"),
         pytest.param([new(1, BOOTING)], 1, Plan(), id="one that boots is on its way"),
         pytest.param([new(1, READY)], 1, Plan(), id="one at the gate is on its way"),
-        pytest.param([new(1, LEAVING)], 1, Plan(spawn=1, retire=(1,)), id="one that leaves counts for nothing"),
+        pytest.param([new(1, LEAVING)], 1, Plan(spawn=1), id="one that leaves counts for nothing"),
+        pytest.param(
+            [LINGERS], 1, Plan(spawn=1, retire=(1,)), id="one that says it leaves, and stays, gets a deadline"
+        ),
         pytest.param([new(1, told=True)], 1, Plan(spawn=1), id="one that was told counts for nothing"),
         pytest.param([new(1), new(2), new(3)], 2, Plan(retire=(1,)), id="one too many: the oldest goes"),
         pytest.param([new(3), new(1), new(2)], 1, Plan(retire=(1, 2)), id="by age, not by order"),
@@ -61,7 +67,7 @@ def new(pid: int, state: WorkerState = SERVING, *, told: bool = False) -> Member
         pytest.param([new(1), old(2), new(3)], 2, Plan(retire=(2,)), id="the outdated first, whatever its age"),
         pytest.param([old(1, BOOTING), new(2)], 1, Plan(retire=(1,)), id="an outdated one that boots is useless"),
         pytest.param([old(1), old(2, READY)], 1, Plan(spawn=1, retire=(2,)), id="an outdated one at the gate"),
-        pytest.param([old(1, LEAVING), old(2)], 1, Plan(spawn=1, retire=(1,)), id="an outdated one that leaves anyway"),
+        pytest.param([old(1, LEAVING), old(2)], 1, Plan(spawn=1), id="an outdated one that leaves anyway"),
     ],
 )
 @pytest.mark.parametrize("phase", sorted(SPAWNING))

@@ -4,8 +4,8 @@
 board: a worker that is leaving counts for nothing, one that boots counts only as on its way.
 
 What workers say is a claim (board.py). Which processes there are, and which of them were told to leave, the roster
-knows by itself: a pid comes from gunicorn's fork. A worker that has served once never counts as a failed boot, and one
-that says it leaves is told to, which gives it a deadline.
+knows by itself: a pid comes from gunicorn's fork. A worker that has served once never counts as a failed boot. A
+worker that says it leaves, and stays, is told to leave, which gives it a deadline.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from zdd_web.lifecycle import SPAWNING, Phase
 #: The kernel may drop a SIGTERM that arrives between a worker's fork and its handlers (gunicorn #1910): say it again.
 REPEAT_TERM = 1.0
 
+#: A worker that says it leaves, without having been told to, is told to after so long, seconds.
+LINGERS_AFTER = 1.0
+
 #: After a failed boot the next one waits, longer each time, seconds.
 BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.5, 1.5, 30.0
 
@@ -43,6 +46,8 @@ class Member:
     state: WorkerState
     told: bool = False
     outdated: bool = False
+    #: It says that it leaves, and has for a while.
+    lingers: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     current = [member for member in staying if not member.outdated]
     serving = [member for member in staying if member.state is WorkerState.SERVING]
     # Its replacement is on its way: it has as long as any other that leaves, however often it beats.
-    retire = [member.pid for member in members if not member.told and member.state is WorkerState.LEAVING]
+    retire = [member.pid for member in members if not member.told and member.lingers]
     retire += [member.pid for member in serving[: max(0, len(serving) - wanted)]]
     # One that has not promised anything yet costs nothing.
     retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
@@ -170,10 +175,21 @@ class _Place:
     #: How far it has come, as the master has seen it: a worker cannot take it back.
     reached: WorkerState = WorkerState.BOOTING
 
+    #: Since when the master has seen it leave.
+    leaves_since: int = 0
+
     @property
     def state(self) -> WorkerState:
         self.reached = max(self.reached, self.slot.state)
         return self.reached
+
+    @property
+    def lingers(self) -> bool:
+        if self.state is not WorkerState.LEAVING:
+            return False
+        self.leaves_since = self.leaves_since or clock.now_ns()
+        # One that ends at once, as at gunicorn's `timeout`, was not told to: it counts as lost.
+        return clock.since(self.leaves_since) > LINGERS_AFTER
 
 
 class Roster:
@@ -213,6 +229,7 @@ class Roster:
                 state=place.state,
                 told=bool(place.slot.order.retire),
                 outdated=place.worker.age <= self._current_age or bool(place.slot.weary),
+                lingers=place.lingers,
             )
             for place in self._places
         ]
