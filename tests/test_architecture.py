@@ -22,7 +22,8 @@ MAY_USE = {
     "errors": set(),
     "clock": set(),
     "proc": set(),
-    "log": set(),
+    "system": set(),
+    "log": {"system"},
     "lifecycle": {"errors"},
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
@@ -47,12 +48,15 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "system", "watch",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
     "service": {"errors", "proc", "lifecycle", "board"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
-    "cli": {"checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
+    "cli": {
+        "checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "system", "gunicorn",
+        "__init__",
+    },
     "__init__": set(),
 }  # fmt: skip
 

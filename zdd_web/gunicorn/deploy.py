@@ -32,6 +32,7 @@ from zdd_web.lifecycle import Event, Phase
 from zdd_web.listeners import passing
 from zdd_web.probes import look
 from zdd_web.service import Line, kept_by
+from zdd_web.system import masking
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -101,7 +102,7 @@ class Deploy:
         self._outcome(UpgradeState.BOOTING, "")
         self._header.upgrade_number += 1
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
-                  command=" ".join(launch.command), directory=launch.directory,)  # fmt: skip
+                  command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
 
     def admit(self, end: socket.socket, who: passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""

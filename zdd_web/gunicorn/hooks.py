@@ -113,7 +113,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
     """The first hook that sees the whole configuration: before the pid file, and before `preload_app` loads the app."""
     assert state is not None
     if old_value is None and state.master is None:
-        log.use_gunicorn(server.log.error_log)
+        log.use_gunicorn(server.log)
         try:
             state.settings = sources.settle(server.cfg)
             check(server)

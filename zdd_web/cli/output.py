@@ -1,0 +1,98 @@
+"""What the commands print. Nothing that comes from a service steers the terminal, and nothing printed is waited for.
+
+An upgrade or a stop goes on whether or not its progress can be read: `zdd-web upgrade | head -1` must not end with the
+pipe, and a full disk behind `> upgrade.log` is not a failed upgrade.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from typing import IO, Any, TextIO, cast
+
+import click
+
+from zdd_web.cli.errors import CannotHelp
+from zdd_web.system import escaping, masking
+
+
+class Forgiving:
+    """A text stream whose writes never raise OSError; `lost` is the first one."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write a text, if that is possible."""
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that is possible."""
+        self._attempt("flush")
+
+    def isatty(self) -> bool:
+        """Tell whether a person may be reading."""
+        return self._stream is not None and bool(self._stream.isatty())
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        # None: the descriptor was closed when Python started.
+        if self._stream is None or self.lost is not None:
+            return
+        try:
+            getattr(self._stream, method)(*arguments)
+        except OSError as error:
+            self.lost = error
+            self._discard()
+
+    def _discard(self) -> None:
+        # What is left in its buffer would fail again when Python ends, with exit status 120.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
+
+
+def safe(text: object) -> str:
+    """Return what came from a service as it may be printed, on lines of its own."""
+    return escaping.printable(masking.urls(str(text)))
+
+
+def cell(text: object) -> str:
+    """Return what came from a service as it may be printed on one line."""
+    return escaping.printable(masking.urls(str(text)), keep="")
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """Print a text, if that is possible."""
+    _print(text, sys.stderr if err else sys.stdout)
+
+
+def _print(text: str, to: Any) -> OSError | None:
+    stream = Forgiving(to)
+    click.echo(safe(text), file=cast("IO[str]", stream))
+    return stream.lost
+
+
+def show(text: str = "") -> None:
+    """Print what a command is there to print. Raises `CannotHelp` when it cannot be written.
+
+    A reader that has read enough (`| head -1`) is no such error.
+    """
+    _refuse(_print(text, sys.stdout))
+
+
+def save(text: str, file: TextIO) -> None:
+    """Write a text as it is, to a file or to stdout. Raises `CannotHelp` as `show()` does."""
+    stream = Forgiving(file)
+    stream.write(text)
+    stream.flush()
+    _refuse(stream.lost)
+
+
+def _refuse(lost: OSError | None) -> None:
+    if lost is not None and lost.errno != errno.EPIPE:
+        raise CannotHelp(f"the output cannot be written: {lost.strerror}")
