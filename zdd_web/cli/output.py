@@ -6,9 +6,7 @@ pipe, and a full disk behind `> upgrade.log` is not a failed upgrade.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import sys
 from typing import IO, Any, TextIO, cast
 
@@ -16,44 +14,7 @@ import click
 
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.system import escaping, masking
-
-
-class Forgiving:
-    """A text stream whose writes never raise OSError; `lost` is the first one."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.lost: OSError | None = None
-
-    def write(self, text: str) -> int:
-        """Write a text, if that is possible."""
-        self._attempt("write", text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, if that is possible."""
-        self._attempt("flush")
-
-    def isatty(self) -> bool:
-        """Tell whether a person may be reading."""
-        return self._stream is not None and bool(self._stream.isatty())
-
-    def _attempt(self, method: str, *arguments: str) -> None:
-        # None: the descriptor was closed when Python started.
-        if self._stream is None or self.lost is not None:
-            return
-        try:
-            getattr(self._stream, method)(*arguments)
-        except OSError as error:
-            self.lost = error
-            self._discard()
-
-    def _discard(self) -> None:
-        # What is left in its buffer would fail again when Python ends, with exit status 120.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())
-            os.close(nothing)
+from zdd_web.system.stdio import Forgiving
 
 
 def safe(text: object) -> str:

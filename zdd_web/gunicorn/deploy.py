@@ -32,7 +32,7 @@ from zdd_web.lifecycle import Event, Phase
 from zdd_web.listeners import passing
 from zdd_web.probes import look
 from zdd_web.service import Line, kept_by
-from zdd_web.system import masking
+from zdd_web.system import masking, stdio
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -251,8 +251,7 @@ class Deploy:
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
             # It ended with the boot log as its stderr: nobody has read that yet.
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
+            stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._master.supervisor.upgrade_ended)("failed", reason)
         self._outcome(UpgradeState.FAILED, reason)

@@ -23,6 +23,7 @@ from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
+from zdd_web.system import stdio
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -118,8 +119,7 @@ class Reload:
             reason = apply(self._server)
         guarded("systemd", self._master.supervisor.reload_ended)(reason)
         if reason:
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
+            stdio.write_stderr(said)
             self._refuse(logging.ERROR, reason, f"{_remedy(reason)}; the old workers serve on")
             return
         self._master.reloaded()
@@ -166,11 +166,13 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         status = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
+            stdio.complain(stop.code)
     except BaseException:
-        traceback.print_exc()
+        stdio.complain(traceback.format_exc())
     finally:
-        sys.stderr.flush()
+        # Nothing else may raise here: above is gunicorn's loop, in a copy of the live master.
+        with contextlib.suppress(Exception):
+            stdio.Forgiving(sys.stderr).flush()
         os._exit(status)
 
 

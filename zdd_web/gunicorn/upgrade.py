@@ -29,6 +29,7 @@ from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.handover import ENV, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
+from zdd_web.system import stdio
 
 #: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
 COMMIT_WINDOW = 1.0
@@ -264,7 +265,7 @@ class Upgrade:
 def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
     """Become the new master, in the forked child; never returns."""
     try:
-        stderr = os.dup(2)
+        stderr = stdio.duplicate_stderr()
         os.dup2(inheritance.boot_log, 2)
         heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr)
         for fd in heir.descriptors:

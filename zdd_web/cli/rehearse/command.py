@@ -15,12 +15,13 @@ import click
 from zdd_web import service
 from zdd_web.cli import follow
 from zdd_web.cli.errors import CannotHelp
-from zdd_web.cli.output import Forgiving, save, say, show
+from zdd_web.cli.output import save, say, show
 from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
 from zdd_web.cli.rehearse.server import RehearsalError, Server
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import LISTENERS
 from zdd_web.system import masking
+from zdd_web.system.stdio import Forgiving
 
 if TYPE_CHECKING:
     from zdd_web.cli.rehearse.load import LoadThread
