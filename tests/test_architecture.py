@@ -39,7 +39,9 @@ MAY_USE = {
     "asgi": {"probes"},
     "access_log": {"errors", "probes", "process", "settings"},
     "watch": {"lifecycle", "log", "process"},
-    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes"},
+    "probe_server": {
+        "board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes", "system",
+    },
     "flask": {"cli", "checks", "probes", "wsgi", "asgi", "process", "health", "settings", "errors"},
     "django": {
         "checks", "cli", "lifecycle", "log", "probes", "wsgi", "asgi", "process", "health", "settings", "errors",

@@ -18,17 +18,15 @@ written (a closed pipe, a full disk) raises nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
-import stat
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from zdd_web.system import escaping, masking
+from zdd_web.system import escaping, log_files, masking
 
 EVENTS = {
     "boot.started": "a master begins to boot its workers",
@@ -115,6 +113,15 @@ def _value(value: Any) -> str:
 def _disarmed(text: str) -> str:
     # JSON's own escape: whoever reads the value as JSON finds what was there.
     return _FORGED.sub(r"event\\u003d", text)
+
+
+def one_line(text: str) -> str:
+    r"""Return a text from outside as it may stand at the end of a line that is not an event's.
+
+    >>> print(one_line("RuntimeError: bad\n[1] event=phase.serving"))
+    RuntimeError: bad\n[1] event\u003dphase.serving
+    """
+    return _disarmed(escaping.printable(masking.urls(text), keep=""))
 
 
 _generation = 0
@@ -219,7 +226,7 @@ def own_streams() -> set[int]:
     makes the handlers' own locks anew in a forked process, not those below.) Old streams are kept: to collect one would
     flush it.
     """
-    needed = set() if isinstance(_sink, logging.Logger) else _log_files()
+    needed = set() if isinstance(_sink, logging.Logger) else log_files.descriptors()
     for logger in _standard_loggers():
         for handler in logger.handlers:
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -238,24 +245,10 @@ def own_streams() -> set[int]:
 def _standard_loggers() -> list[logging.Logger]:
     """Return the loggers by whose handlers the lines go; all there are for a logger that does not tell."""
     if not isinstance(_sink, logging.Logger):
-        known = logging.root.manager.loggerDict.values()
-        return [logging.root, *(each for each in known if isinstance(each, logging.Logger))]
+        return log_files.loggers()
     found: list[logging.Logger] = [_sink]
     while found[-1].propagate and found[-1].parent is not None:
         found.append(found[-1].parent)
-    return found
-
-
-def _log_files() -> set[int]:
-    # What another logger writes to is not known: any file with a name that is open for nothing but writing.
-    found = set()
-    for entry in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            fd = int(entry)
-            status = os.fstat(fd)
-            is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
-            if is_file and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
-                found.add(fd)
     return found
 
 

@@ -36,6 +36,7 @@ class Succession:
         self._ended_at = clock.NEVER
         #: Why the predecessor has given up one that is not its child; None while it has not.
         self._given_up: str | None = None
+        self.reopen_number = 0
         self._pid_file = ""
         self._predecessors: Board | None = None
         if heir.board >= 0:
@@ -99,6 +100,8 @@ class Succession:
                 self._told = True
             elif message.kind == "office":
                 self._take_office()
+            elif message.kind == "reopen":
+                self.reopen_number = max(self.reopen_number, message.number("number"))
             elif message.kind == "given_up" and self._given_up is None:
                 self._given_up = str(message.fields.get("reason", ""))
                 self._end()
@@ -141,7 +144,7 @@ class Succession:
             return
         # Nobody has been served, and one that hangs in an import does not hear SIGTERM.
         self._server.kill_workers(signal.SIGKILL)
-        raise HaltServer(f"the running master has given this one up: {self._given_up}", 1)
+        raise HaltServer(log.one_line(f"the running master has given this one up: {self._given_up}"), 1)
 
     def about_to_serve(self) -> None:
         """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""
@@ -151,6 +154,10 @@ class Succession:
     def release(self) -> None:
         """Tell a predecessor that still retires not to come back: this generation ends because it was asked to."""
         self._channel.send("release")
+
+    def reopen(self, number: int) -> None:
+        """Have the predecessor open its log files again; see rotation.py."""
+        self._channel.send("reopen", number=number)
 
     def fail(self, reason: str) -> None:
         """Tell the predecessor why there will be no handover."""

@@ -78,6 +78,7 @@ class Upgrade:
         self.status: int | None = None
         self.released = False
         self.speaks = False
+        self.reopen_number = 0
         self._channel = channel
 
     @classmethod
@@ -122,6 +123,8 @@ class Upgrade:
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
             elif message.kind == "release":
                 self.released = True
+            elif message.kind == "reopen":
+                self.reopen_number = max(self.reopen_number, message.number("number"))
         if self.released and self.stage is Stage.IN_OFFICE:
             return None
         if self.released:
@@ -174,6 +177,10 @@ class Upgrade:
         """Tell the successor that it is the service now."""
         self.stage = Stage.IN_OFFICE
         self._channel.send("office")
+
+    def reopen(self, number: int) -> None:
+        """Have the successor open its log files again; see rotation.py."""
+        self._channel.send("reopen", number=number)
 
     def end(self, *, now: bool, reason: str = "") -> None:
         """Kill the new master and its workers; `now` spares no request. Idempotent."""
