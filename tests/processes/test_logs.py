@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import Held, Service, skip_unless_installed, successor, until
+from tests.processes.harness import Held, Service, descriptors, skip_unless_installed, successor, until
 
 WAITS = """
 open(f"importing-{os.getpid()}", "w").close()
@@ -25,8 +27,16 @@ def rotate(service: Service) -> Path:
     until("the access log", access.exists, service)
     old = access.rename(service.directory / f"access.{len(list(service.directory.glob('access.*'))) + 1}")
     os.kill(int(service.pid_file.read_text()), signal.SIGUSR1)
-    until("a new access log", access.exists, service)
+    until(
+        "all of them to let go of it", lambda: not [pid for pid in service.processes() if has_open(pid, old)], service
+    )
     return old
+
+
+def has_open(pid: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return str(path) in descriptors(pid).values()
+    return False
 
 
 @pytest.mark.parametrize("worker_class", ["gthread", "asgi"])
@@ -92,7 +102,72 @@ def test_neither_secrets_of_the_command_line_nor_forged_lines_are_logged(make_se
     service.wait_for("event=upgrade.failed")
     assert "hunter2" not in service.log()
     assert "DATABASE_URL=***" in service.wait_for("event=upgrade.started")
-    (line,) = service.matches(r"\[ERROR\] Reason: worker")
-    for line in (line, *service.matches(r"event=(boot|upgrade)\.failed")):
+    lines = service.matches(r"event=(?:boot|upgrade)\.failed")
+    assert len(lines) == 2
+    for line in lines:
         assert r"bad\n[1] [INFO] generation=9 event\u003dphase.serving" in line
     service.stop()
+
+
+FOREIGN = """
+import json, os, sys, traceback
+
+class Json:
+    access_log_enabled = True
+
+    # The shape of structlog's: gunicorn's methods, a file of its own, and nothing of the standard library's logging.
+    def __init__(self, cfg):
+        self.file = open("json.log", "a", buffering=1)
+
+    def write(self, level, message, *args, **options):
+        text = message % args if args else message
+        if options.get("exc_info"):
+            text += traceback.format_exc()
+        self.file.write(json.dumps({"level": level, "pid": os.getpid(), "text": text}) + "\\n")
+
+    def critical(self, message, *args, **options): self.write("critical", message, *args, **options)
+    def error(self, message, *args, **options): self.write("error", message, *args, **options)
+    def warning(self, message, *args, **options): self.write("warning", message, *args, **options)
+    def info(self, message, *args, **options): self.write("info", message, *args, **options)
+    def debug(self, message, *args, **options): pass
+    def exception(self, message, *args, **options): self.write("error", message, *args, exc_info=True)
+    def log(self, level, message, *args, **options): self.write(str(level), message, *args, **options)
+    def access(self, response, request, environ, request_time): self.write("access", environ["PATH_INFO"])
+    def close_on_exec(self): pass
+
+    def reopen_files(self):
+        self.file.close()
+        self.file = open("json.log", "a", buffering=1)
+
+logger_class = Json
+"""
+
+
+@pytest.mark.parametrize("worker_class", ["gthread", "asgi"])
+def test_logger_class_without_a_standard_logger(make_service: Callable[..., Service], worker_class: str) -> None:
+    service = make_service(skip_unless_installed(worker_class))
+    service.log_file = service.directory / "json.log"
+    if worker_class == "asgi":
+        service.write_app(ASGI)
+    service.arguments = ["--access-logfile", "-"]
+    service.configure(FOREIGN, probe_bind="127.0.0.1:0", log_probes=False, readiness_path="/ready").start()
+    good = (service.directory / "app.py").read_text()
+    assert service.get("/").status == 200
+    service.get("/ready")
+    # From the probe port's process, whose descriptors are closed but for those of logs.
+    service.wait_for("probes.listening")
+    (service.directory / "app.py").write_text(good + "\nraise RuntimeError('a bad release')\n")
+    failed = service.run("upgrade", "--name", service.name)
+    assert failed.returncode == 1
+    # Its traceback goes by gunicorn's methods too, and to the operator.
+    assert "Traceback" in failed.stderr
+    assert "RuntimeError: a bad release" in failed.stderr
+    (service.directory / "app.py").write_text(good)
+    service.upgrade()
+    assert service.get("/").generation == 2
+    service.signal(signal.SIGUSR1)
+    service.stop()
+    assert '"text": "generation=2 event=phase.stopped' in service.log()
+    lines = [json.loads(line) for line in service.log().splitlines() if line[:1] == "{"]
+    assert [line["level"] for line in lines if "event=upgrade.failed" in line["text"]] == ["error"]
+    assert {line["text"] for line in lines if line["level"] == "access"} == {"/"}

@@ -65,6 +65,8 @@ class Handler(logging.Handler):
         """Copy no more, and close this process's descriptor of the boot log."""
         logging.getLogger("gunicorn.error").removeHandler(self)
         os.close(self.fd)
+        # Another file may get its number, and something may still hold this handler.
+        self.fd = -1
 
 
 def last_line(fd: int) -> str:

@@ -217,7 +217,9 @@ def apply(server: Any) -> str:
         server.app.cfg = before
         os.environ.clear()
         os.environ.update(environ)
-        server.setup(server.app)
+        # It sets the configuration before anything in it can fail, such as a logger_class without setup().
+        with contextlib.suppress(Exception):
+            server.setup(server.app)
         return str(error) if isinstance(error, ZddError) else f"{type(error).__name__}: {error}"
     return ""
 

@@ -12,7 +12,7 @@ from gunicorn.errors import HaltServer
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn import bootlog, compat, logger_class
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
@@ -61,7 +61,11 @@ class Succession:
     def speak(self) -> None:
         """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
         assert self.handler is not None
-        logging.getLogger("gunicorn.error").addHandler(self.handler)
+        if logger_class.is_standard(self._server.log):
+            logging.getLogger("gunicorn.error").addHandler(self.handler)
+        else:
+            self._server.log = logger_class.Copying(self._server.log, self.handler)
+            log.use_gunicorn(self._server.log)
         if not self.heir.taken:
             bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
         self._channel.send("speaks")

@@ -153,7 +153,7 @@ class WorkerSide:
             self.settings = sources.heard(self.settings)
             checks.load(self.settings.checks)
         if not self.settings.log_probes:
-            access_log.leave_probes_out()
+            access_log.leave_probes_out(self.worker.log)
         watch.start()
         self.family.stand_at_gate()
 
