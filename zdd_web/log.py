@@ -10,9 +10,8 @@ lost: an app's `dictConfig` without `disable_existing_loggers: False` disables e
 and gunicorn's. A `logger_class` that is not derived from gunicorn's has no such handlers: there the lines go through
 its methods. Elsewhere lines go to the logger `zdd_web`.
 
-Values are data, whatever a client or an exception has put into them: control characters are escaped, URLs lose their
-credentials, and neither a value nor a line of a traceback can be taken for a line of an event. A log that cannot be
-written (a closed pipe, a full disk) raises nothing.
+Values are data: control characters are escaped, URLs lose their credentials, and neither a value nor a line of a
+traceback can be taken for a line of an event. A log that cannot be written (a closed pipe, a full disk) raises nothing.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def _value(value: Any) -> str:
 
 
 def _disarmed(text: str) -> str:
-    # JSON's own escape: whoever reads the value as JSON finds what was there.
+    # JSON's own escape: a value that is read as JSON is what it was.
     return _FORGED.sub(r"event\\u003d", text)
 
 

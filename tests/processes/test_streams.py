@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.processes.harness import Service, until
-from zdd_web.board import Snapshot
+from zdd_web.board import Snapshot, WorkerState
 from zdd_web.lifecycle import Phase
 
 
@@ -116,3 +116,31 @@ def test_start_that_fails_with_streams_that_cannot_be_written_has_status_1(
     service.settings["grace"] = 1
     service.write_conf(PRINTS)
     assert spawn(service, kind).wait(30) == 1
+
+
+@pytest.mark.parametrize("code", ["another = 1\n", "raise RuntimeError('a bad release')\n"])
+def test_replacement_that_cannot_boot_does_not_end_the_service(make_service: Callable[..., Service], code: str) -> None:
+    service = make_service()
+    service.write_conf(PRINTS)
+    spawn(service, "a pipe without a reader")
+    first = serves(service, 1)
+    good = (service.directory / "app.py").read_text()
+    (service.directory / "app.py").write_text(code)
+    os.kill(first.workers[0].pid, signal.SIGKILL)
+    until("a failed boot", lambda: serves(service, 1).workers != first.workers and lost(service), service)
+    (service.directory / "app.py").write_text(good)
+    until(
+        "a worker", lambda: [each for each in serves(service, 1).workers if each.state is WorkerState.SERVING], service
+    )
+    assert serves(service, 1).master_pid == first.master_pid
+    assert service.process is not None
+    assert service.process.poll() is None
+    listener = serves(service, 1).listeners[0].name
+    service.port = int(listener.rpartition(":")[2])
+    assert service.get().status == 200
+    service.stop(status=0)
+
+
+def lost(service: Service) -> bool:
+    """Tell whether the replacement was tried and has failed: it is tried again after a while."""
+    return not serves(service, 1).workers

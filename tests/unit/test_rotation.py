@@ -120,6 +120,16 @@ def test_files_that_were_renamed_are_seen(handler: logging.FileHandler, tmp_path
     assert log_files.were_renamed()
 
 
+def test_handler_that_opens_its_file_at_the_first_record_is_left_alone(tmp_path: Path) -> None:
+    later = logging.FileHandler(tmp_path / "later", delay=True)
+    logging.getLogger("tests.rotation").addHandler(later)
+    reopening(lambda: None)()
+    assert later.stream is None
+    assert not log_files.were_renamed()
+    logging.getLogger("tests.rotation").removeHandler(later)
+    later.close()
+
+
 def test_file_that_cannot_be_opened_again_is_given_up_until_it_can(
     handler: logging.FileHandler, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -59,7 +59,7 @@ def test_closed_descriptors_are_filled_before_anything_else_takes_their_numbers(
     def child() -> tuple[list[str], bool, int]:
         for fd in closed:
             os.close(fd)
-        stdio.fill()
+        stdio.fill_closed_descriptors()
         where = [os.readlink(f"/proc/self/fd/{fd}") for fd in closed]
         return where, all(os.get_inheritable(fd) for fd in closed), os.open(os.devnull, os.O_RDONLY)
 
@@ -73,7 +73,7 @@ def test_streams_that_are_open_are_left_alone(tmp_path: Path) -> None:
         fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
-        stdio.fill()
+        stdio.fill_closed_descriptors()
         return [os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)]
 
     assert in_child(child) == [str(tmp_path / "log")] * 2
@@ -92,7 +92,7 @@ import os, sys
 from zdd_web.system import stdio
 print("kept in the buffer")
 if "settle" in sys.argv:
-    stdio.settle()
+    stdio.flush_streams()
 """
 
 
@@ -113,7 +113,7 @@ class Odd(io.StringIO):
 
 @pytest.mark.parametrize("stream", [None, Odd(), object()], ids=["none", "closed", "not a stream"])
 def test_forgiving_stream_takes_whatever_stands_in_a_streams_place(stream: Any) -> None:
-    forgiving = stdio.Forgiving(stream)
+    forgiving = stdio.TolerantStream(stream)
     assert forgiving.write("text") == 4
     forgiving.writelines(["a", "b"])
     forgiving.flush()
@@ -122,7 +122,7 @@ def test_forgiving_stream_takes_whatever_stands_in_a_streams_place(stream: Any) 
 
 def test_forgiving_stream_keeps_its_first_error() -> None:
     with open("/dev/full", "w") as file:
-        forgiving = stdio.Forgiving(file)
+        forgiving = stdio.TolerantStream(file)
         forgiving.write("text")
         forgiving.flush()
         forgiving.flush()

@@ -1,4 +1,4 @@
-"""What the commands print. Nothing that comes from a service steers the terminal, and nothing printed is waited for.
+"""What the commands print: nothing that comes from a service steers the terminal, and no work depends on it.
 
 An upgrade or a stop goes on whether or not its progress can be read: `zdd-web upgrade | head -1` must not end with the
 pipe, and a full disk behind `> upgrade.log` is not a failed upgrade.
@@ -14,7 +14,7 @@ import click
 
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.system import escaping, masking
-from zdd_web.system.stdio import Forgiving
+from zdd_web.system.stdio import TolerantStream
 
 
 def safe(text: object) -> str:
@@ -33,7 +33,7 @@ def say(text: str = "", *, err: bool = False) -> None:
 
 
 def _print(text: str, to: Any) -> OSError | None:
-    stream = Forgiving(to)
+    stream = TolerantStream(to)
     click.echo(safe(text), file=cast("IO[str]", stream))
     return stream.lost
 
@@ -41,14 +41,14 @@ def _print(text: str, to: Any) -> OSError | None:
 def show(text: str = "") -> None:
     """Print what a command is there to print. Raises `CannotHelp` when it cannot be written.
 
-    A reader that has read enough (`| head -1`) is no such error.
+    A reader that has read enough (`| head -1`) is not an error.
     """
     _refuse(_print(text, sys.stdout))
 
 
 def save(text: str, file: TextIO) -> None:
     """Write a text as it is, to a file or to stdout. Raises `CannotHelp` as `show()` does."""
-    stream = Forgiving(file)
+    stream = TolerantStream(file)
     stream.write(text)
     stream.flush()
     _refuse(stream.lost)

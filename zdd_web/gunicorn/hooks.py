@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat, sources, takeover
+from zdd_web.gunicorn import compat, logger_class, sources, takeover
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
@@ -52,7 +52,7 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         )
     if state is None:
         # First of all, before anything is opened that would get the number of a stream.
-        stdio.fill()
+        stdio.fill_closed_descriptors()
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
         state = State(launch=Launch.record(), heir=heir)
@@ -78,11 +78,11 @@ def fail(error: ZddError, server: Any = None) -> NoReturn:
         log.emit("settings.invalid", logging.CRITICAL, error=str(error))
         if server.pidfile is not None:
             server.pidfile.unlink()
-        logged = server.cfg.errorlog == "-"
+        logged = server.cfg.errorlog == "-" and logger_class.is_standard(server.log)
     if not logged:
         # Not by SystemExit(text): Python's own attempt to print it may make the exit status another.
-        stdio.complain(escaping.printable(masking.urls(f"zdd_web: {error}")))
-    stdio.settle()
+        stdio.print_error(escaping.printable(masking.urls(f"zdd_web: {error}")))
+    stdio.flush_streams()
     raise SystemExit(1)
 
 
@@ -274,7 +274,7 @@ def on_exit(server: Any) -> None:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()
-        stdio.settle()
+        stdio.flush_streams()
 
 
 _OURS: dict[str, Callable[..., Any]] = {

@@ -43,7 +43,7 @@ from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload
 from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
-from zdd_web.gunicorn.rotation import Neighbour, Rotation
+from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
@@ -83,7 +83,7 @@ class Master:
         self.deploy = Deploy(self, launch, heir)
         self.offer = Offer(self)
         self.reload = Reload(self)
-        self.rotation = Rotation(self._reopen_logs, self._neighbours)
+        self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
@@ -348,7 +348,7 @@ class Master:
         guarded("probe port", self.probes.reopen_logs)()
         self._gunicorn_usr1()
 
-    def _neighbours(self) -> list[Neighbour]:
+    def _adjacent_generations(self) -> list[AdjacentGeneration]:
         """The generations that this one has a channel to."""
         return [each for each in (self.succession, self.deploy.upgrade, self.deploy.cancelled) if each is not None]
 
@@ -379,12 +379,23 @@ class Master:
         decision = plan(self.roster.members(), self.server.num_workers, self.phase)
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
-                self.server.spawn_worker()
+                self._spawn()
         deadline = self.header.deadline
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
         self.roster.retire(decision.retire, deadline)
         self.roster.repeat()
+
+    def _spawn(self) -> None:
+        master = os.getpid()
+        try:
+            self.server.spawn_worker()
+        except Exception:
+            if os.getpid() == master:
+                raise
+            # A worker for which gunicorn could not even print why it ends (arbiter.py:757): back here it would be a
+            # second master, with this one's workers and listeners.
+            os._exit(type(self.server).WORKER_BOOT_ERROR)
 
     def _manage_workers_guarded(self) -> None:
         # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.

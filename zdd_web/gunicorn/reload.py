@@ -166,13 +166,13 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         status = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            stdio.complain(stop.code)
+            stdio.print_error(stop.code)
     except BaseException:
-        stdio.complain(traceback.format_exc())
+        stdio.print_error(traceback.format_exc())
     finally:
         # Nothing else may raise here: above is gunicorn's loop, in a copy of the live master.
         with contextlib.suppress(Exception):
-            stdio.Forgiving(sys.stderr).flush()
+            stdio.TolerantStream(sys.stderr).flush()
         os._exit(status)
 
 

@@ -23,7 +23,7 @@ from zdd_web.gunicorn.boundary import guarded
 from zdd_web.system import log_files
 
 
-class Neighbour(Protocol):
+class AdjacentGeneration(Protocol):
     """A channel to the generation before or after this one."""
 
     #: The greatest number of a rotation that was received there.
@@ -36,26 +36,26 @@ class Neighbour(Protocol):
 class Rotation:
     """One master's part in it."""
 
-    def __init__(self, reopen: Callable[[], None], neighbours: Callable[[], Iterable[Neighbour]]) -> None:
+    def __init__(self, reopen: Callable[[], None], adjacent: Callable[[], Iterable[AdjacentGeneration]]) -> None:
         """`reopen` opens the files of this generation again."""
-        self._reopen, self._neighbours = reopening(reopen), neighbours
+        self._reopen, self._adjacent = reopening(reopen), adjacent
         self._number = 0
 
     def request(self) -> None:
         """SIGUSR1."""
-        # Greater than any that is known here, also where a neighbour's clock is ahead, in a time namespace of its own.
+        # Greater than any that is known here, also where another generation's clock is ahead (time namespaces).
         self._begin(max(clock.now_ns(), self._number + 1))
 
     def follow(self) -> None:
-        """Do what neighbours have asked for; the tick's call."""
-        number = max((each.reopen_number for each in self._neighbours()), default=0)
+        """Obey the requests of other generations; the tick's call."""
+        number = max((each.reopen_number for each in self._adjacent()), default=0)
         if number > self._number:
             self._begin(number)
 
     def _begin(self, number: int) -> None:
         self._number = number
         self._reopen()
-        for each in self._neighbours():
+        for each in self._adjacent():
             each.reopen(number)
 
 
@@ -64,7 +64,8 @@ def reopening(handler: Callable[..., None]) -> Callable[..., None]:
     attempt = guarded("log files", handler)
 
     def handle(*arguments: object) -> None:
+        before = log_files.opened()
         attempt(*arguments)
-        log_files.give_up_lost()
+        log_files.discard_failed(before)
 
     return handle

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import stat
+from collections.abc import Iterable
 
 
 def loggers() -> list[logging.Logger]:
@@ -15,11 +16,10 @@ def loggers() -> list[logging.Logger]:
     return [logging.root, *(each for each in known if isinstance(each, logging.Logger))]
 
 
-def _file_handlers() -> list[logging.FileHandler]:
-    found = {
-        id(each): each for logger in loggers() for each in logger.handlers if isinstance(each, logging.FileHandler)
-    }
-    return list(found.values())
+def opened() -> list[logging.FileHandler]:
+    """Return the handlers that have a file open; one with `delay` opens it at its first record."""
+    handlers = {id(each): each for logger in loggers() for each in logger.handlers}
+    return [each for each in handlers.values() if isinstance(each, logging.FileHandler) and each.stream is not None]
 
 
 def were_renamed() -> bool:
@@ -27,11 +27,9 @@ def were_renamed() -> bool:
 
     A process that is forked while logs are rotated has no handler for the signal that tells the others.
     """
-    for handler in _file_handlers():
-        if handler.stream is None:
-            continue
+    for handler in opened():
         with contextlib.suppress(OSError, ValueError):
-            written = os.fstat(handler.stream.fileno())
+            written = os.fstat(handler.stream.fileno())  # type: ignore[union-attr]
             try:
                 named = os.stat(handler.baseFilename)
             except FileNotFoundError:
@@ -41,12 +39,12 @@ def were_renamed() -> bool:
     return False
 
 
-def give_up_lost() -> None:
-    """Have handlers whose file could not be opened again write to /dev/null, until the next attempt.
+def discard_failed(before: Iterable[logging.FileHandler]) -> None:
+    """Have those handlers that had a file before, and have none now, write to /dev/null until the next attempt.
 
     Left as it is, such a handler tries to open its file at each record, and raises out of the call that logs.
     """
-    for handler in _file_handlers():
+    for handler in before:
         if handler.stream is None:
             handler.stream = open(os.devnull, "a")  # noqa: SIM115 - stays open
 

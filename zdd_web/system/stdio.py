@@ -13,7 +13,7 @@ from typing import Any
 STDERR = 2
 
 
-def fill() -> None:
+def fill_closed_descriptors() -> None:
     """Open /dev/null in place of each standard descriptor that is closed.
 
     Otherwise the next file or socket of this process gets its number, and whatever is printed is written into that.
@@ -46,23 +46,23 @@ def write_stderr(text: str) -> None:
             data = data[os.write(STDERR, data) :]
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Write a line to stderr, as far as that is possible; past Python's stream where there is none."""
     if sys.stderr is None:
         write_stderr(f"{text}\n")
     else:
-        stream = Forgiving(sys.stderr)
+        stream = TolerantStream(sys.stderr)
         stream.write(f"{text}\n")
         stream.flush()
 
 
-def settle() -> None:
+def flush_streams() -> None:
     """Flush Python's streams before the process ends: one that cannot be would make its exit status 120."""
     for stream in (sys.stdout, sys.stderr):
-        Forgiving(stream).flush()
+        TolerantStream(stream).flush()
 
 
-class Forgiving:
+class TolerantStream:
     """A text stream whose writes never raise OSError; `lost` is the first one. None stands for no stream."""
 
     def __init__(self, stream: Any) -> None:

@@ -21,7 +21,7 @@ from zdd_web.cli.rehearse.server import RehearsalError, Server
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import LISTENERS
 from zdd_web.system import masking
-from zdd_web.system.stdio import Forgiving
+from zdd_web.system.stdio import TolerantStream
 
 if TYPE_CHECKING:
     from zdd_web.cli.rehearse.load import LoadThread
@@ -105,7 +105,7 @@ def _perform(server: Server, generation: service.Generation, load: LoadThread, u
     handovers: list[Handover] = []
     with load:
         time.sleep(SETTLE)
-        stderr = cast("TextIO", Forgiving(sys.stderr))
+        stderr = cast("TextIO", TolerantStream(sys.stderr))
         with click.progressbar(range(1, upgrades + 1), label="upgrades", file=stderr) as numbers:
             for number in numbers:
                 handover, generation = _upgrade(server, generation, number)
