@@ -22,12 +22,12 @@ MAY_USE = {
     "errors": set(),
     "clock": set(),
     "proc": set(),
-    "log": set(),
+    "system": set(),
+    "log": {"system"},
     "lifecycle": {"errors"},
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
     "record": set(),
-    "system": set(),
     "door": set(),
     "board": {"door", "errors", "lifecycle", "record", "system"},
     "waitgroup": {"errors", "log"},
@@ -39,7 +39,9 @@ MAY_USE = {
     "asgi": {"probes"},
     "access_log": {"errors", "probes", "process", "settings"},
     "watch": {"lifecycle", "log", "process"},
-    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes"},
+    "probe_server": {
+        "board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes", "system",
+    },
     "flask": {"cli", "checks", "probes", "wsgi", "asgi", "process", "health", "settings", "errors"},
     "django": {
         "checks", "cli", "lifecycle", "log", "probes", "wsgi", "asgi", "process", "health", "settings", "errors",
@@ -48,12 +50,15 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "system", "watch",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
     "service": {"errors", "proc", "lifecycle", "board"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
-    "cli": {"checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
+    "cli": {
+        "checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "system", "gunicorn",
+        "__init__",
+    },
     "__init__": set(),
 }  # fmt: skip
 

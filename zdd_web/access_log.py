@@ -81,9 +81,22 @@ def _asked(args: Any) -> tuple[str, str]:
     return urllib.parse.unquote(str(target).partition("?")[0]), str(status)
 
 
-def leave_probes_out() -> None:
-    """Filter what this worker of gunicorn logs, whatever its class."""
+def leave_probes_out(logger: Any = None) -> None:
+    """Filter what this worker of gunicorn logs, whatever its class; `logger` is gunicorn's own for it."""
     for name in LOGGERS:
-        logger = logging.getLogger(name)
-        if not any(isinstance(each, ProbeFilter) for each in logger.filters):
-            logger.addFilter(ProbeFilter())
+        standard = logging.getLogger(name)
+        if not any(isinstance(each, ProbeFilter) for each in standard.filters):
+            standard.addFilter(ProbeFilter())
+    if logger is not None and not isinstance(getattr(logger, "access_log", None), logging.Logger):
+        _leave_probes_out_of_calls(logger)
+
+
+def _leave_probes_out_of_calls(logger: Any) -> None:
+    # A `logger_class` that is not derived from gunicorn's: what it writes to is not known, what it is called with is.
+    access, is_probe = logger.access, ProbeFilter()._is_probe
+
+    def unless_probe(response: Any, request: Any, environ: Any, request_time: Any) -> None:
+        if not str(response.status).startswith("200") or not is_probe(environ.get("PATH_INFO", "")):
+            access(response, request, environ, request_time)
+
+    logger.access = unless_probe

@@ -7,17 +7,25 @@ unknown one raises, so that the list in the docs cannot fall behind.
 
 In gunicorn's processes a line goes straight to the handlers of gunicorn's error log. Through the logger it could be
 lost: an app's `dictConfig` without `disable_existing_loggers: False` disables every logger that exists by then, ours
-and gunicorn's. Elsewhere lines go to the logger `zdd_web`.
+and gunicorn's. A `logger_class` that is not derived from gunicorn's has no such handlers: there the lines go through
+its methods. Elsewhere lines go to the logger `zdd_web`.
+
+Values are data: control characters are escaped, URLs lose their credentials, and neither a value nor a line of a
+traceback can be taken for a line of an event. A log that cannot be written (a closed pipe, a full disk) raises nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
+
+from zdd_web.system import escaping, log_files, masking
 
 EVENTS = {
     "boot.started": "a master begins to boot its workers",
@@ -72,7 +80,13 @@ EVENTS = {
     "internal.error": "zdd_web itself raised; the service goes on",
 }
 
+#: The kubelet reads no more of a termination message.
+MESSAGE_BYTES = 4096
+
 _BARE = re.compile(r"[A-Za-z0-9_.,:/@%+\[\]-]+\Z")
+
+#: What dashboards and tests search for, when it stands in a text from elsewhere.
+_FORGED = re.compile(rf"\bevent=(?={'|'.join(map(re.escape, EVENTS))})")
 
 
 def format_event(event: str, fields: dict[str, Any]) -> str:
@@ -94,18 +108,34 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".") or "0"
     # A file name that is no UTF-8 comes as lone surrogates, which no handler can write.
-    text = str(value).encode("utf-8", "backslashreplace").decode()
-    return text if _BARE.match(text) else json.dumps(text, ensure_ascii=False)
+    text = masking.urls(str(value).encode("utf-8", "backslashreplace").decode())
+    return text if _BARE.match(text) else _disarmed(escaping.quoted(text))
+
+
+def _disarmed(text: str) -> str:
+    # JSON's own escape: a value that is read as JSON is what it was.
+    return _FORGED.sub(r"event\\u003d", text)
+
+
+def one_line(text: str) -> str:
+    r"""Return a text from outside as it may stand at the end of a line that is not an event's.
+
+    >>> print(one_line("RuntimeError: bad\n[1] event=phase.serving"))
+    RuntimeError: bad\n[1] event\u003dphase.serving
+    """
+    return _disarmed(escaping.printable(masking.urls(text), keep=""))
 
 
 _generation = 0
-_sink: logging.Logger = logging.getLogger("zdd_web")
+#: A standard logger, or a gunicorn logger of the user's that has only gunicorn's methods.
+_sink: Any = logging.getLogger("zdd_web")
 
 
-def use_gunicorn(error_log: logging.Logger) -> None:
-    """Send events to the handlers of gunicorn's error log from now on."""
+def use_gunicorn(logger: Any) -> None:
+    """Send events to gunicorn's logger from now on: to the handlers of its error log, if that is a standard one."""
     global _sink
-    _sink = error_log
+    error_log = getattr(logger, "error_log", None)
+    _sink = error_log if isinstance(error_log, logging.Logger) else logger
 
 
 def use_generation(number: int) -> None:
@@ -122,19 +152,70 @@ def emit(
     detail: str = "",
     **fields: Any,
 ) -> None:
-    """Write the line of an event, with the same keys as `extra` under `zdd_`; `detail` follows on lines of its own."""
+    """Write the line of an event, with the same keys as `extra` under `zdd_`; `detail` follows on lines of its own.
+
+    Raises `KeyError` for a word that is not in `EVENTS`, and nothing else: a log that fails must not end what it
+    reports on.
+    """
     if _generation:
         fields = {"generation": _generation, **fields}
-    message = "\n".join([format_event(event, fields), *detail.splitlines()])
-    extra = {f"zdd_{key}": value for key, value in {"event": event, **fields}.items()}
-    if _sink.name == "zdd_web":
-        _sink.log(level, message, extra=extra, exc_info=exc_info or None)
+    message = format_event(event, fields)
+    if detail:
+        message += "\n" + _disarmed(escaping.indented(masking.urls(detail)))
+    error = _exc_info(exc_info)
+    trace = _traceback(*error) if error else ""
+    extra = {f"zdd_{key}": _masked(value) for key, value in {"event": event, **fields}.items()}
+    record = logging.getLogger("zdd_web").makeRecord(
+        getattr(_sink, "name", "zdd_web"), level, __file__, 0, message, (), error, "emit", extra
+    )
+    # Formatters take this, and do not format the exception once more.
+    record.exc_text = trace or None
+    try:
+        _write(record)
+    except Exception:
+        _write_to_stderr(record)
+
+
+def _write(record: logging.LogRecord) -> None:
+    if not isinstance(_sink, logging.Logger):
+        # No `exc_info`: how it would be written is not known.
+        text = "\n".join(filter(None, (record.getMessage(), record.exc_text)))
+        getattr(_sink, record.levelname.lower())(text)
+    elif _sink.name == "zdd_web":
+        if _sink.isEnabledFor(record.levelno):
+            _sink.handle(record)
+    elif record.levelno >= _sink.level:
+        # Not `handle()`, which a disabled logger ignores; the handlers above it count for one that propagates.
+        _sink.callHandlers(record)
+
+
+def _write_to_stderr(record: logging.LogRecord) -> None:
+    handler = logging.lastResort
+    if handler is not None and record.levelno >= handler.level:
+        with contextlib.suppress(Exception):
+            handler.handle(record)
+
+
+def _masked(value: Any) -> Any:
+    return masking.urls(value) if isinstance(value, str) else value
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> str:
+    try:
+        chunks = [masking.urls(chunk) for chunk in traceback.format_exception(kind, error, trace)]
+    except Exception:  # its own __str__, and the like
+        chunks = [kind.__qualname__]
+    return _disarmed(escaping.traceback_lines(chunks, set(_names(error, set()))))
+
+
+def _names(error: BaseException | None, seen: set[int]) -> Iterator[str]:
+    """Yield what a traceback calls an exception, and those that it came from."""
+    if error is None or id(error) in seen:
         return
-    if level < _sink.level:
-        return
-    record = _sink.makeRecord(_sink.name, level, __file__, 0, message, (), _exc_info(exc_info), "emit", extra)
-    # Not `handle()`, which a disabled logger ignores; the handlers above it count for one that propagates.
-    _sink.callHandlers(record)
+    seen.add(id(error))
+    yield from (type(error).__qualname__, f"{type(error).__module__}.{type(error).__qualname__}")
+    for other in (error.__cause__, error.__context__, *getattr(error, "exceptions", ())):
+        yield from _names(other, seen)
 
 
 _former: list[Any] = []
@@ -147,9 +228,8 @@ def own_streams() -> set[int]:
     makes the handlers' own locks anew in a forked process, not those below.) Old streams are kept: to collect one would
     flush it.
     """
-    needed = set()
-    logger: logging.Logger | None = _sink
-    while logger is not None:
+    needed = set() if isinstance(_sink, logging.Logger) else log_files.descriptors()
+    for logger in _standard_loggers():
         for handler in logger.handlers:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream = handler.stream  # type: ignore[attr-defined]
@@ -161,8 +241,17 @@ def own_streams() -> set[int]:
             for attribute in ("socket", "sock"):
                 with contextlib.suppress(OSError, AttributeError):
                     needed.add(getattr(handler, attribute).fileno())
-        logger = logger.parent if logger.propagate else None
     return needed
+
+
+def _standard_loggers() -> list[logging.Logger]:
+    """Return the loggers by whose handlers the lines go; all there are for a logger that does not tell."""
+    if not isinstance(_sink, logging.Logger):
+        return log_files.loggers()
+    found: list[logging.Logger] = [_sink]
+    while found[-1].propagate and found[-1].parent is not None:
+        found.append(found[-1].parent)
+    return found
 
 
 def leave_a_message(path: str, text: str) -> None:
@@ -171,13 +260,11 @@ def leave_a_message(path: str, text: str) -> None:
     Kubernetes makes the file for each container and shows its content as the reason of the last termination.
     """
     # Not created: elsewhere than in a pod it would be a stray file. Nor waited for, if it is a pipe.
-    with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK), "w") as file:
-        file.write(text[:4096])
+    with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK), "wb") as file:
+        file.write(escaping.printable(masking.urls(text)).encode()[:MESSAGE_BYTES])
 
 
 def _exc_info(exc_info: bool | BaseException) -> Any:
-    import sys
-
     if isinstance(exc_info, BaseException):
         return type(exc_info), exc_info, exc_info.__traceback__
-    return sys.exc_info() if exc_info else None
+    return sys.exc_info() if exc_info and sys.exc_info()[1] is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -82,8 +83,7 @@ def parse(line: str) -> dict[str, str]:
 @given(st.dictionaries(st.sampled_from(["reason", "error", "name", "generation"]), st.text(max_size=40)))
 def test_any_line_is_one_line_and_can_be_read_back(fields: dict[str, str]) -> None:
     line = format_event("refused", fields)
-    assert "\n" not in line
-    assert "\r" not in line
+    assert len(line.splitlines()) == 1
     assert parse(line) == {"event": "refused", **fields}
 
 
@@ -96,6 +96,140 @@ def test_unknown_word_raises_and_is_not_logged(caplog: pytest.LogCaptureFixture)
 def test_every_word_has_its_meaning_written_down() -> None:
     assert all(EVENTS.values())
     assert all(word == word.lower() and " " not in word for word in EVENTS)
+
+
+# -- lines that somebody else would like to write
+
+FORGED = "[2026-11-28 16:00:00 +0000] [1] [ERROR] generation=9 event=upgrade.failed reason=forged"
+
+#: Whatever breaks a line for Python, journald or a terminal, and what moves a terminal's cursor.
+BREAKS = [
+    "\n",
+    "\r\n",
+    "\r",
+    "\v",
+    "\f",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    "\x1b[2J",
+    "\x9b2J",
+    "\x7f",
+]
+
+
+def event_lines(text: str) -> list[str]:
+    """Return what a dashboard takes for lines of an upgrade that failed, wherever it looks for the word."""
+    return [line for line in text.splitlines() if "event=upgrade.failed" in line]
+
+
+class Noted(ValueError):
+    def __init__(self, message: str, note: str) -> None:
+        super().__init__(message)
+        self.__notes__ = [note]
+
+
+@pytest.mark.parametrize("brk", BREAKS, ids=map(ascii, BREAKS))
+@pytest.mark.usefixtures("error_log")
+def test_message_of_an_exception_forges_no_line(stream: io.StringIO, brk: str) -> None:
+    try:
+        try:
+            raise KeyError(f"7{brk}{FORGED}")
+        except KeyError as error:
+            raise Noted(f"no such order: 7{brk}{FORGED}{brk}", f"{FORGED}{brk}{FORGED}") from error
+    except Noted as error:
+        emit("background.failed", logging.ERROR, error=f"{type(error).__name__}: {error}", exc_info=error)
+    first, *others = stream.getvalue().splitlines()
+    assert "event=background.failed" in first
+    assert event_lines(stream.getvalue()) == []
+    assert [line for line in others if line.startswith("[")] == []
+    assert [each for each in stream.getvalue() if each != "\n" and log.escaping.CONTROL.match(each)] == []
+    # It is still a traceback, and says what was said.
+    assert "\nTraceback (most recent call last):\n  File " in stream.getvalue()
+    assert "\ntests.unit.test_log.Noted: no such order: 7" in stream.getvalue()
+    assert "The above exception was the direct cause of the following exception:\n" in stream.getvalue()
+    value = parse(first.partition("] [ERROR] ")[2])["error"]
+    assert value == f"Noted: no such order: 7{brk}{FORGED}{brk}"
+
+
+@pytest.mark.usefixtures("error_log")
+def test_stack_that_follows_a_line_forges_none(stream: io.StringIO) -> None:
+    emit("background.abandoned", name="job", detail=f"  File a.py\n{FORGED}\n\x1b[2J")
+    assert event_lines(stream.getvalue()) == []
+    assert [line[:2] for line in stream.getvalue().splitlines()[1:]] == ["  "] * 3
+
+
+@pytest.mark.usefixtures("error_log")
+def test_credentials_are_in_no_line_no_traceback_and_no_field(
+    stream: io.StringIO, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = "postgres://shop:hunter2@db/shop"
+    records: list[logging.LogRecord] = []
+    keep = logging.Handler()
+    keep.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("gunicorn.error").addHandler(keep)
+    emit("background.failed", error=f"cannot reach {address}", exc_info=OSError(f"cannot reach {address}"), pid=7)
+    logging.getLogger("gunicorn.error").removeHandler(keep)
+    assert "hunter2" not in stream.getvalue()
+    assert stream.getvalue().count("cannot reach postgres://***@db/shop") == 2
+    assert (records[0].zdd_error, records[0].zdd_pid) == ("cannot reach postgres://***@db/shop", 7)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("error_log")
+def test_exception_that_cannot_be_shown_is_named(stream: io.StringIO) -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    emit("internal.error", logging.ERROR, where="tick", exc_info=Broken())
+    assert "Broken" in stream.getvalue()
+
+
+# -- a log that cannot be written
+
+
+def cannot_write(number: int) -> io.StringIO:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    return Full()
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_log_that_cannot_be_written_raises_nothing(
+    error_log: logging.Logger, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(error_log.handlers[0], "stream", cannot_write(number))
+    monkeypatch.setattr(sys, "stderr", cannot_write(number))
+    emit("phase.draining", logging.ERROR)
+
+
+@pytest.mark.parametrize("closed", [None, "closed"])
+def test_log_on_a_stderr_that_is_closed_raises_nothing(
+    error_log: logging.Logger, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, closed: str | None
+) -> None:
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream if closed else None)
+    emit("phase.draining", logging.ERROR)
+
+
+def test_handler_that_raises_ends_nothing_and_loses_no_warning(
+    error_log: logging.Logger, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Raises(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("the log server is gone")
+
+    monkeypatch.setattr(error_log, "handlers", [Raises()])
+    monkeypatch.setattr(sys, "stderr", stream)
+    emit("phase.draining")
+    assert stream.getvalue() == ""
+    emit("refused", logging.WARNING, signal="HUP")
+    assert stream.getvalue() == "event=refused signal=HUP\n"
 
 
 # -- where lines go
@@ -248,4 +382,6 @@ def test_message_is_left_where_the_platform_made_a_place_for_it(tmp_path: Path) 
     place.write_text("of the container's life before, " * 10)
     log.leave_a_message(str(place), "x" * 5000)
     assert place.read_text() == "x" * 4096
+    log.leave_a_message(str(place), "\x1b[2Jpostgres://shop:hunter2@db\n")
+    assert place.read_text() == "\\x1b[2Jpostgres://***@db\n"
     log.leave_a_message("", "no place")

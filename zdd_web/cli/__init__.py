@@ -18,6 +18,7 @@ from zdd_web import service
 from zdd_web.board import Snapshot, UpgradeState, WorkerView
 from zdd_web.cli import follow, stop
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.output import cell, say, show
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase, stalled_for
@@ -56,21 +57,20 @@ def _find(name: str | None, pid: int | None, pid_file: str | None) -> service.Ge
 def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
     """Replace the running code with what is on disk; status 0 only when the new generation serves."""
     generation = _find(name, pid, pid_file)
-    click.echo(
-        f"{generation.board.header.name}: generation {generation.board.header.generation} (pid {generation.pid})"
-    )
+    number = generation.board.header.generation
+    say(f"{cell(generation.board.header.name)}: generation {number} (pid {generation.pid})")
     with _another_version():
-        result = follow.upgrade(generation, lambda snapshot: click.echo(f"  {_PROGRESS[snapshot.upgrade_state]}"))
+        result = follow.upgrade(generation, lambda snapshot: say(f"  {_PROGRESS[snapshot.upgrade_state]}"))
     if result.ok:
-        click.echo(f"generation {result.generation} serves, after {result.seconds:.1f} s")
+        say(f"generation {result.generation} serves, after {result.seconds:.1f} s")
         return
-    click.echo(f"upgrade {result.reason}", err=True)
+    say(f"upgrade {cell(result.reason)}", err=True)
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
-        click.echo(f"the new generation's last {len(lines)} log lines:", err=True)
-        click.echo("\n".join(f"  | {line}" for line in lines), err=True)
+        say(f"the new generation's last {len(lines)} log lines:", err=True)
+        say("\n".join(f"  | {line}" for line in lines), err=True)
     if result.serves_on:
-        click.echo(f"generation {generation.board.header.generation} serves on", err=True)
+        say(f"generation {number} serves on", err=True)
     sys.exit(1)
 
 
@@ -82,25 +82,25 @@ def drain(name: str | None, pid: int | None, pid_file: str | None, no_wait: bool
     generation = _find(name, pid, pid_file)
     number = generation.board.header.generation
     under_way = ", which stops already" if stop.stops(generation) else ""
-    click.echo(f"{generation.board.header.name}: generation {number} (pid {generation.pid}){under_way}")
+    say(f"{cell(generation.board.header.name)}: generation {number} (pid {generation.pid}){under_way}")
     try:
         if no_wait:
             stop.request(generation)
             return
         with _another_version():
-            result = stop.drain(generation, lambda snapshot: click.echo(f"  {_drains(snapshot)}"))
+            result = stop.drain(generation, lambda snapshot: say(f"  {_drains(snapshot)}"))
     except PermissionError:
         raise CannotHelp(f"no permission to signal process {generation.pid}: run this as its user or as root") from None
     except ProcessLookupError:
         raise CannotHelp(f"the master {generation.pid} is gone") from None
     if result.ok:
-        click.echo(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
+        say(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
         return
     if result.reason:
-        click.echo(f"drain failed: {result.reason}", err=True)
+        say(f"drain failed: {cell(result.reason)}", err=True)
     else:
         lost = f"{_count(result.requests, 'request')} and {_count(result.tasks, 'background task')}"
-        click.echo(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
+        say(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
                    f"see event=background.abandoned and event=drain.abandoned in its log", err=True)  # fmt: skip
     sys.exit(1)
 
@@ -149,15 +149,15 @@ def status(name: str | None, pid: int | None, pid_file: str | None, as_json: boo
     if not snapshots:
         raise CannotHelp("; ".join(refused))
     for each in refused:
-        click.echo(each, err=True)
+        say(each, err=True)
     if as_json:
-        click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
+        show(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
     else:
         tables = (_generation_table(snapshots), _worker_table(snapshots), _listener_table(snapshots))
-        click.echo("\n\n".join(tables))
+        show("\n\n".join(tables))
     stalled = [snapshot for snapshot in snapshots if _stalled_for(snapshot)]
     for snapshot in stalled:
-        click.echo(_stall_of(snapshot), err=True)
+        say(_stall_of(snapshot), err=True)
     if stalled:
         sys.exit(1)
 
@@ -192,9 +192,9 @@ def _generation_table(snapshots: list[Snapshot]) -> str:
 def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
     last = "" if snapshot.upgrade_state is UpgradeState.NONE else snapshot.upgrade_state.name.lower()
     if snapshot.upgrade_reason:
-        last += f": {snapshot.upgrade_reason[:60]}"
+        last += f": {cell(snapshot.upgrade_reason)[:60]}"
     return (
-        snapshot.name,
+        cell(snapshot.name),
         snapshot.generation,
         f"{snapshot.phase.label}, stalled" if _stalled_for(snapshot) else snapshot.phase.label,
         _age(snapshot.phase_since),
@@ -211,7 +211,7 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
     rows = [
         (
             snapshot,
-            (snapshot.generation, each.pid, _state(each), each.in_flight, each.requests, each.tasks, each.error),
+            (snapshot.generation, each.pid, _state(each), each.in_flight, each.requests, each.tasks, cell(each.error)),
         )
         for snapshot in snapshots
         for each in snapshot.workers
@@ -222,7 +222,7 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
 def _listener_table(snapshots: list[Snapshot]) -> str:
     columns = ("generation", "listener", "waiting", "limit", "accepted")
     rows = [
-        (snapshot, (snapshot.generation, each.name, each.length, each.limit, each.accepted or ""))
+        (snapshot, (snapshot.generation, cell(each.name), each.length, each.limit, each.accepted or ""))
         for snapshot in snapshots
         for each in snapshot.listeners
     ]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import IO, Any
+
 import click
+
+from zdd_web.system import escaping, masking
 
 
 class CannotHelp(click.ClickException):
     """The question was wrong or could not be put: exit status 2, as for bad usage. 1 means "no" or "lost"."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        """Return the message, safe for a terminal."""
+        return escaping.printable(masking.urls(super().format_message()))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message; where that is impossible, the exit status still tells."""
+        with contextlib.suppress(OSError, AttributeError):
+            super().show(file)

@@ -8,6 +8,7 @@ import click
 
 from zdd_web import checks
 from zdd_web.cli import drain, status, upgrade
+from zdd_web.cli.output import cell, say
 
 
 def group(check: Callable[..., None], *options: click.Option) -> click.Group:
@@ -37,17 +38,17 @@ def report(serious: Iterable[str], others: Iterable[str] = ()) -> None:
     failed = False
     for text in serious:
         failed = True
-        click.echo(f"error: {text}", err=True)
+        say(f"error: {text}", err=True)
     for text in others:
-        click.echo(f"warning: {text}", err=True)
+        say(f"warning: {text}", err=True)
     wrong = checks.failing()
     for each in checks.registered():
         if each.name not in wrong:
-            click.echo(f"ok: check {each.name!r}")
+            say(f"ok: check {each.name!r}")
             continue
         failed = failed or each.critical
-        click.echo(f"{'error' if each.critical else 'warning'}: check {each.name!r}: {wrong[each.name]}", err=True)
+        say(f"{'error' if each.critical else 'warning'}: check {each.name!r}: {cell(wrong[each.name])}", err=True)
     if failed:
         raise SystemExit(1)
     # Nothing that was asked is no proof of anything.
-    click.echo("nothing serious was found" if checks.count() else "nothing serious was found; the app has no checks")
+    say("nothing serious was found" if checks.count() else "nothing serious was found; the app has no checks")

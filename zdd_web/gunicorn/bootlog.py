@@ -11,6 +11,8 @@ import fcntl
 import logging
 import os
 
+from zdd_web.system import stdio
+
 #: `zdd-web upgrade` shows the end of it.
 TAIL_BYTES = 8_192
 #: A worker in a boot loop must not fill the memory.
@@ -63,6 +65,8 @@ class Handler(logging.Handler):
         """Copy no more, and close this process's descriptor of the boot log."""
         logging.getLogger("gunicorn.error").removeHandler(self)
         os.close(self.fd)
+        # Another file may get its number, and something may still hold this handler.
+        self.fd = -1
 
 
 def last_line(fd: int) -> str:
@@ -84,4 +88,4 @@ def give_back_stderr(stderr: int, boot_log: int) -> None:
     os.close(stderr)
     said = tail(boot_log, LIMIT_BYTES)
     if said:
-        os.write(2, said.encode())
+        stdio.write_stderr(said)

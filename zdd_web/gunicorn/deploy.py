@@ -32,6 +32,7 @@ from zdd_web.lifecycle import Event, Phase
 from zdd_web.listeners import passing
 from zdd_web.probes import look
 from zdd_web.service import Line, kept_by
+from zdd_web.system import masking, stdio
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -102,7 +103,7 @@ class Deploy:
         self._outcome(UpgradeState.BOOTING, "")
         self._header.upgrade_number += 1
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
-                  command=" ".join(launch.command), directory=launch.directory,)  # fmt: skip
+                  command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
 
     def admit(self, end: socket.socket, who: passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -251,8 +252,7 @@ class Deploy:
         said = bootlog.tail(self._boot_log)
         if said and not upgrade.speaks:
             # It ended with the boot log as its stderr: nobody has read that yet.
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
+            stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._master.supervisor.upgrade_ended)("failed", reason)
         self._outcome(UpgradeState.FAILED, reason)

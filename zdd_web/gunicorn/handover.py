@@ -14,6 +14,7 @@ the end of the file at the other. Every message is a JSON object with a "kind":
                            place, so a generation that was given up can never open its gate a moment later
                    office  the commit window is over: the pid file and the control socket are yours
                    given_up  reason: only to a successor that is no child (takeover.py); a child is killed
+    either one  -> reopen  number: log files were rotated (rotation.py); earlier versions ignore it
 
 A successor that was forked inherits the listeners, the other end of the pair and the boot log by exec; the environment
 variable says under which descriptors. gunicorn's own `GUNICORN_PID` and `GUNICORN_FD` are set so that a new release
@@ -46,6 +47,11 @@ class Message:
     kind: str
     fields: dict[str, Any]
     fd: int = -1
+
+    def number(self, name: str) -> int:
+        """Return a field that is a whole number; 0 when there is none."""
+        value = self.fields.get(name)
+        return value if isinstance(value, int) else 0
 
 
 class Channel:

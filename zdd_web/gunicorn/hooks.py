@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat, sources, takeover
+from zdd_web.gunicorn import compat, logger_class, sources, takeover
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
@@ -24,6 +23,7 @@ from zdd_web.gunicorn.master import Master
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.worker import WorkerSide
 from zdd_web.settings import Settings
+from zdd_web.system import escaping, masking, stdio
 
 MARK = "__zdd_web__"
 
@@ -51,6 +51,8 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
             "install() was called twice in one configuration: keep the last call, at the end of the file"
         )
     if state is None:
+        # First of all, before anything is opened that would get the number of a stream.
+        stdio.fill_closed_descriptors()
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
         state = State(launch=Launch.record(), heir=heir)
@@ -71,14 +73,17 @@ def _then_users(name: str) -> Callable[..., Any] | None:
 
 def fail(error: ZddError, server: Any = None) -> NoReturn:
     """End a start that cannot work: the reason on stderr and in the log, exit status 1, no traceback, no pid file."""
-    text = f"zdd_web: {error}"
+    logged = False
     if server is not None:
         log.emit("settings.invalid", logging.CRITICAL, error=str(error))
         if server.pidfile is not None:
             server.pidfile.unlink()
-        if server.cfg.errorlog == "-":
-            sys.exit(1)
-    raise SystemExit(text)
+        logged = server.cfg.errorlog == "-" and logger_class.is_standard(server.log)
+    if not logged:
+        # Not by SystemExit(text): Python's own attempt to print it may make the exit status another.
+        stdio.print_error(escaping.printable(masking.urls(f"zdd_web: {error}")))
+    stdio.flush_streams()
+    raise SystemExit(1)
 
 
 def check(server: Any) -> None:
@@ -113,7 +118,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
     """The first hook that sees the whole configuration: before the pid file, and before `preload_app` loads the app."""
     assert state is not None
     if old_value is None and state.master is None:
-        log.use_gunicorn(server.log.error_log)
+        log.use_gunicorn(server.log)
         try:
             state.settings = sources.settle(server.cfg)
             check(server)
@@ -269,6 +274,7 @@ def on_exit(server: Any) -> None:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()
+        stdio.flush_streams()
 
 
 _OURS: dict[str, Callable[..., Any]] = {

@@ -43,6 +43,7 @@ from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload
 from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
+from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
@@ -85,6 +86,7 @@ class Master:
         self.deploy = Deploy(self, launch, heir)
         self.offer = Offer(self)
         self.reload = Reload(self)
+        self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
@@ -113,6 +115,7 @@ class Master:
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
         self._gunicorn_stop: Callable[[bool], None] = server.stop
+        self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
@@ -127,6 +130,7 @@ class Master:
         server.handle_quit = self.handle_quit
         server.handle_hup = guarded("handle_hup", self.reload.request)
         server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
+        server.handle_usr1 = self.rotation.request
         compat.set_wait(server, self._interval)
         server.handle_winch = guarded("handle_winch", self.handle_winch)
         if self.settings.keep_pid:
@@ -142,7 +146,6 @@ class Master:
                 server.pidfile = PidFile(server.pidfile.fname, os.getpid())
             self.listening.take()
             self.offer.open()
-        server.handle_usr1 = self._reopening(server.handle_usr1)
         self.probes.start(self.succession)
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
@@ -178,6 +181,7 @@ class Master:
         self.deploy.follow()
         guarded("takeover", self.offer.follow)()
         self.reload.follow()
+        self.rotation.follow()
         guarded("probe port", self.probes.follow)(self)
         if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self.move(Event.LAME_DUCK_OVER)
@@ -217,9 +221,9 @@ class Master:
             reason = f"worker {gone.pid} ended before it served: {why}"
             if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
                 self.succession.fail(reason)
-                raise HaltServer(reason, type(self.server).WORKER_BOOT_ERROR)
+                raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR)
             if self.phase is Phase.BOOTING and gone.could_not_boot:
-                raise HaltServer(reason, gone.exit_status)
+                raise HaltServer(log.one_line(reason), gone.exit_status)
             if self.phase in lifecycle.SPAWNING:
                 wait = self.roster.boot_failed()
                 log.emit(
@@ -246,7 +250,7 @@ class Master:
             reason = f"the listeners cannot listen: {error.strerror}"
             if self.succession is not None:
                 self.succession.fail(reason)
-            raise HaltServer(reason, type(self.server).WORKER_BOOT_ERROR) from None
+            raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR) from None
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
@@ -344,12 +348,13 @@ class Master:
             return "an upgrade is under way"
         return "a reload is under way" if self.reload.under_way else ""
 
-    def _reopening(self, handler: Callable[[], None]) -> Callable[[], None]:
-        def handle() -> None:
-            guarded("probe port", self.probes.reopen_logs)()
-            handler()
+    def _reopen_logs(self) -> None:
+        guarded("probe port", self.probes.reopen_logs)()
+        self._gunicorn_usr1()
 
-        return handle
+    def _adjacent_generations(self) -> list[AdjacentGeneration]:
+        """The generations that this one has a channel to."""
+        return [each for each in (self.succession, self.deploy.upgrade, self.deploy.cancelled) if each is not None]
 
     def _unless_forwarded(self, sig: signal.Signals, handler: Callable[[], None]) -> Callable[[], None]:
         def handle() -> None:
@@ -380,8 +385,7 @@ class Master:
         decision = plan(self.roster.members(), self.server.num_workers, self.phase)
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
-                self.server.spawn_worker()
-                self.roster.note_forks()
+                self._spawn()
         deadline = self.header.deadline
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
@@ -390,6 +394,18 @@ class Master:
                 log.emit("worker.overdue", logging.ERROR, pid=pid, timeout=self.settings.recycle_timeout)
         self.roster.retire(decision.retire, deadline)
         self.roster.repeat()
+
+    def _spawn(self) -> None:
+        master = os.getpid()
+        try:
+            self.server.spawn_worker()
+            self.roster.note_forks()
+        except Exception:
+            if os.getpid() == master:
+                raise
+            # A worker for which gunicorn could not even print why it ends (arbiter.py:757): back here it would be a
+            # second master, with this one's workers and listeners.
+            os._exit(type(self.server).WORKER_BOOT_ERROR)
 
     def _manage_workers_guarded(self) -> None:
         # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.

@@ -37,6 +37,7 @@ from zdd_web.errors import ListenerError, SettingsError
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
+from zdd_web.gunicorn.rotation import reopening
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.settings import APP_SETTINGS, Settings
 
@@ -344,7 +345,9 @@ class ProbePort:
         # After the change of the user, which makes the kernel forget it.
         if not proc.die_with_parent(signal.SIGTERM, master):
             return
-        Server(self._board, self._listener, self.settings, master, server.log.reopen_files, self._predecessors).run()
+        Server(
+            self._board, self._listener, self.settings, master, reopening(server.log.reopen_files), self._predecessors
+        ).run()
 
 
 def _forget_imports() -> None:

@@ -23,6 +23,7 @@ from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
+from zdd_web.system import stdio
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -123,8 +124,7 @@ class Reload:
             reason = apply(self._server)
         guarded("systemd", self._master.supervisor.reload_ended)(reason)
         if reason:
-            with contextlib.suppress(OSError):
-                os.write(2, said.encode())
+            stdio.write_stderr(said)
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
         self._master.reloaded()
@@ -176,14 +176,16 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         status = 0
     except NeedsUpgrade as error:
         status = NEEDS_UPGRADE
-        print(error, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
+        stdio.print_error(str(error))
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)  # noqa: T201 - descriptor 2 is the proof's output
+            stdio.print_error(stop.code)
     except BaseException:
-        traceback.print_exc()
+        stdio.print_error(traceback.format_exc())
     finally:
-        sys.stderr.flush()
+        # Nothing else may raise here: above is gunicorn's loop, in a copy of the live master.
+        with contextlib.suppress(Exception):
+            stdio.TolerantStream(sys.stderr).flush()
         os._exit(status)
 
 
@@ -230,7 +232,9 @@ def apply(server: Any) -> str:
         server.app.cfg = before
         os.environ.clear()
         os.environ.update(environ)
-        server.setup(server.app)
+        # It sets the configuration before anything in it can fail, such as a logger_class without setup().
+        with contextlib.suppress(Exception):
+            server.setup(server.app)
         return str(error) if isinstance(error, ZddError) else f"{type(error).__name__}: {error}"
     return ""
 

@@ -12,7 +12,7 @@ from gunicorn.errors import HaltServer
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn import bootlog, compat
+from zdd_web.gunicorn import bootlog, compat, logger_class
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
@@ -36,6 +36,7 @@ class Succession:
         self._ended_at = clock.NEVER
         #: Why the predecessor has given up one that is not its child; None while it has not.
         self._given_up: str | None = None
+        self.reopen_number = 0
         self._pid_file = ""
         self._predecessors: Board | None = None
         if heir.board >= 0:
@@ -60,7 +61,11 @@ class Succession:
     def speak(self) -> None:
         """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
         assert self.handler is not None
-        logging.getLogger("gunicorn.error").addHandler(self.handler)
+        if logger_class.is_standard(self._server.log):
+            logging.getLogger("gunicorn.error").addHandler(self.handler)
+        else:
+            self._server.log = logger_class.Copying(self._server.log, self.handler)
+            log.use_gunicorn(self._server.log)
         if not self.heir.taken:
             bootlog.give_back_stderr(self.heir.stderr, self.heir.boot_log)
         self._channel.send("speaks")
@@ -99,6 +104,8 @@ class Succession:
                 self._told = True
             elif message.kind == "office":
                 self._take_office()
+            elif message.kind == "reopen":
+                self.reopen_number = max(self.reopen_number, message.number("number"))
             elif message.kind == "given_up" and self._given_up is None:
                 self._given_up = str(message.fields.get("reason", ""))
                 self._end()
@@ -141,7 +148,7 @@ class Succession:
             return
         # Nobody has been served, and one that hangs in an import does not hear SIGTERM.
         self._server.kill_workers(signal.SIGKILL)
-        raise HaltServer(f"the running master has given this one up: {self._given_up}", 1)
+        raise HaltServer(log.one_line(f"the running master has given this one up: {self._given_up}"), 1)
 
     def about_to_serve(self) -> None:
         """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""
@@ -151,6 +158,10 @@ class Succession:
     def release(self) -> None:
         """Tell a predecessor that still retires not to come back: this generation ends because it was asked to."""
         self._channel.send("release")
+
+    def reopen(self, number: int) -> None:
+        """Have the predecessor open its log files again; see rotation.py."""
+        self._channel.send("reopen", number=number)
 
     def fail(self, reason: str) -> None:
         """Tell the predecessor why there will be no handover."""

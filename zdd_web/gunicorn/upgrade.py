@@ -33,6 +33,7 @@ from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn.handover import ENV, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
+from zdd_web.system import stdio
 
 #: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
 COMMIT_WINDOW = 1.0
@@ -81,6 +82,7 @@ class Upgrade:
         self.status: int | None = None
         self.released = False
         self.speaks = False
+        self.reopen_number = 0
         self._channel = channel
         #: These adopt its workers when it has ended.
         self._ancestors = proc.ancestors(pid)
@@ -128,6 +130,8 @@ class Upgrade:
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
             elif message.kind == "release":
                 self.released = True
+            elif message.kind == "reopen":
+                self.reopen_number = max(self.reopen_number, message.number("number"))
         if self.released and self.stage is Stage.IN_OFFICE:
             return None
         if self.released:
@@ -180,6 +184,10 @@ class Upgrade:
         """Tell the successor that it is the service now."""
         self.stage = Stage.IN_OFFICE
         self._channel.send("office")
+
+    def reopen(self, number: int) -> None:
+        """Have the successor open its log files again; see rotation.py."""
+        self._channel.send("reopen", number=number)
 
     def end(self, *, now: bool, reason: str = "") -> None:
         """Kill the new master and its workers; `now` spares no request. Idempotent."""
@@ -279,7 +287,7 @@ class Upgrade:
 def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
     """Become the new master, in the forked child; never returns."""
     try:
-        stderr = os.dup(2)
+        stderr = stdio.duplicate_stderr()
         os.dup2(inheritance.boot_log, 2)
         heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr)
         for fd in heir.descriptors:

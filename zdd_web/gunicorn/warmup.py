@@ -17,6 +17,7 @@ from wsgiref.util import setup_testing_defaults
 
 from zdd_web import log
 from zdd_web.errors import UpgradeError
+from zdd_web.system.stdio import TolerantStream
 
 
 def warm_up(app: Callable[..., Any], paths: Sequence[str], beat: Callable[[], None]) -> None:
@@ -66,7 +67,7 @@ def _get(app: Callable[..., Any], path: str) -> str:
         "wsgi.url_scheme": url.scheme or "http",
         "HTTP_USER_AGENT": "zdd_web-warmup",
         "wsgi.input": io.BytesIO(),
-        "wsgi.errors": sys.stderr,
+        "wsgi.errors": TolerantStream(sys.stderr),
     }
     setup_testing_defaults(environ)
     body = app(environ, start_response)

@@ -28,11 +28,13 @@ from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
 from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.rotation import reopening
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
 from zdd_web.listeners import backlog
 from zdd_web.settings import Settings
+from zdd_web.system import log_files
 
 #: How long a worker that was signalled directly waits for its master's word, seconds.
 PATIENCE = 1.0
@@ -97,6 +99,7 @@ class WorkerSide:
         worker = self.worker
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
+        worker.handle_usr1 = reopening(worker.handle_usr1)
         worker.load_wsgi, worker.run, worker.notify = self.load, self.run, self._beat
         self.family.enter()
 
@@ -111,6 +114,9 @@ class WorkerSide:
         # SIG_IGN, which the app's own children would inherit.
         for sig in (signal.SIGHUP, signal.SIGUSR2):
             signal.signal(sig, lambda *_: None)
+        if log_files.were_renamed():
+            # SIGUSR1 came before this process had its handler.
+            self.worker.handle_usr1(signal.SIGUSR1, None)
         with self.boot_step():
             self.family.before_load()
             self._load()
@@ -147,7 +153,7 @@ class WorkerSide:
             self.settings = sources.heard(self.settings)
             checks.load(self.settings.checks)
         if not self.settings.log_probes:
-            access_log.leave_probes_out()
+            access_log.leave_probes_out(self.worker.log)
         watch.start()
         self.family.stand_at_gate()
 

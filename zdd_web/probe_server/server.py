@@ -22,6 +22,7 @@ from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import Connection
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
+from zdd_web.system import log_files
 
 #: Connections at once; beyond, the one that has been silent for longest is closed.
 CONNECTIONS = 512
@@ -79,6 +80,9 @@ class Server:
         # The kernel's word for "your master is gone" (PDEATHSIG); from systemd, which signals all, it changes nothing.
         loop.add_signal_handler(signal.SIGTERM, self._turn)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_logs)
+        if log_files.were_renamed():
+            # The signal came before this process had its handler.
+            loop.call_soon(self._reopen_logs)
         loop.call_soon(self._turns)
         try:
             loop.run_forever()

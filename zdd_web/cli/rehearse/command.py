@@ -8,17 +8,20 @@ import shlex
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 import click
 
 from zdd_web import service
 from zdd_web.cli import follow
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.output import save, say, show
 from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
 from zdd_web.cli.rehearse.server import RehearsalError, Server
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import LISTENERS
+from zdd_web.system import masking
+from zdd_web.system.stdio import TolerantStream
 
 if TYPE_CHECKING:
     from zdd_web.cli.rehearse.load import LoadThread
@@ -64,17 +67,17 @@ def rehearse(
 
     try:
         with Server(target, arguments, listener) as server:
-            click.echo(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(server.command)}")
-            click.echo("overridden, away from production and from other services on this machine:")
+            say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
+            say("overridden, away from production and from other services on this machine:")
             for name, value in server.overrides.items():
-                click.echo(f"  {name} = {value}")
+                say(f"  {name} = {masking.variable(name, str(value))}")
             generation = server.start()
             _warn_about_paths(server.port, paths, timeout)
             load = LoadThread(Load("127.0.0.1", server.port, paths, clients, keepalive, think, timeout))
             report = _perform(server, generation, load, upgrades)
-            _show(report, server, json_file, {"target": target, "arguments": arguments, "clients": clients,
-                                              "keepalive": keepalive, "think": think, "paths": paths,
-                                              "listener": listener})  # fmt: skip
+            _show(report, server, json_file, {"target": target, "arguments": masking.command(arguments),
+                                              "clients": clients, "keepalive": keepalive, "think": think,
+                                              "paths": paths, "listener": listener})  # fmt: skip
     except (RehearsalError, ValueError) as error:
         raise CannotHelp(str(error)) from None
     sys.exit(0 if report.ok else 1)
@@ -95,14 +98,15 @@ def _warn_about_paths(port: int, paths: tuple[str, ...], timeout: float) -> None
         if status >= 500:
             raise RehearsalError(f"GET {path} answers {status} before any upgrade: choose another with --path")
         if status >= 400:
-            click.echo(f"note: GET {path} answers {status}; choose another with --path to exercise the app", err=True)
+            say(f"note: GET {path} answers {status}; choose another with --path to exercise the app", err=True)
 
 
 def _perform(server: Server, generation: service.Generation, load: LoadThread, upgrades: int) -> Report:
     handovers: list[Handover] = []
     with load:
         time.sleep(SETTLE)
-        with click.progressbar(range(1, upgrades + 1), label="upgrades", file=sys.stderr) as numbers:
+        stderr = cast("TextIO", TolerantStream(sys.stderr))
+        with click.progressbar(range(1, upgrades + 1), label="upgrades", file=stderr) as numbers:
             for number in numbers:
                 handover, generation = _upgrade(server, generation, number)
                 handovers.append(handover)
@@ -121,7 +125,7 @@ def _upgrade(server: Server, generation: service.Generation, number: int) -> tup
         # From the board: the instant before the gate opened, on the clock that the samples have too.
         ready_at = generation.board.header.ready_at / 1e9
     else:
-        click.echo(f"\nupgrade {number} {outcome.reason}\n{outcome.log}", err=True)
+        say(f"\nupgrade {number} {outcome.reason}\n{outcome.log}", err=True)
     handover = Handover(
         number=number,
         from_generation=before,
@@ -182,9 +186,10 @@ def _grace(generation: service.Generation) -> float:
 def _show(report: Report, server: Server, json_file: TextIO | None, arguments: dict[str, object]) -> None:
     from zdd_web.cli.rehearse.render import text
 
-    click.echo()
-    click.echo(text(report))
+    show()
+    show(text(report))
     if json_file is not None:
-        json.dump({**report.to_json(), "rehearsal": arguments, "overrides": server.overrides}, json_file, indent=2)
+        written = json.dumps({**report.to_json(), "rehearsal": arguments, "overrides": server.overrides}, indent=2)
+        save(written, json_file)
     if not report.ok:
-        click.echo("\nthe end of the service's log:\n" + server.log_tail(), err=True)
+        say("\nthe end of the service's log:\n" + server.log_tail(), err=True)

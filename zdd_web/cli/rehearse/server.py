@@ -27,6 +27,7 @@ from zdd_web.cli.rehearse import activate
 from zdd_web.cli.rehearse.configured import Configured
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
+from zdd_web.system import masking
 
 GENERATION_HEADER = "X-Zdd-Generation"
 
@@ -101,7 +102,7 @@ def refuse_own(arguments: Sequence[str], source: str) -> None:
     try:
         parsed, _ = Config().parser().parse_known_args(list(arguments))
     except SystemExit:
-        raise RehearsalError(f"{source}: gunicorn does not accept {shlex.join(arguments)}") from None
+        raise RehearsalError(f"{source}: gunicorn does not accept {shlex.join(masking.command(arguments))}") from None
     for name in OWN:
         if getattr(parsed, name, None) not in (None, False):
             raise RehearsalError(f"{source}: {name} is the rehearsal's own to set: leave it out")
