@@ -29,6 +29,9 @@ MAY_USE = {
     "record": set(),
     "door": set(),
     "board": {"door", "errors", "lifecycle", "record"},
+    "board_copy": {"board", "errors", "record"},
+    "system": set(),
+    "lookup": {"board", "board_copy", "errors", "lifecycle", "proc", "record", "system"},
     "waitgroup": {"errors", "log"},
     "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
     "listeners": {"door", "errors", "clock", "proc"},
@@ -47,12 +50,15 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch", "lookup",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
-    "service": {"errors", "proc", "lifecycle", "board"},
+    "service": {"errors", "proc", "lookup"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
-    "cli": {"checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "gunicorn", "__init__"},
+    "cli": {
+        "checks", "errors", "clock", "proc", "lifecycle", "lookup", "settings", "system", "board", "service",
+        "gunicorn", "__init__",
+    },
     "__init__": set(),
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from zdd_web.door import Door
 from zdd_web.errors import BoardError
@@ -54,6 +54,9 @@ class WorkerState(enum.IntEnum):
     def label(self) -> str:
         """The state's name as `status` spells it."""
         return self.name.lower()
+
+
+_WORKER_STATES = frozenset(WorkerState)
 
 
 class UpgradeState(enum.IntEnum):
@@ -293,6 +296,52 @@ class Snapshot:
         return sum(worker.tasks for worker in self.workers)
 
 
+#: A board of this version has `SLOTS` slots and a tenth of these bytes.
+MOST_SLOTS = 4096
+LARGEST_BYTES = 1 << 26
+
+
+def shape(start: bytes, size: int) -> int:
+    """Return how many bytes the board has in a file of `size` bytes; `start` holds its words before `Header.FIXED`.
+
+    Readers loop and multiply by the counts in it. Raises `BoardError` when the counts cannot be true.
+
+    >>> shape(bytes(Header.FIXED * WORD), 1 << 20)
+    Traceback (most recent call last):
+    zdd_web.errors.BoardError: this is no board of zdd_web
+    """
+    if len(start) < Header.FIXED * WORD:
+        raise BoardError(f"this file holds {size} bytes, too few for a board of zdd_web")
+    header = Header(memoryview(start), 0)
+    if header.magic != MAGIC:
+        raise BoardError("this is no board of zdd_web")
+    # Another layout has at least the words that never move.
+    ours = header.layout == LAYOUT
+    header_words, slot_words = (Header.WORDS, Slot.WORDS) if ours else (Header.FIXED, Slot.start.index + 1)
+    needed = (header.slots_at + header.slot_count * header.slot_words) * WORD
+    if (
+        header.slots_at < header_words
+        or header.slot_words < slot_words
+        or header.slot_count > MOST_SLOTS
+        or needed > min(size, LARGEST_BYTES)
+    ):
+        raise BoardError(
+            f"this is no board of zdd_web that can be read: slots_at = {header.slots_at}, slot_words = "
+            f"{header.slot_words}, slot_count = {header.slot_count} in {size} bytes"
+        )
+    return needed
+
+
+E = TypeVar("E", bound=enum.Enum)
+
+
+def _member(kind: type[E], value: int, word: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise BoardError(f"{word} = {value} on the board, which is not a {kind.__name__}") from None
+
+
 class Board:
     """A mapped board; see the module's text.
 
@@ -351,19 +400,12 @@ class Board:
     def open(cls, fd: int, *, writable: bool = False) -> Board:
         """Map the board behind a descriptor, which stays the caller's.
 
-        Raises `BoardError` when it is no board.
+        Raises `BoardError` when it is not a board, or its counts cannot be true.
         """
         size = os.fstat(fd).st_size
-        if size < Header.FIXED * WORD:
-            raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # Whole words: a foreign file may end anywhere.
-        board = cls(mmap.mmap(fd, size - size % WORD, prot=protection))
-        header = board.header
-        if header.magic != MAGIC or header.slots_at + header.slot_count * header.slot_words > size // WORD:
-            board.close()
-            raise BoardError(f"descriptor {fd} is no board of zdd_web")
-        return board
+        # A pipe has a size of 0, and cannot be read at a position.
+        length = shape(os.pread(fd, Header.FIXED * WORD, 0) if size else b"", size)
+        return cls(mmap.mmap(fd, length, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)))
 
     def close(self) -> None:
         """Unmap the board, and close its descriptor where this object made it."""
@@ -386,7 +428,8 @@ class Board:
 
     def used_slots(self) -> Iterator[Slot]:
         """Return the slots that were ever used."""
-        return (self.slot(index) for index in range(self.header.slots_used))
+        header = self.header
+        return (self.slot(index) for index in range(min(header.slots_used, header.slot_count)))
 
     def claim(self, age: int) -> Slot:
         """Take a free slot for a worker that is about to be forked; the master's call.
@@ -433,7 +476,10 @@ class Board:
             yield ListenerView(record.name, record.length, record.limit, accepted)
 
     def snapshot(self) -> Snapshot:
-        """Read the whole board. Raises `BoardError` when another version of zdd_web wrote it."""
+        """Read the whole board.
+
+        Raises `BoardError` when another version of zdd_web wrote it, or a phase or an outcome on it is invalid.
+        """
         header = self.header
         if header.layout != LAYOUT:
             raise BoardError(
@@ -449,7 +495,8 @@ class Board:
                     pid=slot.pid,
                     start=slot.start,
                     age=slot.age,
-                    state=WorkerState(state),
+                    # The worker writes it: an invalid number must not hide the others.
+                    state=WorkerState(state) if state in _WORKER_STATES else WorkerState.BOOTING,
                     retiring=bool(slot.retire),
                     in_flight=slot.in_flight,
                     requests=slot.requests,
@@ -462,10 +509,11 @@ class Board:
             for name in Snapshot.__dataclass_fields__
             if name not in ("phase", "successor_phase", "upgrade_state", "workers", "listeners")
         }
+        successor_phase = header.successor_phase
         return Snapshot(
-            phase=Phase(header.phase),
-            successor_phase=Phase(header.successor_phase) if header.successor_phase else None,
-            upgrade_state=UpgradeState(header.upgrade_state),
+            phase=_member(Phase, header.phase, "phase"),
+            successor_phase=_member(Phase, successor_phase, "successor_phase") if successor_phase else None,
+            upgrade_state=_member(UpgradeState, header.upgrade_state, "upgrade_state"),
             workers=tuple(sorted(views, key=lambda view: view.age)),
             listeners=tuple(self.listeners()),
             **fields,

@@ -26,6 +26,15 @@ def started_at(pid: int) -> float:
     return boot + start_time(pid) / os.sysconf("SC_CLK_TCK")
 
 
+def owner(pid: int) -> int:
+    """Return the uid that a process runs as (its effective one); -1 when there is no such process or it is hidden."""
+    try:
+        # Of the directory itself this holds also where the process is not dumpable, whose files are root's.
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return -1
+
+
 def state(pid: int) -> str:
     """Return a process's state as one letter ("Z" for a zombie); "" when there is none."""
     fields = _stat(pid)

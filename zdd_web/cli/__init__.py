@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
+import pwd
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +21,11 @@ from zdd_web import service
 from zdd_web.board import Snapshot, UpgradeState, WorkerView
 from zdd_web.cli import follow, stop
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.output import printable
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase
+from zdd_web.lookup import user
 
 #: The end of a failed generation's log that `upgrade` prints.
 LOG_LINES = 60
@@ -32,57 +37,102 @@ def main() -> None:
     """Deploy, look at and rehearse a gunicorn service with zdd_web."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which service the operator means, and whether to tell what was skipped in the search for it."""
+
+    name: str | None
+    pid: int | None
+    pid_file: str | None
+    owner: int | None
+    verbose: bool
+
+    def note(self, text: str) -> None:
+        """Print what was skipped, with -v."""
+        if self.verbose:
+            click.echo(f"skipped: {printable(text)}", err=True)
+
+    def find(self) -> service.Generation:
+        """Return the active generation. Raises `CannotHelp`, or a usage error."""
+        if sum(given is not None for given in (self.name, self.pid, self.pid_file)) > 1:
+            raise click.UsageError("give one of --name, --pid and --pid-file")
+        try:
+            return service.find(name=self.name, pid=self.pid, pid_file=self.pid_file, owner=self.owner, note=self.note)
+        except ServiceNotFound as error:
+            raise CannotHelp(printable(str(error))) from None
+
+
+def _uid(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return pwd.getpwnam(value).pw_uid
+    except KeyError:
+        if value.isdecimal():
+            return int(value)
+    raise click.BadParameter(f"there is no user {value!r} here")
+
+
 def _which_service(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say which service, as one argument."""
+
+    @functools.wraps(command)
+    def with_which(
+        name: str | None, pid: int | None, pid_file: str | None, owner: int | None, verbose: bool, **others: Any
+    ) -> Any:
+        return command(Which(name, pid, pid_file, owner, verbose), **others)
+
+    found: Callable[..., Any] = with_which
     for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Print which processes were skipped, and why."),
+        click.option("--user", "owner", metavar="USER", callback=_uid, help="Only services of this user; for root."),
         click.option("--pid-file", metavar="FILE", help="The service's pid file."),
         click.option("--pid", type=int, help="The pid of its master."),
         click.option("--name", help="Its NAME; needed where several services run."),
     ):
-        command = option(command)
-    return command
+        found = option(found)
+    return found
 
 
-def _find(name: str | None, pid: int | None, pid_file: str | None) -> service.Generation:
-    if sum(given is not None for given in (name, pid, pid_file)) > 1:
-        raise click.UsageError("give one of --name, --pid and --pid-file")
-    try:
-        return service.find(name=name, pid=pid, pid_file=pid_file)
-    except ServiceNotFound as error:
-        raise CannotHelp(str(error)) from None
+def _title(generation: service.Generation) -> str:
+    header, whose = generation.header, _whose(generation)
+    return f"{printable(header.name)}: generation {header.generation} (pid {generation.pid}{whose and f', {whose}'})"
+
+
+def _whose(generation: service.Generation) -> str:
+    """Return whose a service is, where that is not the user who asks."""
+    return "" if generation.owner == os.geteuid() else user(generation.owner)
 
 
 @main.command()
 @_which_service
-def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
+def upgrade(which: Which) -> None:
     """Replace the running code with what is on disk; status 0 only when the new generation serves."""
-    generation = _find(name, pid, pid_file)
-    click.echo(
-        f"{generation.board.header.name}: generation {generation.board.header.generation} (pid {generation.pid})"
-    )
+    generation = which.find()
+    click.echo(_title(generation))
     with _another_version():
         result = follow.upgrade(generation, lambda snapshot: click.echo(f"  {_PROGRESS[snapshot.upgrade_state]}"))
     if result.ok:
         click.echo(f"generation {result.generation} serves, after {result.seconds:.1f} s")
         return
-    click.echo(f"upgrade {result.reason}", err=True)
+    click.echo(f"upgrade {printable(result.reason)}", err=True)
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
         click.echo(f"the new generation's last {len(lines)} log lines:", err=True)
-        click.echo("\n".join(f"  | {line}" for line in lines), err=True)
+        click.echo("\n".join(f"  | {printable(line)}" for line in lines), err=True)
     if result.serves_on:
-        click.echo(f"generation {generation.board.header.generation} serves on", err=True)
+        click.echo(f"generation {generation.header.generation} serves on", err=True)
     sys.exit(1)
 
 
 @main.command()
 @_which_service
 @click.option("--no-wait", is_flag=True, help="Send SIGTERM and leave it at that.")
-def drain(name: str | None, pid: int | None, pid_file: str | None, no_wait: bool) -> None:
+def drain(which: Which, no_wait: bool) -> None:
     """Stop the service and follow it to its end; status 0 only when nothing was cut off."""
-    generation = _find(name, pid, pid_file)
-    number = generation.board.header.generation
-    under_way = ", which stops already" if stop.stops(generation) else ""
-    click.echo(f"{generation.board.header.name}: generation {number} (pid {generation.pid}){under_way}")
+    generation = which.find()
+    number = generation.header.generation
+    click.echo(_title(generation) + (", which stops already" if stop.stops(generation) else ""))
     try:
         if no_wait:
             stop.request(generation)
@@ -136,50 +186,60 @@ _PROGRESS = {
 @main.command()
 @_which_service
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def status(name: str | None, pid: int | None, pid_file: str | None, as_json: bool) -> None:
+def status(which: Which, as_json: bool) -> None:
     """Show generations, phases, workers, requests in flight and background tasks."""
-    generations = _shown(name, pid, pid_file)
-    snapshots, refused = [], []
-    for generation in generations:
+    owners, snapshots, refused = [], [], []
+    for generation in _shown(which):
         try:
             snapshots.append(generation.snapshot())
+            owners.append(generation.owner)
         except BoardError as error:
             # Another service may be of another version, and these are not the worse for it.
-            refused.append(f"{generation.board.header.name} (pid {generation.pid}): {error}")
+            refused.append(printable(f"{generation.header.name} (pid {generation.pid}): {error}"))
     if not snapshots:
         raise CannotHelp("; ".join(refused))
     for each in refused:
         click.echo(each, err=True)
     if as_json:
-        click.echo(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
+        plain = [{**_plain(snapshot), "uid": owner} for snapshot, owner in zip(snapshots, owners, strict=True)]
+        click.echo(json.dumps({"format": 1, "generations": plain}, indent=2))
         return
-    click.echo(_generation_table(snapshots))
+    click.echo(_generation_table(snapshots, owners))
     click.echo()
     click.echo(_worker_table(snapshots))
     click.echo()
     click.echo(_listener_table(snapshots))
 
 
-def _shown(name: str | None, pid: int | None, pid_file: str | None) -> list[service.Generation]:
-    if pid is None and pid_file is None:
+def _shown(which: Which) -> list[service.Generation]:
+    if which.pid is None and which.pid_file is None:
         # Several may have that name, and this is where one sees it.
-        found = [generation for line in service.lines(name) for generation in line]
-        if found:
-            return found
-    return service.line_of(_find(name, pid, pid_file))
+        everything = service.generations(which.owner, which.note)
+        lines = [line for line in service.descent(everything, which.note) if service.has_name(line, which.name)]
+        if lines:
+            if everything.shortfall:
+                click.echo(everything.shortfall, err=True)
+            return [generation for line in lines for generation in line]
+    return service.line_of(which.find())
 
 
-def _generation_table(snapshots: list[Snapshot]) -> str:
-    columns = ("service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade")
-    return tabulate([_generation_row(snapshot) for snapshot in snapshots], columns)
+def _generation_table(snapshots: list[Snapshot], owners: list[int]) -> str:
+    columns = ["service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade"]
+    rows = [list(_generation_row(snapshot)) for snapshot in snapshots]
+    if any(owner != os.geteuid() for owner in owners):
+        at = columns.index("workers")
+        columns.insert(at, "user")
+        for row, owner in zip(rows, owners, strict=True):
+            row.insert(at, user(owner).removeprefix("user "))
+    return tabulate(rows, columns)
 
 
 def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
     last = "" if snapshot.upgrade_state is UpgradeState.NONE else snapshot.upgrade_state.name.lower()
     if snapshot.upgrade_reason:
-        last += f": {snapshot.upgrade_reason[:60]}"
+        last += f": {printable(snapshot.upgrade_reason[:60])}"
     return (
-        snapshot.name,
+        printable(snapshot.name),
         snapshot.generation,
         snapshot.phase.label,
         _age(snapshot.phase_since),
@@ -196,7 +256,15 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
     rows = [
         (
             snapshot,
-            (snapshot.generation, each.pid, _state(each), each.in_flight, each.requests, each.tasks, each.error),
+            (
+                snapshot.generation,
+                each.pid,
+                _state(each),
+                each.in_flight,
+                each.requests,
+                each.tasks,
+                printable(each.error),
+            ),
         )
         for snapshot in snapshots
         for each in snapshot.workers
@@ -207,7 +275,7 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
 def _listener_table(snapshots: list[Snapshot]) -> str:
     columns = ("generation", "listener", "waiting", "limit", "accepted")
     rows = [
-        (snapshot, (snapshot.generation, each.name, each.length, each.limit, each.accepted or ""))
+        (snapshot, (snapshot.generation, printable(each.name), each.length, each.limit, each.accepted or ""))
         for snapshot in snapshots
         for each in snapshot.listeners
     ]

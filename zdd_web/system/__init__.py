@@ -1,0 +1,1 @@
+"""What the operating system does; nothing here knows gunicorn, a board or a service."""
