@@ -120,10 +120,6 @@ def test_nobody_has_no_name_no_words_and_no_state() -> None:
     assert (proc.name(NOBODY), proc.words(NOBODY), proc.state(NOBODY)) == ("", (), "")
 
 
-def test_start_by_the_wall_clock_is_when_the_kernel_says() -> None:
-    assert proc.started_at(1) < proc.started_at(os.getpid()) <= time.time() + 2
-
-
 def test_owner_of_a_process_is_the_user_that_it_runs_as() -> None:
     assert proc.owner(os.getpid()) == os.geteuid()
     assert proc.owner(NOBODY) == -1
