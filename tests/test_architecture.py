@@ -30,6 +30,8 @@ MAY_USE = {
     "record": set(),
     "door": set(),
     "board": {"door", "errors", "lifecycle", "record", "system"},
+    "board_copy": {"board", "errors", "record"},
+    "lookup": {"board", "board_copy", "errors", "lifecycle", "proc", "record", "system"},
     "waitgroup": {"errors", "log"},
     "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
     "listeners": {"door", "errors", "clock", "proc"},
@@ -50,14 +52,15 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "system", "watch",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system",
+        "watch",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
-    "service": {"errors", "proc", "lifecycle", "board"},
+    "service": {"errors", "proc", "lookup"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
     "cli": {
-        "checks", "errors", "clock", "proc", "lifecycle", "settings", "board", "service", "system", "gunicorn",
-        "__init__",
+        "checks", "errors", "clock", "proc", "lifecycle", "lookup", "settings", "system", "board", "service",
+        "gunicorn", "__init__",
     },
     "__init__": set(),
 }  # fmt: skip

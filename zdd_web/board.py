@@ -31,7 +31,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from zdd_web.door import Door
 from zdd_web.errors import BoardError
@@ -168,8 +168,10 @@ class Header(Record):
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
     BEFORE_AT = 220
     LISTENERS_AT = 240
+    #: How many there are in zdd_web 0.1.0.
+    LEAST_WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
     #: The names of all checks of a successor, and more: see `successor_trouble`.
-    successor_trouble_whole = Text(LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS, 2048)
+    successor_trouble_whole = Text(LEAST_WORDS, 2048)
     WORDS = successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD
 
     @property
@@ -347,6 +349,53 @@ class Snapshot:
         return sum(worker.tasks for worker in self.workers)
 
 
+#: A board of this version has `SLOTS` slots and a tenth of these bytes.
+MOST_SLOTS = 4096
+LARGEST_BYTES = 1 << 26
+
+
+def shape(start: bytes, size: int) -> int:
+    """Return how many bytes the board has in a file of `size` bytes; `start` holds its words before `Header.FIXED`.
+
+    Readers loop and multiply by the counts in it. Raises `BoardError` when the counts cannot be true.
+
+    >>> shape(bytes(Header.FIXED * WORD), 1 << 20)
+    Traceback (most recent call last):
+    zdd_web.errors.BoardError: this is no board of zdd_web
+    """
+    if len(start) < Header.FIXED * WORD:
+        raise BoardError(f"this file holds {size} bytes, too few for a board of zdd_web")
+    header = Header(memoryview(start), 0)
+    if header.magic != MAGIC:
+        raise BoardError("this is no board of zdd_web")
+    # Another layout has at least the words that never move.
+    ours = header.layout == LAYOUT
+    header_words, slot_words = (Header.LEAST_WORDS, Slot.WORDS) if ours else (Header.FIXED, Slot.start.index + 1)
+    needed = (header.slots_at + header.slot_count * header.slot_words) * WORD
+    if (
+        header.slots_at < header_words
+        or (header.orders_at and header.orders_at + header.slot_count * Order.WORDS > header.slots_at)
+        or header.slot_words < slot_words
+        or header.slot_count > MOST_SLOTS
+        or needed > min(size, LARGEST_BYTES)
+    ):
+        raise BoardError(
+            f"this is no board of zdd_web that can be read: slots_at = {header.slots_at}, slot_words = "
+            f"{header.slot_words}, slot_count = {header.slot_count} in {size} bytes"
+        )
+    return needed
+
+
+E = TypeVar("E", bound=enum.Enum)
+
+
+def _member(kind: type[E], value: int, word: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise BoardError(f"{word} = {value} on the board, which is not a {kind.__name__}") from None
+
+
 class Board:
     """A mapped board; see the module's text.
 
@@ -404,26 +453,20 @@ class Board:
     def open(cls, fd: int) -> Board:
         """Map the board behind a descriptor, which stays the caller's, to read it.
 
-        Raises `BoardError` when it is no board.
+        Raises `BoardError` when it is not a board, or its counts cannot be true.
         """
         size = os.fstat(fd).st_size
-        if size < Header.FIXED * WORD:
-            raise BoardError(f"descriptor {fd} holds {size} bytes, too few for a board of zdd_web")
+        # A pipe has a size of 0, and cannot be read at a position.
+        length = shape(os.pread(fd, Header.FIXED * WORD, 0) if size else b"", size)
         own = fd
         # A mapping made with a descriptor that can write could be made writable again, where the board is not sealed.
         with contextlib.suppress(OSError):
             own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # Whole words: a foreign file may end anywhere.
-            board = cls(mmap.mmap(own, size - size % WORD, prot=mmap.PROT_READ))
+            return cls(mmap.mmap(own, length, prot=mmap.PROT_READ))
         finally:
             if own != fd:
                 os.close(own)
-        header = board.header
-        if header.magic != MAGIC or header.slots_at + header.slot_count * header.slot_words > size // WORD:
-            board.close()
-            raise BoardError(f"descriptor {fd} is no board of zdd_web")
-        return board
 
     def close(self) -> None:
         """Unmap the board, and close its descriptor where this object made it."""
@@ -468,7 +511,8 @@ class Board:
 
     def used_slots(self) -> Iterator[Slot]:
         """Return the slots that were ever used."""
-        return (self.slot(index) for index in range(self.header.slots_used))
+        header = self.header
+        return (self.slot(index) for index in range(min(header.slots_used, header.slot_count)))
 
     def taken_slots(self) -> Iterator[Slot]:
         """Return the slots that a worker has now."""
@@ -526,7 +570,10 @@ class Board:
             yield ListenerView(record.name, record.length, record.limit, accepted)
 
     def snapshot(self) -> Snapshot:
-        """Read the whole board. Raises `BoardError` when another version of zdd_web wrote it."""
+        """Read the whole board.
+
+        Raises `BoardError` when another version of zdd_web wrote it, or a phase or an outcome on it is invalid.
+        """
         header = self.header
         if header.layout != LAYOUT:
             raise BoardError(
@@ -554,10 +601,11 @@ class Board:
             for name in Snapshot.__dataclass_fields__
             if name not in ("phase", "successor_phase", "upgrade_state", "workers", "listeners")
         }
+        successor_phase = header.successor_phase
         return Snapshot(
-            phase=Phase(header.phase),
-            successor_phase=Phase(header.successor_phase) if header.successor_phase else None,
-            upgrade_state=UpgradeState(header.upgrade_state),
+            phase=_member(Phase, header.phase, "phase"),
+            successor_phase=_member(Phase, successor_phase, "successor_phase") if successor_phase else None,
+            upgrade_state=_member(UpgradeState, header.upgrade_state, "upgrade_state"),
             workers=tuple(sorted(views, key=lambda view: view.age)),
             listeners=tuple(self.listeners()),
             **fields,

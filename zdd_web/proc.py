@@ -20,11 +20,13 @@ def start_time(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
-def started_at(pid: int) -> float:
-    """Return when a process started, in seconds of `time.time()`, give or take one."""
-    with open("/proc/stat") as file:
-        boot = next(int(line.split()[1]) for line in file if line.startswith("btime "))
-    return boot + start_time(pid) / os.sysconf("SC_CLK_TCK")
+def owner(pid: int) -> int:
+    """Return the uid that a process runs as (its effective one); -1 when there is no such process or it is hidden."""
+    try:
+        # Of the directory itself this holds also where the process is not dumpable, whose files are root's.
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return -1
 
 
 def state(pid: int) -> str:
@@ -75,8 +77,8 @@ def _stat(pid: int) -> list[bytes]:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the command in parentheses and may hold spaces and parentheses itself.
             return file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
-        return []
+    except (FileNotFoundError, ProcessLookupError, NotADirectoryError, PermissionError):
+        return []  # PermissionError: another user's, and /proc is mounted with hidepid=1; with 2 it is not found
 
 
 def die_with_parent(sig: signal.Signals, parent: int) -> bool:
@@ -91,17 +93,6 @@ def die_with_parent(sig: signal.Signals, parent: int) -> bool:
         pass
     # A parent that ended before the call sends nothing any more.
     return os.getppid() == parent
-
-
-def owner(pid: int) -> int:
-    """Return the effective user of a process; -1 when there is no such process or no /proc.
-
-    The directory's owner, unlike that of the files in it, does not turn into root where a process has changed its user.
-    """
-    try:
-        return os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return -1
 
 
 def ancestors(pid: int) -> tuple[int, ...]:

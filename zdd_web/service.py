@@ -2,142 +2,129 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from zdd_web import proc
-from zdd_web.board import MEMFD_PREFIX, Board, Snapshot
-from zdd_web.errors import BoardError, ServiceNotFound
-from zdd_web.lifecycle import Phase
+from zdd_web import lookup, proc
+from zdd_web.errors import ServiceNotFound
+from zdd_web.lookup import Generation, Note, Survey, generation_of, ignore, user
 
-_LINK = f"/memfd:{MEMFD_PREFIX}"
+__all__ = ["Generation", "generation_of"]
 
 #: The module that a retired master runs where its pid must stay: `python -m zdd_web.keeper NAME PID`.
 KEEPER = "zdd_web.keeper"
 
-
-@dataclass(frozen=True)
-class Generation:
-    """One master and its board, mapped read-only."""
-
-    pid: int
-    board: Board
-
-    def snapshot(self) -> Snapshot:
-        """Read the board."""
-        return self.board.snapshot()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the master still runs."""
-        return proc.alive(self.pid, self.board.header.master_start)
-
-    @property
-    def serves(self) -> bool:
-        """Whether nobody has succeeded it yet, and it has not ended."""
-        return self.board.header.phase not in (Phase.RETIRING, Phase.STOPPED)
-
-    def open_descriptor(self, number: int) -> int:
-        """Open what the master has open as descriptor `number`. Raises OSError."""
-        return os.open(f"/proc/{self.pid}/fd/{number}", os.O_RDONLY)
+#: How many names of services an error lists.
+MOST_NAMES = 100
 
 
-def generation_of(pid: int) -> Generation | None:
-    """Return the generation whose master is `pid`, None when it is no master of zdd_web.
+def generations(owner: int | None = None, note: Note = ignore) -> Survey:
+    """Return every generation on this machine that this user believes, oldest first in each service.
 
-    Raises PermissionError when this user may not look.
+    With an `owner`, those of that uid only. lookup.py says what is believed; `note` is called with what is not and why.
     """
-    directory = f"/proc/{pid}/fd"
-    for number in os.listdir(directory):
-        try:
-            if not os.readlink(f"{directory}/{number}").startswith(_LINK):
-                continue
-            fd = os.open(f"{directory}/{number}", os.O_RDONLY)
-        except OSError:
-            continue  # closed in between
-        try:
-            board = Board.open(fd)
-        except (BoardError, OSError, ValueError):
-            continue
-        finally:
-            os.close(fd)
-        # A master holds its successor's board too, and a worker its master's.
-        if board.header.master_pid == pid:
-            return Generation(pid, board)
-        board.close()
-    return None
+    found = lookup.survey(owner, note)
+    found.sort(key=lambda each: (each.header.name, each.header.generation))
+    return found
 
 
-def generations() -> Iterator[Generation]:
-    """Return every generation on this machine that this user may look at, oldest first in each service."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            generation = generation_of(int(entry))
-        except OSError:
-            continue
-        if generation is not None:
-            found.append(generation)
-    return iter(sorted(found, key=lambda each: (each.board.header.name, each.board.header.generation)))
+def find(
+    *,
+    name: str | None = None,
+    pid: int | None = None,
+    pid_file: str | None = None,
+    owner: int | None = None,
+    note: Note = ignore,
+) -> Generation:
+    """Return the active generation of the service that the operator named.
 
-
-def find(*, name: str | None = None, pid: int | None = None, pid_file: str | None = None) -> Generation:
-    """Return the generation that is in office in the service that the operator named.
-
-    Raises `ServiceNotFound` with what there is instead.
+    Root's own services come before those of other users; with an `owner`, only those of that uid count. Raises
+    `ServiceNotFound` with what there is instead.
     """
     if pid_file is not None:
-        try:
-            with open(pid_file) as file:
-                pid = int(file.read())
-        except (OSError, ValueError) as error:
-            raise ServiceNotFound(f"--pid-file {pid_file}: {error}: is the service running?") from None
+        pid, writer = _read_pid_file(pid_file)
+        generation = _by_pid(pid, owner, note)
+        # Its owner can write any pid into it, and must not direct root to another user's service.
+        if writer not in (0, os.geteuid(), generation.owner):
+            raise ServiceNotFound(
+                f"--pid-file {pid_file} belongs to {user(writer)}, and process {pid} to {user(generation.owner)}: "
+                f"name the service with --pid or --name"
+            )
+        return generation
     if pid is not None:
-        return _by_pid(pid)
-    named = lines(name)
+        return _by_pid(pid, owner, note)
+    everything = generations(owner, note)
+    named = [line for line in descent(everything, note) if has_name(line, name)]
     # One that only retires, while another of its name serves, is over: what joined it to its successors has ended.
-    in_service = {each.board.header.name for line in named for each in line if each.serves}
-    found = [line for line in named if in_office(line).serves or line[0].board.header.name not in in_service]
+    in_service = {(each.owner, each.header.name) for line in named for each in line if each.serves}
+    found = [line for line in named if in_office(line).serves or (line[0].owner, line[0].header.name) not in in_service]
+    own = [line for line in found if line[0].owner == os.geteuid()]
+    if own and owner is None:
+        for line in found:
+            if line[0].owner != os.geteuid():
+                note(f"process {line[0].pid} ({user(line[0].owner)}): this user's own services come first")
+        found = own
+    if sum(everything.unseen[line[0].owner] for line in found) or (everything.unseen and not found):
+        raise ServiceNotFound(everything.shortfall)
     if len(found) > 1:
         raise ServiceNotFound(_several(name, found))
     if not found:
-        others = sorted({each.board.header.name for each in generations()})
-        there = f"running here: {', '.join(others)}" if others else "this user sees no service of zdd_web here"
+        others = sorted({each.header.name for each in everything})
+        there = f"running here: {_listed(others)}" if others else "this user sees no service of zdd_web here"
         raise ServiceNotFound(f"no service{f' named {name!r}' if name else ''}: {there}")
     return in_office(found[0])
 
 
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def _several(name: str | None, found: list[list[Generation]]) -> str:
     offices = [in_office(line) for line in found]
-    names = sorted({each.board.header.name for each in offices})
+    names = sorted({each.header.name for each in offices})
     if name is None and len(names) > 1:
-        return f"several services run here: {', '.join(names)}: name one with --name"
-    masters = ", ".join(str(each.pid) for each in offices)
+        return f"several services run here: {_listed(names)}: name one with --name"
+    several_users = len({each.owner for each in offices}) > 1
+    masters = _listed([f"{each.pid} ({user(each.owner)})" if several_users else str(each.pid) for each in offices])
     return (
         f"{len(offices)} services named {name or names[0]!r} run here, of the masters {masters}: "
-        f"name one with --pid or --pid-file"
+        f"name one with {'--user, ' if several_users else ''}--pid or --pid-file"
     )
 
 
-def _by_pid(pid: int) -> Generation:
+def _read_pid_file(path: str) -> tuple[int, int]:
+    """Return the pid in a pid file, and the uid of the file's owner."""
     try:
-        generation = generation_of(pid)
+        # Not waited for, if it is a pipe.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return int(file.read(32)), os.fstat(file.fileno()).st_uid
+    except (OSError, ValueError) as error:
+        raise ServiceNotFound(f"--pid-file {path}: {error}: is the service running?") from None
+
+
+def _by_pid(pid: int, owner: int | None, note: Note) -> Generation:
+    reasons: list[str] = []
+    try:
+        generation = generation_of(pid, reasons.append)
     except PermissionError:
         raise ServiceNotFound(f"process {pid} belongs to another user: run this as that user or as root") from None
     except OSError:
         raise ServiceNotFound(f"no process {pid}: is the service running?") from None
-    if generation is not None and generation.serves:
-        return generation
-    # With KEEP_PID the pid stays, and means the service: whoever is in office among those who came after it.
-    kept = (generation.board.header.name, generation.board.header.successor_pid) if generation else kept_by(pid)
-    found = (Line(pid, *kept).in_office() if kept is not None else None) or generation
-    if found is not None:
-        return found
-    raise ServiceNotFound(f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?")
+    for reason in reasons:
+        note(reason)
+    if generation is None or not generation.serves:
+        # With KEEP_PID the pid stays, and means the service: the active generation among those that descend from it.
+        kept = (generation.header.name, generation.header.successor_pid) if generation else kept_by(pid)
+        generation = (Line(pid, *kept).in_office() if kept is not None else None) or generation
+    if generation is None:
+        why = "".join(f"; {reason}" for reason in reasons)
+        raise ServiceNotFound(
+            f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?{why}"
+        )
+    if owner not in (None, generation.owner):
+        raise ServiceNotFound(f"process {pid} belongs to {user(generation.owner)}, which --user excludes")
+    return generation
 
 
 def in_office(candidates: list[Generation]) -> Generation:
@@ -148,35 +135,53 @@ def in_office(candidates: list[Generation]) -> Generation:
 
 
 def lines(name: str | None = None) -> list[list[Generation]]:
-    """Return the services on this machine that this user may look at: the generations of each, oldest first.
+    """Return the services on this machine that this user believes: the generations of each, oldest first.
 
-    By descent: two masters that were started separately are two services, also where both have the same NAME. With a
-    `name`, only those that have it in one of their generations, since a release may change it.
+    With a `name`, only those that have it in one of their generations, since a release may change it.
     """
-    found: list[list[Generation]] = []
-    for each in generations():
-        kin = [line for line in found if any(_are_related(each, other) for other in line)]
-        found = [line for line in found if line not in kin] + [[*itertools.chain(*kin), each]]
-    for line in found:
-        line.sort(key=lambda each: each.board.header.generation)
-    found.sort(key=lambda line: (line[0].board.header.name, line[0].board.header.master_start, line[0].pid))
-    return [line for line in found if name is None or name in (each.board.header.name for each in line)]
+    return [line for line in descent(generations()) if has_name(line, name)]
+
+
+def has_name(line: list[Generation], name: str | None) -> bool:
+    """Tell whether one of a service's generations has that name; each has the name None."""
+    return name is None or any(each.header.name == name for each in line)
 
 
 def line_of(generation: Generation) -> list[Generation]:
     """Return all generations of the service that a generation is of, oldest first."""
-    return next((line for line in lines() if any(each.pid == generation.pid for each in line)), [generation])
+    found = descent(generations(generation.owner))
+    return next((line for line in found if any(each.pid == generation.pid for each in line)), [generation])
 
 
-def _are_related(one: Generation, other: Generation) -> bool:
-    """Tell whether one has come after the other, at once or after a third that has ended."""
-    older, younger = sorted((one.board.header, other.board.header), key=lambda header: header.generation)
-    # Pids are used again: what is no older by its start, or by its number, is somebody else.
-    if not younger.predecessor_pid or older.master_start > younger.master_start:
-        return False
-    if younger.generation == older.generation + 1:
-        return younger.predecessor_pid == older.master_pid
-    return younger.generation == older.generation + 2 and younger.predecessor_pid == older.successor_pid
+def descent(everything: Sequence[Generation], note: Note = ignore) -> list[list[Generation]]:
+    """Return generations by service, those of each oldest first.
+
+    By descent: two masters that were started separately are two services, also where both have the same NAME. A
+    service is one user's: a generation that names another user's master as its predecessor is a service of its own.
+    """
+    by_pid = {each.pid: each for each in everything}
+    by_successor = {(each.owner, each.header.generation, each.header.successor_pid): each for each in everything}
+    found: dict[int, list[Generation]] = {}
+    for each in sorted(everything, key=lambda each: each.header.generation):
+        pid, number = each.header.predecessor_pid, each.header.generation
+        older = by_pid.get(pid) if pid else None
+        if older is not None and older.owner != each.owner:
+            note(
+                f"process {each.pid} ({user(each.owner)}) as a successor of process {pid} ({user(older.owner)}): "
+                f"a service is one user's"
+            )
+            older = None
+        if pid and (older is None or older.header.generation != number - 1):
+            # The one between the two has ended.
+            older = by_successor.get((each.owner, number - 2, pid))
+        # Pids are reused: what has started after it is not its predecessor.
+        if older is not None and older.header.master_start > each.header.master_start:
+            older = None
+        line = found[older.pid] if older is not None else []
+        line.append(each)
+        found[each.pid] = line
+    lines = {id(line): line for line in found.values()}.values()
+    return sorted(lines, key=lambda line: (line[0].header.name, line[0].header.master_start, line[0].pid))
 
 
 class Line:
@@ -187,7 +192,7 @@ class Line:
     """
 
     def __init__(self, root: int, name: str, successor: int) -> None:
-        self._root = root
+        self._root, self._owner = root, proc.owner(root)
         self._names, self._pids = {name}, {successor}
         self._current: Generation | None = None
 
@@ -204,20 +209,22 @@ class Line:
         return current if current is not None and current.alive else None
 
     def _find(self) -> list[Generation]:
-        strangers = [each for each in map(_look, descendants(self._root)) if each is not None]
+        # Workers are among them, which may run as another user and can have a board as well.
+        own = [pid for pid in descendants(self._root) if proc.owner(pid) == self._owner]
+        strangers = [each for each in map(_look, own) if each is not None]
         ours: list[Generation] = []
         while found := [each for each in strangers if self._belongs(each)]:
             ours += found
             strangers = [each for each in strangers if each not in found]
-            self._names.update(each.board.header.name for each in found)
+            self._names.update(each.header.name for each in found)
             self._pids.update(each.pid for each in found)
-            self._pids.update(each.board.header.successor_pid for each in found)
+            self._pids.update(each.header.successor_pid for each in found)
         for stranger in strangers:
-            stranger.board.close()
-        return sorted(ours, key=lambda each: each.board.header.generation)
+            stranger.close()
+        return sorted(ours, key=lambda each: each.header.generation)
 
     def _belongs(self, generation: Generation) -> bool:
-        header = generation.board.header
+        header = generation.header
         return header.name in self._names or not self._pids.isdisjoint((generation.pid, header.predecessor_pid))
 
 
@@ -228,7 +235,9 @@ def kept_by(pid: int) -> tuple[str, int] | None:
             words = file.read().split(b"\0")
     except OSError:
         return None
-    return (os.fsdecode(words[3]), int(words[4])) if words[1:3] == [b"-m", KEEPER.encode()] else None
+    if words[1:3] != [b"-m", KEEPER.encode()] or len(words) < 5 or not words[4].isdigit():
+        return None
+    return os.fsdecode(words[3]), int(words[4])
 
 
 def _look(pid: int) -> Generation | None:

@@ -238,7 +238,7 @@ class Service:
         return found[times - 1]
 
     def generations(self) -> list[finder.Generation]:
-        return [each for each in finder.generations() if each.board.header.name == self.name]
+        return [each for each in finder.generations() if each.header.name == self.name]
 
     def in_office(self) -> finder.Generation:
         return until("a generation in office", lambda: (found := self.generations()) and finder.in_office(found), self)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import Held, Service
+from tests.unit.masters import NOBODY_UID, Masters
+from zdd_web import proc
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +121,26 @@ def test_two_masters_of_which_one_has_taken_over_from_the_other_are_one_service(
         assert held.is_answered()
     old.ends(0)
     new.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_board_neither_blocks_nor_becomes_the_service(service: Service):
+    service.start()
+    masters = Masters()
+    try:
+        # Beside it, before it, and after it.
+        for generation, predecessor in ((1, 0), (0, 0), (2, service.pid)):
+            masters.start(service.name, generation, uid=NOBODY_UID, predecessor=predecessor, successor=service.pid)
+        done = service.run("upgrade", "--name", service.name, "-v")
+        assert done.returncode == 0, done
+        assert f"skipped: process {masters.pids[0]} (user nobody): this user's own services come first" in done.stderr
+        assert service.get().generation == 2
+        done = service.run("drain", "--name", service.name)
+        assert done.returncode == 0, done
+        service.ends(0)
+        assert all(proc.state(pid) == "S" for pid in masters.pids)
+    finally:
+        masters.stop()
 
 
 def test_a_stale_pid_file_is_said_to_be_no_service(tmp_path: Path, service: Service):

@@ -154,6 +154,20 @@ def test_pid_of_a_process_that_may_have_written_the_file_is_respected(make_servi
     assert other.get().generation == 1
 
 
+def test_second_start_by_mistake_after_a_step_of_the_clock_leaves_the_pid_file_alone(make_service):
+    service, second = make_service(), make_service()
+    service.start()
+    # What a forward step by an hour does: the start of a process seems an hour later, a file's time stays.
+    an_hour_ago = time.time() - 3600
+    os.utime(service.pid_file, (an_hour_ago, an_hour_ago))
+    second.pid_file = service.pid_file
+    assert second.spawn().wait(timeout=30) != 0
+    assert f"Already running on PID {service.pid} " in second.log()
+    assert service.pid_file.read_text() == f"{service.pid}\n"
+    assert service.get().generation == 1
+    service.stop()
+
+
 def test_predecessor_that_is_an_unreaped_zombie_does_not_keep_the_service_from_starting(make_service):
     first, service = make_service(), make_service()
     service.pid_file = first.pid_file

@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 import zdd_web
-from tests.unit.forks import PATIENCE, in_child, spawn, status_of
-from zdd_web import clock, proc, service
-from zdd_web.board import Board, UpgradeState, WorkerState
+from tests.unit.forks import in_child, spawn, status_of
+from tests.unit.masters import Masters
+from zdd_web import lookup, service
+from zdd_web.board import Board, UpgradeState
 from zdd_web.cli import LOG_LINES, main
 from zdd_web.errors import ServiceNotFound
 from zdd_web.gunicorn import bootlog
@@ -35,76 +37,6 @@ def zdd(*arguments: object) -> Result:
 def name() -> str:
     """A name that no other service on this machine has, whatever else is tested on it."""
     return f"unit-{uuid.uuid4().hex[:12]}"
-
-
-class Masters:
-    """Processes that hold a board as a master does, and do what they are told on SIGUSR2."""
-
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-
-    def start(
-        self,
-        name: str,
-        generation: int = 1,
-        phase: Phase = Phase.SERVING,
-        on_usr2: Callable[[Board], None] = lambda board: None,
-        *,
-        predecessor: int = 0,
-        successor: int = 0,
-        younger_by: int = 0,
-        listener: str = "",
-        ticked_before: float = 0.0,
-    ) -> int:
-        reader, writer = os.pipe()
-
-        def master() -> None:
-            board = Board.create(name, slots=2)
-            header = board.header
-            header.generation, header.phase, header.phase_since = generation, phase, 1
-            header.master_start, header.workers_wanted = proc.start_time(os.getpid()) + younger_by, 2
-            header.predecessor_pid, header.successor_pid = predecessor, successor
-            header.tick_at = clock.after_ns(-ticked_before)
-            header.listener_count = bool(listener)
-            header.listener(0).name = listener
-            slot = board.claim(1)
-            slot.pid, slot.state, slot.in_flight, slot.requests = 4711, WorkerState.SERVING, 3, 12
-            slot = board.claim(2)
-            slot.pid, slot.state, slot.tasks, slot.order.retire = 4712, WorkerState.LEAVING, 1, 1
-            slot.error = "it broke"
-
-            def usr2(*args: object) -> None:
-                on_usr2(board)
-                header.upgrade_number += 1
-
-            signal.signal(signal.SIGUSR2, usr2)
-            header.master_pid = os.getpid()
-            os.write(writer, b".")
-            signal.alarm(PATIENCE)
-            while True:
-                signal.pause()
-
-        pid = spawn(master)
-        self.pids.append(pid)
-        os.close(writer)
-        assert os.read(reader, 1) == b"."
-        os.close(reader)
-        return pid
-
-    def chain(self, name: str, *phases: Phase) -> list[int]:
-        """Start the generations of one service, the first of them generation 1."""
-        pids: list[int] = []
-        for generation, phase in enumerate(phases, 1):
-            pids.append(self.start(name, generation, phase, predecessor=pids[-1] if pids else 0))
-        return pids
-
-    def stop(self) -> None:
-        for pid in self.pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                status_of(pid)
-            except (ProcessLookupError, ChildProcessError):
-                pass
 
 
 @pytest.fixture
@@ -266,9 +198,14 @@ def test_two_services_of_one_name_are_refused_with_their_masters(
     _, first = masters.chain(name, Phase.RETIRING, Phase.SERVING)
     second, _ = masters.chain(name, Phase.SERVING, Phase.BOOTING)
     if not named:
-        everybody = service.generations
-        ours = lambda: (each for each in everybody() if each.board.header.name == name)  # noqa: E731
-        monkeypatch.setattr(service, "generations", ours)
+        everything = lookup.survey
+
+        def ours(*arguments: Any) -> lookup.Survey:
+            found = everything(*arguments)
+            found[:] = [each for each in found if each.header.name == name]
+            return found
+
+        monkeypatch.setattr(lookup, "survey", ours)
     result = zdd(command, *(["--name", name] if named else []))
     assert result.exit_code == 2, result.output
     there = f"2 services named '{name}' run here, of the masters {first}, {second}"

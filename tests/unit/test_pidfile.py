@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import stat
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.forks import in_child, spawn, status_of
+from tests.unit.masters import Masters
+from zdd_web import service
+from zdd_web.board import Board
 from zdd_web.gunicorn.pidfile import PidFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -120,17 +127,126 @@ def test_relative_path_is_written_where_the_process_stands(tmp_path: Path, monke
 # -- a file that somebody left behind
 
 
-def test_file_of_a_living_process_is_not_stale(pid_file: PidFile) -> None:
-    pid_file.create(os.getpid())
+#: A step of the wall clock makes a file look written long before, or after, its process started.
+STEPS = pytest.mark.parametrize("step", [-86_400, 0, 86_400])
+
+
+def name_in_file(pid_file: PidFile, pid: int, step: int) -> None:
+    pid_file.create(pid)
+    now = os.stat(pid_file.fname).st_mtime
+    os.utime(pid_file.fname, (now + step, now + step))
+
+
+@pytest.fixture
+def masters() -> Iterator[Masters]:
+    masters = Masters()
+    yield masters
+    masters.stop()
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., int]]:
+    """Start a process of that name, which does `first` and then nothing; return its pid."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(name: str, first: str = "") -> int:
+        child = subprocess.Popen(
+            [name, "-c", f"{first}\nprint(flush=True)\ninput()\n"], executable=sys.executable,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        return child.pid
+
+    yield run
+    for child in started:
+        child.communicate(b"\n")
+
+
+@STEPS
+def test_file_of_a_master_that_runs_is_not_stale_whatever_the_clock_says(
+    pid_file: PidFile, masters: Masters, step: int
+) -> None:
+    pid = masters.start("unit-pidfile")
+    name_in_file(pid_file, pid, step)
     assert pid_file.remove_if_stale() is False
-    assert pid_file.read() == os.getpid()
+    assert pid_file.read() == pid
 
 
-def test_file_that_is_older_than_its_process_is_stale(pid_file: PidFile, path: Path) -> None:
-    pid_file.create(os.getpid())
-    os.utime(path, (1_000_000_000, 1_000_000_000))
+@STEPS
+def test_file_whose_pid_was_reused_is_stale_whatever_the_clock_says(
+    pid_file: PidFile, path: Path, run: Callable[..., int], step: int
+) -> None:
+    name_in_file(pid_file, run("sshd"), step)
     assert pid_file.remove_if_stale() is True
     assert not path.exists()
+
+
+@STEPS
+def test_file_that_names_this_process_before_it_has_written_one_is_stale(
+    pid_file: PidFile, path: Path, step: int
+) -> None:
+    name_in_file(pid_file, os.getpid(), step)
+    assert pid_file.remove_if_stale() is True
+    assert not path.exists()
+
+
+def test_file_whose_pid_a_worker_of_another_service_has_is_stale(pid_file: PidFile, path: Path) -> None:
+    board = Board.create("unit-pidfile", slots=1)
+    board.header.master_pid = os.getpid()
+    worker = spawn(lambda: signal.pause())
+    try:
+        pid_file.create(worker)
+        assert pid_file.remove_if_stale() is True
+        assert not path.exists()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        status_of(worker)
+        board.close()
+
+
+@pytest.mark.parametrize("name", ["gunicorn: master [shop]", "/opt/venv/bin/gunicorn"])
+def test_file_of_a_gunicorn_without_zdd_web_is_not_stale(pid_file: PidFile, run: Callable[..., int], name: str) -> None:
+    name_in_file(pid_file, run(name), -86_400)
+    assert pid_file.remove_if_stale() is False
+
+
+def test_file_whose_pid_a_worker_of_such_a_gunicorn_has_is_stale(
+    pid_file: PidFile, run: Callable[..., int], tmp_path: Path
+) -> None:
+    children = tmp_path / "children"
+    fork = f"""
+import os, signal
+if not (child := os.fork()):
+    signal.alarm(60)
+    signal.pause()
+open({str(children)!r}, "w").write(str(child))
+"""
+    run("gunicorn", fork)
+    worker = int(children.read_text())
+    pid_file.create(worker)
+    try:
+        assert pid_file.remove_if_stale() is True
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_file_of_a_keeper_is_not_stale(pid_file: PidFile, tmp_path: Path) -> None:
+    # Known by its command line; the real one would end here, where it has nothing to keep.
+    package = tmp_path / "zdd_web"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "keeper.py").write_text("print(flush=True)\ninput()\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", service.KEEPER, "shop", "4711"], cwd=tmp_path,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as keeper:  # fmt: skip
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == b"\n"
+        pid_file.create(keeper.pid)
+        assert pid_file.remove_if_stale() is False
+        keeper.communicate(b"\n")
 
 
 def test_file_of_a_zombie_is_stale(pid_file: PidFile, path: Path) -> None:

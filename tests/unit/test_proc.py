@@ -120,8 +120,20 @@ def test_nobody_has_no_name_no_words_and_no_state() -> None:
     assert (proc.name(NOBODY), proc.words(NOBODY), proc.state(NOBODY)) == ("", (), "")
 
 
-def test_start_by_the_wall_clock_is_when_the_kernel_says() -> None:
-    assert proc.started_at(1) < proc.started_at(os.getpid()) <= time.time() + 2
+def test_owner_of_a_process_is_the_user_that_it_runs_as() -> None:
+    assert proc.owner(os.getpid()) == os.geteuid()
+    assert proc.owner(NOBODY) == -1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_owner_of_a_process_that_is_not_dumpable_is_not_root() -> None:
+    def look() -> int:
+        # A change of the uid ends it.
+        os.setuid(65534)
+        assert os.stat("/proc/self/maps").st_uid == 0
+        return proc.owner(os.getpid())
+
+    assert in_child(look) == 65534
 
 
 class Family:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
+import pwd
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +25,7 @@ from zdd_web.cli.output import cell, say, show
 from zdd_web.cli.rehearse.command import rehearse
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase, stalled_for
+from zdd_web.lookup import user
 
 #: The end of a failed generation's log that `upgrade` prints.
 LOG_LINES = 60
@@ -33,32 +37,79 @@ def main() -> None:
     """Deploy, look at and rehearse a gunicorn service with zdd_web."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which service the operator means, and whether to tell what was skipped in the search for it."""
+
+    name: str | None
+    pid: int | None
+    pid_file: str | None
+    owner: int | None
+    verbose: bool
+
+    def note(self, text: str) -> None:
+        """Print what was skipped, with -v."""
+        if self.verbose:
+            say(f"skipped: {cell(text)}", err=True)
+
+    def find(self) -> service.Generation:
+        """Return the active generation. Raises `CannotHelp`, or a usage error."""
+        if sum(given is not None for given in (self.name, self.pid, self.pid_file)) > 1:
+            raise click.UsageError("give one of --name, --pid and --pid-file")
+        try:
+            return service.find(name=self.name, pid=self.pid, pid_file=self.pid_file, owner=self.owner, note=self.note)
+        except ServiceNotFound as error:
+            raise CannotHelp(cell(str(error))) from None
+
+
+def _uid(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return pwd.getpwnam(value).pw_uid
+    except KeyError:
+        if value.isdecimal():
+            return int(value)
+    raise click.BadParameter(f"there is no user {value!r} here")
+
+
 def _which_service(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say which service, as one argument."""
+
+    @functools.wraps(command)
+    def with_which(
+        name: str | None, pid: int | None, pid_file: str | None, owner: int | None, verbose: bool, **others: Any
+    ) -> Any:
+        return command(Which(name, pid, pid_file, owner, verbose), **others)
+
+    found: Callable[..., Any] = with_which
     for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Print which processes were skipped, and why."),
+        click.option("--user", "owner", metavar="USER", callback=_uid, help="Only services of this user; for root."),
         click.option("--pid-file", metavar="FILE", help="The service's pid file."),
         click.option("--pid", type=int, help="The pid of its master."),
         click.option("--name", help="Its NAME; needed where several services run."),
     ):
-        command = option(command)
-    return command
+        found = option(found)
+    return found
 
 
-def _find(name: str | None, pid: int | None, pid_file: str | None) -> service.Generation:
-    if sum(given is not None for given in (name, pid, pid_file)) > 1:
-        raise click.UsageError("give one of --name, --pid and --pid-file")
-    try:
-        return service.find(name=name, pid=pid, pid_file=pid_file)
-    except ServiceNotFound as error:
-        raise CannotHelp(str(error)) from None
+def _title(generation: service.Generation) -> str:
+    header, whose = generation.header, _whose(generation)
+    return f"{cell(header.name)}: generation {header.generation} (pid {generation.pid}{whose and f', {whose}'})"
+
+
+def _whose(generation: service.Generation) -> str:
+    """Return whose a service is, where that is not the user who asks."""
+    return "" if generation.owner == os.geteuid() else user(generation.owner)
 
 
 @main.command()
 @_which_service
-def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
+def upgrade(which: Which) -> None:
     """Replace the running code with what is on disk; status 0 only when the new generation serves."""
-    generation = _find(name, pid, pid_file)
-    number = generation.board.header.generation
-    say(f"{cell(generation.board.header.name)}: generation {number} (pid {generation.pid})")
+    generation = which.find()
+    say(_title(generation))
     with _another_version():
         result = follow.upgrade(generation, lambda snapshot: say(f"  {_PROGRESS[snapshot.upgrade_state]}"))
     if result.ok:
@@ -68,21 +119,20 @@ def upgrade(name: str | None, pid: int | None, pid_file: str | None) -> None:
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
         say(f"the new generation's last {len(lines)} log lines:", err=True)
-        say("\n".join(f"  | {line}" for line in lines), err=True)
+        say("\n".join(f"  | {cell(line)}" for line in lines), err=True)
     if result.serves_on:
-        say(f"generation {number} serves on", err=True)
+        say(f"generation {generation.header.generation} serves on", err=True)
     sys.exit(1)
 
 
 @main.command()
 @_which_service
 @click.option("--no-wait", is_flag=True, help="Send SIGTERM and leave it at that.")
-def drain(name: str | None, pid: int | None, pid_file: str | None, no_wait: bool) -> None:
+def drain(which: Which, no_wait: bool) -> None:
     """Stop the service and follow it to its end; status 0 only when nothing was cut off."""
-    generation = _find(name, pid, pid_file)
-    number = generation.board.header.generation
-    under_way = ", which stops already" if stop.stops(generation) else ""
-    say(f"{cell(generation.board.header.name)}: generation {number} (pid {generation.pid}){under_way}")
+    generation = which.find()
+    number = generation.header.generation
+    say(_title(generation) + (", which stops already" if stop.stops(generation) else ""))
     try:
         if no_wait:
             stop.request(generation)
@@ -97,7 +147,7 @@ def drain(name: str | None, pid: int | None, pid_file: str | None, no_wait: bool
         say(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
         return
     if result.reason:
-        say(f"drain failed: {cell(result.reason)}", err=True)
+        say(f"drain failed: {result.reason}", err=True)
     else:
         lost = f"{_count(result.requests, 'request')} and {_count(result.tasks, 'background task')}"
         say(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
@@ -136,24 +186,25 @@ _PROGRESS = {
 @main.command()
 @_which_service
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def status(name: str | None, pid: int | None, pid_file: str | None, as_json: bool) -> None:
+def status(which: Which, as_json: bool) -> None:
     """Show generations, phases, workers, requests in flight and background tasks."""
-    generations = _shown(name, pid, pid_file)
-    snapshots, refused = [], []
-    for generation in generations:
+    owners, snapshots, refused = [], [], []
+    for generation in _shown(which):
         try:
             snapshots.append(generation.snapshot())
+            owners.append(generation.owner)
         except BoardError as error:
             # Another service may be of another version, and these are not the worse for it.
-            refused.append(f"{generation.board.header.name} (pid {generation.pid}): {error}")
+            refused.append(cell(f"{generation.header.name} (pid {generation.pid}): {error}"))
     if not snapshots:
         raise CannotHelp("; ".join(refused))
     for each in refused:
         say(each, err=True)
     if as_json:
-        show(json.dumps({"format": 1, "generations": [_plain(snapshot) for snapshot in snapshots]}, indent=2))
+        plain = [{**_plain(snapshot), "uid": owner} for snapshot, owner in zip(snapshots, owners, strict=True)]
+        show(json.dumps({"format": 1, "generations": plain}, indent=2))
     else:
-        tables = (_generation_table(snapshots), _worker_table(snapshots), _listener_table(snapshots))
+        tables = (_generation_table(snapshots, owners), _worker_table(snapshots), _listener_table(snapshots))
         show("\n\n".join(tables))
     stalled = [snapshot for snapshot in snapshots if _stalled_for(snapshot)]
     for snapshot in stalled:
@@ -175,18 +226,27 @@ def _stall_of(snapshot: Snapshot) -> str:
     )
 
 
-def _shown(name: str | None, pid: int | None, pid_file: str | None) -> list[service.Generation]:
-    if pid is None and pid_file is None:
+def _shown(which: Which) -> list[service.Generation]:
+    if which.pid is None and which.pid_file is None:
         # Several may have that name, and this is where one sees it.
-        found = [generation for line in service.lines(name) for generation in line]
-        if found:
-            return found
-    return service.line_of(_find(name, pid, pid_file))
+        everything = service.generations(which.owner, which.note)
+        lines = [line for line in service.descent(everything, which.note) if service.has_name(line, which.name)]
+        if lines:
+            if everything.shortfall:
+                say(everything.shortfall, err=True)
+            return [generation for line in lines for generation in line]
+    return service.line_of(which.find())
 
 
-def _generation_table(snapshots: list[Snapshot]) -> str:
-    columns = ("service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade")
-    return tabulate([_generation_row(snapshot) for snapshot in snapshots], columns)
+def _generation_table(snapshots: list[Snapshot], owners: list[int]) -> str:
+    columns = ["service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade"]
+    rows = [list(_generation_row(snapshot)) for snapshot in snapshots]
+    if any(owner != os.geteuid() for owner in owners):
+        at = columns.index("workers")
+        columns.insert(at, "user")
+        for row, owner in zip(rows, owners, strict=True):
+            row.insert(at, user(owner).removeprefix("user "))
+    return tabulate(rows, columns)
 
 
 def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
@@ -211,7 +271,15 @@ def _worker_table(snapshots: list[Snapshot]) -> str:
     rows = [
         (
             snapshot,
-            (snapshot.generation, each.pid, _state(each), each.in_flight, each.requests, each.tasks, cell(each.error)),
+            (
+                snapshot.generation,
+                each.pid,
+                _state(each),
+                each.in_flight,
+                each.requests,
+                each.tasks,
+                cell(each.error),
+            ),
         )
         for snapshot in snapshots
         for each in snapshot.workers
@@ -251,8 +319,8 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
     fields["phase"] = snapshot.phase.label
     fields["successor_phase"] = snapshot.successor_phase.label if snapshot.successor_phase else None
     fields["upgrade_state"] = snapshot.upgrade_state.name.lower()
-    fields["stalled_for"] = round(_stalled_for(snapshot), 1)
     fields["in_flight"], fields["tasks"] = snapshot.in_flight, snapshot.tasks
+    fields["stalled_for"] = round(_stalled_for(snapshot), 1)
     for worker in fields["workers"]:
         worker["state"] = worker["state"].label
     return fields

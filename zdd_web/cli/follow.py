@@ -12,6 +12,7 @@ from zdd_web import clock, proc
 from zdd_web.board import Snapshot, UpgradeState
 from zdd_web.gunicorn import bootlog
 from zdd_web.service import Generation
+from zdd_web.system.memfd import NotAMemfd
 
 #: A master in its loop answers a signal at its next turn, at the latest after a second.
 ANSWER_WITHIN = 10.0
@@ -42,16 +43,17 @@ def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambd
     The master ends every upgrade within its UPGRADE_TIMEOUT, one way or the other; one that stands still itself is
     waited for until `STANDS_STILL`. Raises `BoardError` when the service runs another version of zdd_web.
     """
-    board = generation.board
-    before = board.header.upgrade_number
+    # Held from now on: it outlives its master.
+    header = generation.board.header
+    before = header.upgrade_number
     began = time.monotonic()
-    expected = board.header.generation + 1
+    expected = header.generation + 1
 
     def outcome(ok: bool, reason: str, log: str = "", serves_on: bool = False) -> UpgradeResult:
         return UpgradeResult(ok, reason, log, time.monotonic() - began, began, expected, serves_on)
 
     try:
-        os.kill(generation.pid, signal.SIGUSR2)
+        generation.signal(signal.SIGUSR2)
     except PermissionError:
         return outcome(False, f"no permission to signal process {generation.pid}: run this as its user or as root")
     except ProcessLookupError:
@@ -84,7 +86,10 @@ def _boot_log(generation: Generation, snapshot: Snapshot) -> str:
     if not snapshot.boot_log_fd:
         return ""
     try:
-        fd = generation.open_descriptor(snapshot.boot_log_fd)
+        # The number is what the board says: any other file of the master's is not for the operator's eyes.
+        fd = generation.open_memfd(snapshot.boot_log_fd, bootlog.MEMFD_NAME)
+    except NotAMemfd as error:
+        return f"descriptor {snapshot.boot_log_fd} of process {generation.pid} is not its boot log: {error}"
     except OSError:
         return ""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -48,13 +47,13 @@ class Leftovers:
 
 def stops(generation: Generation) -> bool:
     """Tell whether a stop is under way already."""
-    return generation.board.header.phase in (*STOPPING, Phase.STOPPED)
+    return generation.header.phase in (*STOPPING, Phase.STOPPED)
 
 
 def request(generation: Generation) -> None:
     """Send SIGTERM, unless a stop is under way: a second one would end its lame duck. Raises OSError."""
     if not stops(generation):
-        os.kill(generation.pid, signal.SIGTERM)
+        generation.signal(signal.SIGTERM)
 
 
 def drain(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> DrainResult:
@@ -71,6 +70,7 @@ def drain(generation: Generation, progress: Callable[[Snapshot], None] = lambda 
     request(generation)
     told = None
     while generation.alive:
+        generation.refresh()
         leftovers.look()
         snapshot = generation.snapshot()
         if snapshot.phase is not told and snapshot.phase not in (Phase.BOOTING, Phase.SERVING, Phase.STOPPED):
@@ -82,6 +82,7 @@ def drain(generation: Generation, progress: Callable[[Snapshot], None] = lambda 
         if snapshot.tick_at and clock.since(snapshot.tick_at) > STANDS_STILL:
             return DrainResult(False, f"the master has stood still for {STANDS_STILL:g} s", seconds)
         time.sleep(POLL)
+    generation.refresh()
     seconds, (requests, tasks) = time.monotonic() - began, leftovers.count()
     if requests or tasks:
         return DrainResult(False, "", seconds, requests, tasks)

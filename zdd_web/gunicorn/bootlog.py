@@ -13,6 +13,8 @@ import os
 
 from zdd_web.system import stdio
 
+#: Commands open nothing else as a boot log.
+MEMFD_NAME = "zdd_web-boot-log"
 #: `zdd-web upgrade` shows the end of it.
 TAIL_BYTES = 8_192
 #: A worker in a boot loop must not fill the memory.
@@ -22,7 +24,7 @@ LIMIT_BYTES = 1 << 20
 def create() -> int:
     """Return the descriptor of an empty boot log."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("zdd_web-boot-log", os.MFD_CLOEXEC)
+        fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC)
         # The offset is shared by all who inherit it, but only appending moves it and writes in one step.
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         return fd

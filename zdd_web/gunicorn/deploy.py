@@ -272,7 +272,7 @@ class Deploy:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.upgrade = None
+        self.upgrade = self._line = None
         self._server.reexec_pid = 0
         self._header.successor_pid = self._header.successor_phase = 0
 
@@ -315,12 +315,16 @@ class Deploy:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
-        if self._line is None:
-            self._line = Line(os.getpid(), self._header.name, self.upgrade.pid)
-        current = self._line.in_office()
+        current = self._descendants(self.upgrade).in_office()
         if current is not None:
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
+
+    def _descendants(self, upgrade: Upgrade) -> Line:
+        # One for all ticks: once it has found the active generation it asks that one's board, and not all of /proc.
+        if self._line is None:
+            self._line = Line(os.getpid(), self._header.name, upgrade.pid)
+        return self._line
 
     @property
     def leaves_a_keeper(self) -> bool:
@@ -337,7 +341,7 @@ class Deploy:
         upgrade = self.upgrade
         if upgrade is None or upgrade.status is None:
             return None
-        if Line(os.getpid(), self._header.name, upgrade.pid).in_office() is not None:
+        if self._descendants(upgrade).in_office() is not None:
             return None
         code = os.waitstatus_to_exitcode(upgrade.status)
         return 128 - code if code < 0 else code

@@ -59,7 +59,7 @@ class Listening:
         self._ports: list[Port] = []
         #: As a successor was given them: it speaks of them by their index.
         self._given: list[Listener] = []
-        self._looked_at = clock.NEVER
+        self._looked_at, self._look_every = clock.NEVER, LOOK_WHETHER_THEY_STAY_EVERY
         self._activated: tuple[activation.Activated, ...] = ()
         if heir is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
             if self._shares:
@@ -298,8 +298,10 @@ class Listening:
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
         left = [port for port in self._ports if port.is_left_to_others]
-        if left and clock.since(self._looked_at) >= LOOK_WHETHER_THEY_STAY_EVERY:
+        if left and clock.since(self._looked_at) >= self._look_every:
             self._looked_at, neighbours = clock.now_ns(), _neighbours()
+            # Among thousands of processes it takes long: a master that stops has more to do.
+            self._look_every = max(LOOK_WHETHER_THEY_STAY_EVERY, 20 * clock.since(self._looked_at))
             # The kernel's table of connections may be long.
             if any(each.stops for each in neighbours):
                 for port in left:
@@ -340,6 +342,7 @@ def _neighbours() -> list[Neighbour]:
             listens=frozenset(record.inode for record, _ in each.board.listener_records()),
             stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
         )
-        for each in service.generations()
+        # The kernel lets processes of one user alone share a port.
+        for each in service.generations(os.geteuid())
         if each.pid != os.getpid() and each.board.header.layout == LAYOUT
     ]

@@ -9,10 +9,33 @@ from __future__ import annotations
 import contextlib
 import os
 
-from zdd_web import proc
+from zdd_web import lookup, proc, service
 
-#: A process's start is known in ticks since a boot that is known in whole seconds.
-CLOCK_SLACK = 2.0
+
+def is_master(pid: int) -> bool:
+    """Tell whether a process is a master with zdd_web, or of a gunicorn without it, as far as can be known.
+
+    The board decides: a master has its own, and its workers have their master's. Without one it may be gunicorn all the
+    same, which only its command line can tell.
+    """
+    try:
+        generation = service.generation_of(pid)
+        if generation is not None:
+            return generation.alive
+        if lookup.has_a_masters_board(pid):
+            return False
+    except PermissionError:
+        return True  # not dumpable: it cannot be known
+    except OSError:
+        return False  # ended in between
+    if service.kept_by(pid) is not None:
+        return True
+    words = proc.words(pid)
+    # An app that embeds gunicorn has the command line of this process.
+    if words != proc.words(os.getpid()) and not any(word.startswith("gunicorn") for word in words):
+        return False
+    # Workers have their master's command line, or, with setproctitle, one that tells.
+    return words != proc.words(proc.parent(pid)) and not words[0].startswith("gunicorn: worker")
 
 
 class PidFile:
@@ -59,18 +82,32 @@ class PidFile:
             return 0
 
     def remove_if_stale(self) -> bool:
-        """Remove a file that names nobody who can have written it: a zombie, or a pid that was used again since.
+        """Remove a file that names a process which cannot have written it: a zombie, or a pid that was reused since.
 
-        gunicorn asks only whether the pid exists (pidfile.py:63), and refuses to start (#3383).
+        gunicorn asks only whether the pid exists (pidfile.py:63), and refuses to start (#3383). The file's time proves
+        nothing: a step of the wall clock moves it to before the start of a service that runs.
         """
         pid = self.read()
-        state = proc.state(pid) if pid else ""
-        if not state:
-            return False  # nobody at all: gunicorn replaces that itself
-        if state not in "ZX" and proc.started_at(pid) <= os.stat(self.fname).st_mtime + CLOCK_SLACK:
+        if not pid or not self._is_stale(pid):
+            return False
+        # The service may have been upgraded, or started, meanwhile.
+        if self.read() != pid:
             return False
         os.unlink(self.fname)
         return True
+
+    def _is_stale(self, pid: int) -> bool:
+        state = proc.state(pid)
+        if state in ("Z", "X") or pid == os.getpid():
+            return True
+        try:
+            os.kill(pid, 0)
+            return bool(state) and not is_master(pid)
+        except ProcessLookupError:
+            return False  # gunicorn replaces the file itself
+        except PermissionError:
+            # Another user's, perhaps hidden (hidepid): what belongs to this user was not written by that one.
+            return os.stat(self.fname).st_uid == os.geteuid()
 
     def unlink(self) -> None:
         """Remove the file if it still names this process."""

@@ -266,7 +266,7 @@ class Server:
 
     def generations(self) -> list[service.Generation]:
         """Return the generations that are alive, oldest first."""
-        return [each for each in service.generations() if each.board.header.name == self.name]
+        return [each for each in service.generations(os.geteuid()) if each.header.name == self.name]
 
     def log_tail(self, size: int = 4_000) -> str:
         """Return the end of what the service has logged."""
