@@ -215,7 +215,7 @@ def test_master_that_cannot_be_signalled_is_status_2(
         def refuse(*signalled: object) -> None:
             raise error
 
-        patched.setattr(os, "kill", refuse)
+        patched.setattr(signal, "pidfd_send_signal", refuse)
         result = drain()
     assert result.exit_code == 2
     assert said in result.output
