@@ -2,7 +2,8 @@
 
 `python -m benchmarks.probes`. Two sync workers, each in a request that takes minutes. A thousand probes on the probe
 port, every other on a new connection, and a few on the app's port, since each of those takes Kubernetes' whole
-`timeoutSeconds: 1`. Then the same with idle workers.
+`timeoutSeconds: 1`. The same with idle workers; and then `/livez` on the probe port beside clients that abuse it: eight
+pipeline `/metrics` without end, ten thousand are connected and silent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import click
 import gunicorn as gunicorn_package
 from tabulate import tabulate
 
+from benchmarks.abuse import abuse
 from benchmarks.servers import Server, ServerError, free_port, gunicorn
 
 #: Kubernetes' default timeoutSeconds.
@@ -29,8 +31,8 @@ BLOCKED = "/block"
 class Prober:
     """Asks one port; every other probe on a connection that is kept."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, path: str = "/readyz") -> None:
+        self._port, self._path = port, path
         self._kept = self._connection()
         self.seconds: list[float] = []
         self.asked = 0
@@ -45,7 +47,7 @@ class Prober:
         connection = self._kept if kept else self._connection()
         began = time.perf_counter()
         try:
-            connection.request("GET", "/readyz")
+            connection.request("GET", self._path)
             response = connection.getresponse()
             response.read()
             if response.status == 200:
@@ -89,6 +91,15 @@ def _all_blocked(port: int) -> bool:
     return False
 
 
+def probe_under_abuse(port: int, count: int, pipelining: int, idle: int) -> list[str]:
+    """Ask one port for liveness so many times, beside clients that abuse it."""
+    prober = Prober(port, "/livez")
+    with abuse(port, pipelining, idle):
+        for _ in range(count):
+            prober.ask()
+    return ["abused", "probe port", *prober.row()]
+
+
 def probe(ports: dict[str, tuple[int, int]]) -> list[list[str]]:
     """Ask each port so many times."""
     rows = []
@@ -103,9 +114,11 @@ def probe(ports: dict[str, tuple[int, int]]) -> list[list[str]]:
 @click.command()
 @click.option("--probes", default=1000, show_default=True, type=click.IntRange(1), help="On the probe port.")
 @click.option("--on-app", default=10, show_default=True, type=click.IntRange(1), help="On a blocked app's port.")
+@click.option("--pipelining", default=8, show_default=True, type=click.IntRange(0), help="Clients that pipeline.")
+@click.option("--idle", default=10_000, show_default=True, type=click.IntRange(0), help="Clients that are silent.")
 @click.option("--json", "json_file", type=click.File("w"), help="Write the figures to FILE ('-' for stdout) too.")
-def main(probes: int, on_app: int, json_file: TextIO | None) -> None:
-    """Measure how long probes wait while every worker is blocked."""
+def main(probes: int, on_app: int, pipelining: int, idle: int, json_file: TextIO | None) -> None:
+    """Measure how long probes wait while every worker is blocked, and while clients abuse the probe port."""
     click.echo(f"gunicorn {gunicorn_package.__version__}, {WORKERS} sync workers; a probe waits {TIMEOUT:g} s at most")
     probe_port = free_port()
     arguments = ["-c", "benchmarks/with_zdd_web.py", "benchmarks.apps:blocking", "--workers", str(WORKERS),
@@ -119,6 +132,7 @@ def main(probes: int, on_app: int, json_file: TextIO | None) -> None:
                 rows += [[state, *row] for row in probe(ports)]
                 for connection in held:
                     connection.close()
+            rows.append(probe_under_abuse(probe_port, probes, pipelining, idle))
     except ServerError as error:
         raise click.ClickException(str(error)) from None
     headers = ["workers", "asked on", "probes", "answered", "p50", "p99", "longest"]
