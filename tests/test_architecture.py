@@ -27,6 +27,7 @@ MAY_USE = {
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
     "record": set(),
+    "system": set(),
     "door": set(),
     "board": {"door", "errors", "lifecycle", "record"},
     "waitgroup": {"errors", "log"},
@@ -48,6 +49,7 @@ MAY_USE = {
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
         "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
+        "system",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
     "service": {"errors", "proc", "lifecycle", "board"},

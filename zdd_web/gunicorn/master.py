@@ -33,6 +33,7 @@ from gunicorn.errors import HaltServer
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, WorkerState
 from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
@@ -79,6 +80,7 @@ class Master:
         self.succession = Succession(heir, server, self.board) if heir else None
         self._inherited_as_kept = heir.kept if heir else False
         self.supervisor = Supervisor(self, heir)
+        self.stderr_relay = StderrRelay(heir.stderr_pipes if heir else ())
         self.deploy = Deploy(self, launch, heir)
         self.offer = Offer(self)
         self.reload = Reload(self)
@@ -154,7 +156,7 @@ class Master:
     def _settled(self) -> bool:
         if self.deploy.under_way or self.awaits_office or self.reload.under_way or self.offer.busy:
             return False
-        if self.listening.is_busy:
+        if self.listening.is_busy or self.stderr_relay.busy:
             return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
@@ -172,6 +174,9 @@ class Master:
         if self.phase is Phase.BOOTING:
             self._follow_boot()
         self.deploy.follow()
+        if self.succession is None or self.succession.in_office or self.succession.alone:
+            # The predecessor does it until then.
+            guarded("stderr", self.stderr_relay.follow)()
         guarded("takeover", self.offer.follow)()
         self.reload.follow()
         guarded("probe port", self.probes.follow)(self)
@@ -495,6 +500,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.deploy.after_fork()
+        self.stderr_relay.after_fork()
         self.offer.after_fork()
         if self.succession is not None:
             self.succession.forget()

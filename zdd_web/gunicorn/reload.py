@@ -7,6 +7,7 @@ workers to go before the new ones have booted, and then blocks its loop until th
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -19,10 +20,11 @@ from gunicorn import util
 
 from zdd_web import clock, log, proc
 from zdd_web.errors import ZddError
-from zdd_web.gunicorn import bootlog, sources
+from zdd_web.gunicorn import sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
+from zdd_web.system.captured_output import CapturedOutput, last_line
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -32,22 +34,37 @@ if TYPE_CHECKING:
 TAKES_AN_UPGRADE = "use an upgrade (SIGUSR2)"
 
 
-class Proof:
-    """A child process that tries the configuration and the app."""
+_REMEDIES = {
+    errno.EMFILE: "raise the master's limit of open files (nofile), then send it again",
+    errno.ENFILE: "raise the host's limit of open files (fs.file-max), then send it again",
+    errno.EAGAIN: "raise the limit of processes (nproc, pids.max), then send it again",
+}
 
-    def __init__(self, pid: int, output: int, timeout: float) -> None:
+#: How much of what a failed proof has printed goes to the log.
+PRINTED_BYTES = 8_192
+
+
+class Proof:
+    """A child process that tries the configuration and the app. What it prints is kept, the end of it."""
+
+    def __init__(self, pid: int, output: CapturedOutput, timeout: float) -> None:
         self.pid, self._output, self.timeout = pid, output, timeout
-        self._start = proc.start_time(pid)
         self._deadline = clock.after_ns(timeout)
         self.status: int | None = None
 
     @classmethod
     def begin(cls, server: Any, settings: Settings) -> Proof:
-        """Fork the child. Raises OSError when there can be no fork."""
-        output = bootlog.create()
-        pid = os.fork()
+        """Fork the child. Raises OSError when there can be no fork, or no descriptor is left."""
+        output = CapturedOutput()
+        try:
+            pid = os.fork()
+        except OSError:
+            output.close()
+            raise
         if pid == 0:
-            _try(server, settings, output)
+            _try(server, settings, output.writer)
+        # Nothing from here on can fail: the child would be tracked by no object, and its outcome reach no log.
+        output.close_writer()
         return cls(pid, output, settings.upgrade_timeout)
 
     def reaped(self, status: int) -> None:
@@ -56,6 +73,7 @@ class Proof:
 
     def poll(self) -> str | None:
         """Return why the reload is refused, "" when nothing is against it, None while the child still tries."""
+        self._output.drain()
         if self.status is None:
             if not clock.passed(self._deadline):
                 return None
@@ -63,17 +81,22 @@ class Proof:
             return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"
         if self.status == 0:
             return ""
-        return bootlog.last_line(self._output) or f"the child that tried it ended with status {self.status}"
+        self._output.drain_all()
+        return last_line(self._output.text()) or f"the child that tried it ended with status {self.status}"
 
     def end(self) -> None:
         """Kill the child if it still tries."""
-        proc.kill(self.pid, self._start, signal.SIGKILL)
+        if self.status is None:
+            # Our own child, not reaped yet: its pid is its own. Not by way of /proc, which needs a descriptor.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> str:
-        """Return all that the child had printed, and forget it."""
-        said = bootlog.tail(self._output)
-        os.close(self._output)
-        return said
+        """Return the end of what the child has printed, and close its pipe."""
+        self._output.drain_all()
+        printed = self._output.text(PRINTED_BYTES)
+        self._output.close()
+        return printed
 
 
 class Reload:
@@ -102,7 +125,13 @@ class Reload:
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
-        self.proof = Proof.begin(self._server, self._master.settings)
+        try:
+            self.proof = Proof.begin(self._server, self._master.settings)
+        except OSError as error:
+            reason = f"config and app cannot be tried in a child process: {error.strerror}"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            self._refuse(logging.WARNING, reason, _REMEDIES.get(error.errno or 0, "send it again later"))
+            return
         guarded("systemd", self._master.supervisor.reload_began)()
         log.emit("reload.started", child=self.proof.pid)
 
