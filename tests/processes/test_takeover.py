@@ -581,3 +581,47 @@ def test_a_newcomer_in_another_pid_namespace(make_service, old: Service):
     assert new.pid_file.read_text() == "1\n"
     new.signal(signal.SIGTERM, seen)
     new.ends(0)
+
+
+#: Connects as another user as fast as it can, and keeps the kernel's queue full.
+FLOOD = """
+import os, socket, sys, time
+os.setgid(65534), os.setuid(65534)
+connected, full = [], False
+while True:
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.setblocking(False)
+    try:
+        end.connect(sys.argv[1].replace("@", chr(0)))
+        connected.append(end)
+    except BlockingIOError:
+        if not full:
+            full = True
+            print("full", flush=True)
+        end.close()
+        time.sleep(0.0005)
+    if len(connected) > 200:
+        connected.pop(0).close()
+"""
+
+
+@root_only
+def test_another_user_who_connects_in_a_loop_does_not_keep_a_takeover_waiting(make_service, old: Service):
+    old.start()
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            script = [sys.executable, "-c", FLOOD, passing.spell(at(old))]
+            flood = stack.enter_context(subprocess.Popen(script, stdout=subprocess.PIPE, text=True))
+            stack.callback(flood.kill)
+            assert flood.stdout is not None
+            assert flood.stdout.readline() == "full\n"
+            stack.callback(flood.stdout.close)
+        new = another(make_service, old)
+        new.spawn()
+        until("the takeover", lambda: new.matches(r"event=takeover\.found") or new.process.poll() is not None, old)
+        assert new.matches(r"event=takeover\.found"), new.log()
+        old.wait_for(r"event=upgrade\.committed")
+    assert old.matches(r"event=takeover\.rejected uid=65534")
+    assert not old.matches("internal.error")
+    old.ends(0)
+    new.stop()

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.gunicorn import bootlog
-from zdd_web.gunicorn.bootlog import LIMIT_BYTES, TAIL_BYTES, Handler, create, give_back_stderr, tail
+from zdd_web.gunicorn.bootlog import (
+    LIMIT_BYTES,
+    RECORD_BYTES,
+    TAIL_BYTES,
+    BootLog,
+    Handler,
+    StderrRelay,
+    create,
+    give_back_stderr,
+    tail,
+)
+from zdd_web.system.captured_output import KEPT_BYTES, PIPE_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -116,11 +130,20 @@ def test_processes_write_one_after_the_other_and_not_over_each_other(fd: int, lo
     assert sorted(lines) == sorted(expected)
 
 
-def test_boot_loop_does_not_fill_the_memory(fd: int, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boot_loop_does_not_fill_the_memory_and_its_last_reason_is_kept(
+    fd: int, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bootlog, "LIMIT_BYTES", 1_000)
-    for _ in range(100):
-        logger.error("x" * 200)
-    assert os.fstat(fd).st_size < 1_000 + 300
+    for number in range(100):
+        logger.error("%s %s", "x" * 200, number)
+        assert os.fstat(fd).st_size < 1_000 + 300
+        assert tail(fd).endswith(f"x {number}\n")
+
+
+def test_of_a_record_without_measure_the_end_is_kept(fd: int) -> None:
+    Handler(fd).write("x" * (20 << 20) + " and the reason")
+    assert os.fstat(fd).st_size == RECORD_BYTES
+    assert tail(fd).endswith("xxx and the reason\n")
 
 
 def test_stderr_is_given_back_with_all_that_was_said_meanwhile(fd: int) -> None:
@@ -158,3 +181,125 @@ def test_nothing_said_meanwhile_is_nothing_to_repeat(fd: int) -> None:
     os.close(writer)
     with open(reader) as said:
         assert said.read() == ""
+
+
+# -- the predecessor's side
+
+
+@pytest.fixture
+def boot_log() -> Iterator[BootLog]:
+    boot_log = BootLog()
+    yield boot_log
+    boot_log.close()
+
+
+def stderr_of(function: Callable[[], None]) -> str:
+    """Return what a child that runs `function` has written to its stderr."""
+    with tempfile.TemporaryFile() as file:
+
+        def child() -> None:
+            os.dup2(file.fileno(), 2)
+            function()
+
+        in_child(child)
+        file.seek(0)
+        return file.read().decode()
+
+
+def test_failed_release_is_published_in_the_order_in_which_it_printed_and_logged(boot_log: BootLog) -> None:
+    os.write(boot_log.output.writer, b"printed by the configuration file\n")
+    boot_log.drain()
+    Handler(boot_log.fd).write("logged by a worker")
+    assert tail(boot_log.fd) == "logged by a worker\n"
+    boot_log.publish()
+    assert tail(boot_log.fd) == boot_log.text() == "printed by the configuration file\nlogged by a worker\n"
+    assert boot_log.last_line() == "logged by a worker"
+    boot_log.publish()
+    assert tail(boot_log.fd) == "printed by the configuration file\nlogged by a worker\n"
+
+
+def test_what_was_printed_without_end_is_published_within_bounds(boot_log: BootLog) -> None:
+    for number in range(100):
+        os.write(boot_log.output.writer, b"%05d " % number + b"x" * (PIPE_BYTES // 20))
+        boot_log.drain()
+    os.write(boot_log.output.writer, b"\nImportError: no module named shop\n")
+    assert boot_log.last_line() == "ImportError: no module named shop"
+    boot_log.publish()
+    assert os.fstat(boot_log.fd).st_size < KEPT_BYTES + 100
+    assert tail(boot_log.fd).endswith("\nImportError: no module named shop\n")
+
+
+def test_stderr_has_all_once_the_successor_speaks_and_what_its_children_print_later(boot_log: BootLog) -> None:
+    def child() -> None:
+        os.write(boot_log.output.writer, b"before\n")
+        boot_log.drain()
+        os.write(boot_log.output.writer, b"between\n")
+        boot_log.speaks()
+        boot_log.speaks()
+        os.write(boot_log.output.writer, b"after\n")
+        boot_log.drain()
+        assert boot_log.text() == "before\nbetween\n"
+
+    assert stderr_of(child) == "before\nbetween\nafter\n"
+
+
+def test_successor_of_a_takeover_has_the_memfd_alone(boot_log: BootLog) -> None:
+    boot_log.output.close()
+    boot_log.drain()
+    boot_log.speaks()
+    boot_log.drain()
+    Handler(boot_log.fd).write("logged by a worker")
+    boot_log.publish()
+    assert boot_log.text() == tail(boot_log.fd) == "logged by a worker\n"
+
+
+# -- pipes that are some process's stderr for life
+
+
+def test_relay_writes_what_comes_until_no_writer_is_left() -> None:
+    def child() -> None:
+        first, second = BootLog().output, BootLog().output
+        relay = StderrRelay([first.reader, second.reader])
+        relay.follow()
+        assert not relay.busy
+        os.write(first.writer, b"first\n")
+        os.write(second.writer, b"second\n")
+        first.close_writer()
+        relay.follow()
+        assert relay.busy
+        assert relay.pipes == [second.reader]
+        relay.follow()
+        assert not relay.busy
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(first.reader)
+        relay.after_fork()
+        assert relay.pipes == []
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(second.reader)
+
+    assert stderr_of(child) == "first\nsecond\n"
+
+
+def test_relay_is_not_held_by_a_writer_without_end() -> None:
+    boot_log = BootLog()
+    output = boot_log.output
+
+    def child() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        relay = StderrRelay([output.reader])
+        for _ in range(3):
+            select.select([output.reader], [], [])
+            relay.follow()
+            assert relay.busy
+
+    def flood() -> None:
+        while True:
+            os.write(output.writer, b"x" * 65_536)
+
+    pid = spawn(flood)
+    try:
+        in_child(child)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert status_of(pid) == -signal.SIGKILL
+        boot_log.close()

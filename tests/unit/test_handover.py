@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.unit.conftest import descriptors
 from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handover import ENV, MESSAGE_BYTES, Channel, Inheritance, Message
+from zdd_web.gunicorn.handover import ENV, MESSAGE_BYTES, MOST_AT_A_TIME, MOST_QUEUED, Channel, Inheritance, Message
 
 Pair = tuple[Channel, Channel]
 
@@ -29,6 +31,11 @@ def raw(channel: Channel) -> socket.socket:
     return socket.socket(fileno=os.dup(channel.fileno()))
 
 
+def raw_send(channel: Channel, data: bytes) -> None:
+    with raw(channel) as end:
+        end.send(data)
+
+
 # -- messages
 
 
@@ -39,6 +46,36 @@ def test_messages_arrive_whole_and_in_order(pair: Pair) -> None:
     assert ours.receive() == Message("hello", {"pid": 4711, "pid_file": "/run/shöp.pid"})
     assert ours.receive() == Message("ready", {"workers": 4})
     assert (ours.receive(), ours.ended) == (None, False)
+
+
+def test_peer_that_sends_without_end_is_read_a_few_messages_at_a_time(pair: Pair) -> None:
+    ours, theirs = pair
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            raw_send(theirs, b'{"kind": "speaks"}')
+            sent += 1
+    assert MOST_AT_A_TIME < sent < MOST_QUEUED
+    assert len(list(ours.receive_some())) == MOST_AT_A_TIME
+    assert len(list(ours.receive_some(MOST_QUEUED))) == sent - MOST_AT_A_TIME
+    assert list(ours.receive_some()) == []
+
+
+def test_descriptor_that_comes_with_anything_but_hello_is_closed(pair: Pair) -> None:
+    ours, theirs = pair
+    fd = os.memfd_create("board")
+    before = descriptors()
+    for kind in ("speaks", "ready", "release"):
+        theirs.send(kind, fd=fd)
+        assert ours.receive() == Message(kind, {})
+    assert descriptors() == before
+    os.close(fd)
+
+
+def test_message_that_no_parser_survives_is_garbage(pair: Pair) -> None:
+    ours, theirs = pair
+    raw_send(theirs, b"[" * (MESSAGE_BYTES - 1))
+    assert ours.receive() == Message("garbage", {})
 
 
 def test_both_ends_speak(pair: Pair) -> None:

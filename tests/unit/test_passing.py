@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.forks import spawn, status_of
 from zdd_web.errors import UpgradeError
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.listeners import passing
@@ -24,6 +26,11 @@ def pair() -> Iterator[Pair]:
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
         yield one, other
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> str:
+    return str(tmp_path / "takeover")
 
 
 def soon() -> float:
@@ -156,3 +163,61 @@ def test_an_inheritance_arrives_as_it_was_sent() -> None:
 def test_what_is_no_inheritance_is_an_error(fields: dict[str, object]) -> None:
     with pytest.raises(UpgradeError, match="has sent no inheritance"):
         Inheritance.from_message(dict(fields), [20], 30, 70, 700)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(
+    not Path("/proc/1/wchan").exists() or os.geteuid() != 0, reason="the kernel does not tell what processes wait for"
+)
+def test_place_in_a_full_queue_is_waited_for_in_the_kernel(where: str) -> None:
+    rendezvous = passing.Rendezvous(where, 0)
+    waiting = [passing.connect(where, soon())]
+    while (end := _try(where)) is not None:
+        waiting.append(end)
+    pid = spawn(lambda: passing.connect(where, soon()))
+    until_asleep(pid)
+    # One place, and the process that waits in the kernel has it: one that tries again finds none.
+    let_in = rendezvous.accept()
+    assert status_of(pid) == 0
+    assert _try(where) is None
+    for each in (*waiting, let_in):
+        assert each is not None
+        each.close()
+    rendezvous.close()
+
+
+def test_signal_is_not_taken_for_a_connection(where: str) -> None:
+    rendezvous = passing.Rendezvous(where, 0)
+    waiting = [passing.connect(where, soon())]
+    while (end := _try(where)) is not None:
+        waiting.append(end)
+    came: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda sig, frame: came.append(sig))
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with pytest.raises(TimeoutError, match="others wait there"):
+            passing.connect(where, time.monotonic() + 0.4)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came
+    for each in waiting:
+        assert each is not None
+        each.close()
+    rendezvous.close()
+
+
+def _try(where: str) -> socket.socket | None:
+    try:
+        return passing.connect(where, time.monotonic())
+    except TimeoutError:
+        return None
+
+
+def until_asleep(pid: int) -> None:
+    """Wait until the kernel has a process wait for a place in a queue."""
+    wchan = Path(f"/proc/{pid}/wchan")
+    deadline = time.monotonic() + 10
+    while "unix" not in (found := wchan.read_text()):
+        assert time.monotonic() < deadline, found
+        os.sched_yield()

@@ -17,11 +17,12 @@ from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
 from zdd_web import clock, proc
 from zdd_web.board import LAYOUT
-from zdd_web.gunicorn import bootlog
 from zdd_web.gunicorn import upgrade as module
+from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.upgrade import Stage, Upgrade, Verdict
+from zdd_web.system.captured_output import KEPT_BYTES
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
@@ -80,26 +81,40 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.reader, self.writer = os.pipe()
-        self.boot_log = bootlog.create()
+        self.boot_log = BootLog()
         self.upgrades: list[Upgrade] = []
 
-    def begin(self, script: str = "", *, timeout: float = PATIENCE, real_stderr: bool = False) -> Upgrade:
+    def begin(
+        self,
+        script: str = "",
+        *,
+        timeout: float = PATIENCE,
+        real_stderr: bool = False,
+        descriptors: tuple[int, ...] = (),
+    ) -> Upgrade:
         source = PRELUDE.replace("{real_stderr}", str(real_stderr)) + textwrap.dedent(script)
-        return self.launch((sys.executable, "-c", source), timeout=timeout)
+        return self.launch((sys.executable, "-c", source), timeout=timeout, descriptors=descriptors)
 
-    def launch(self, command: tuple[str, ...], *, directory: Path | None = None, timeout: float = PATIENCE) -> Upgrade:
+    def launch(
+        self,
+        command: tuple[str, ...],
+        *,
+        directory: Path | None = None,
+        timeout: float = PATIENCE,
+        descriptors: tuple[int, ...] = (),
+    ) -> Upgrade:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-        launch = Launch(directory=str(directory or self.directory), command=command, environ=environ)
+        launch = Launch(str(directory or self.directory), command, environ, descriptors)
         inheritance = Inheritance(
             generation=2,
             predecessor=os.getpid(),
             channel=-1,
-            boot_log=self.boot_log,
+            boot_log=self.boot_log.fd,
             stderr=-1,
             listeners=(self.writer,),
             binds=("127.0.0.1:0",),
         )
-        upgrade = Upgrade.begin(launch, inheritance, timeout)
+        upgrade = Upgrade.begin(launch, inheritance, self.boot_log, timeout)
         self.upgrades.append(upgrade)
         return upgrade
 
@@ -112,7 +127,8 @@ class Bench:
     def close(self) -> None:
         for upgrade in self.upgrades:
             upgrade.end(now=True)
-        for fd in (self.reader, self.writer, self.boot_log):
+        self.boot_log.close()
+        for fd in (self.reader, self.writer):
             if fd >= 0:
                 os.close(fd)
 
@@ -585,4 +601,58 @@ def test_fork_that_fails_leaves_nothing_open(bench: Bench, monkeypatch: pytest.M
 def test_everything_that_is_printed_before_hello_is_in_the_boot_log(bench: Bench) -> None:
     upgrade = bench.begin("print('a warning', file=sys.stderr, flush=True); hello(); hang()")
     until(upgrade, lambda: upgrade.board)
-    assert bootlog.tail(bench.boot_log) == "a warning\n"
+    assert bench.boot_log.text() == "a warning\n"
+
+
+def test_successor_that_prints_without_end_is_read_within_bounds_and_its_last_line_is_the_reason(bench: Bench) -> None:
+    upgrade = bench.begin("""
+        line = b"could not connect to the database, trying again\\n" * 4096
+        for _ in range(200):
+            os.write(2, line)
+        print("RuntimeError: gave up", file=sys.stderr)
+        sys.exit(1)
+    """)
+    most = 0
+    while (found := upgrade.poll()) is None:
+        most = max(most, os.fstat(bench.boot_log.fd).st_size + len(bench.boot_log.output.text()))
+    assert found.reason.endswith("RuntimeError: gave up")
+    assert most < KEPT_BYTES + 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["dropped=3", "dropped=[None, 1e999]", "dropped={'a': 1}", "added_paths=7", "pid_file=['x'] * 100"],
+)
+def test_hello_that_makes_no_sense_does_not_raise_into_the_master(bench: Bench, fields: str) -> None:
+    upgrade = bench.begin(f"""
+        channel.send("hello", fd=board.fd, {fields})
+        channel.send("ready", workers=float("inf"))
+        hang()
+    """)
+    assert verdict(upgrade) == Verdict(ready=True, workers=0)
+    assert upgrade.board is not None
+
+
+def test_hello_that_is_sent_again_and_again_costs_one_board(bench: Bench) -> None:
+    upgrade = bench.begin("""
+        for _ in range(50):
+            hello()
+        channel.send("ready", workers=1)
+        hang()
+    """)
+    assert verdict(upgrade).ready
+    with open("/proc/self/maps") as maps:
+        assert maps.read().count("zdd_web:unit") == 1
+
+
+def test_only_what_the_first_master_was_started_with_is_passed_on(bench: Bench) -> None:
+    passed, leaked = os.dup(bench.writer), os.dup(bench.writer)
+    os.set_inheritable(passed, True)
+    os.set_inheritable(leaked, True)
+    launch_descriptors = (passed,)
+    look = f"say(f'{{[os.path.exists(f\"/proc/self/fd/{{fd}}\") for fd in {passed, leaked}]}} {{heir.passed_on}}')"
+    upgrade = bench.begin(look, descriptors=launch_descriptors)
+    assert not verdict(upgrade).ready
+    os.close(passed)
+    os.close(leaked)
+    assert bench.said() == [f"[True, False] {launch_descriptors}"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
@@ -72,7 +72,7 @@ class Deploy:
         self._given_up: list[Newcomer] = []
         #: Whoever has started this process waits for its pid.
         self._was_started = heir is None or heir.taken
-        self._boot_log = -1
+        self._boot_log: BootLog | None = None
         self._office = Office(master.server, master.supervisor)
         self._when_in_office = False
         self._line: Line | None = None
@@ -88,8 +88,9 @@ class Deploy:
             return
         try:
             self._refuse_unless_possible()
-            launch = self._next_launch()
-            self.upgrade = Upgrade.begin(launch, self._inheritance(), self._settings.upgrade_timeout)
+            launch, boot_log = self._next_launch(), self._new_boot_log()
+            inheritance = self._inheritance(boot_log)
+            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, self._settings.upgrade_timeout)
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
@@ -114,7 +115,9 @@ class Deploy:
                     f"or the same NAME if they are one"
                 )
             self._refuse_unless_possible(forks=False)
-            self.upgrade = Newcomer.welcome(end, who, told, self._inheritance(), self._settings.upgrade_timeout)
+            boot_log = self._new_boot_log()
+            inheritance = self._inheritance(boot_log)
+            self.upgrade = Newcomer.welcome(end, who, told, inheritance, boot_log, self._settings.upgrade_timeout)
         except (ZddError, OSError) as error:
             with contextlib.suppress(OSError):
                 passing.send(end, {"kind": "refused", "reason": str(error)})
@@ -126,17 +129,17 @@ class Deploy:
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
 
-    def _inheritance(self) -> Inheritance:
+    def _inheritance(self, boot_log: BootLog) -> Inheritance:
         """Return what a successor is given, all but its end of the channel. Raises OSError."""
         master = self._master
         probe, probe_bind = master.probes.inheritance
-        self._new_boot_log()
         return Inheritance(
             generation=self._header.generation + 1,
             predecessor=os.getpid(),
             channel=-1,
-            boot_log=self._boot_log,
+            boot_log=boot_log.fd,
             stderr=-1,
+            stderr_pipes=(boot_log.output.reader, *master.stderr_relay.pipes),
             ancestors=(*self._alive_ancestors(), (os.getpid(), self._header.master_start)),
             **master.listening.inheritance(),
             kept=master.kept,
@@ -145,11 +148,13 @@ class Deploy:
             probe_bind=probe_bind,
         )
 
-    def _new_boot_log(self) -> None:
-        if self._boot_log >= 0:
-            os.close(self._boot_log)
-            self._boot_log = -1
-        self._boot_log = self._header.boot_log_fd = bootlog.create()
+    def _new_boot_log(self) -> BootLog:
+        if self._boot_log is not None:
+            self._boot_log.close()
+            self._boot_log = None
+        self._boot_log = BootLog()
+        self._header.boot_log_fd = self._boot_log.fd
+        return self._boot_log
 
     def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
@@ -158,7 +163,8 @@ class Deploy:
             raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
         if self._master.reload.under_way:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        alive = len(self._alive_ancestors()) + 1
+        # Rejected successors of a takeover that have not ended yet count too: they hold the listeners.
+        alive = len(self._alive_ancestors()) + 1 + len(self._given_up)
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
@@ -187,6 +193,9 @@ class Deploy:
         return launch
 
     def _outcome(self, state: UpgradeState, reason: str) -> None:
+        if state is UpgradeState.FAILED and self._boot_log is not None:
+            # A command that sees the state reads it.
+            self._boot_log.publish()
         self._header.upgrade_reason = reason
         self._header.upgrade_since = clock.now_ns()
         self._header.upgrade_state = state
@@ -249,9 +258,9 @@ class Deploy:
         self._office.discard()
         self._office.forget_attempt(upgrade.pid)
         self._forget_successor()
-        said = bootlog.tail(self._boot_log)
+        said = upgrade.boot_log.text()
         if said and not upgrade.speaks:
-            # It ended with the boot log as its stderr: nobody has read that yet.
+            # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._master.supervisor.upgrade_ended)("failed", reason)
@@ -390,5 +399,6 @@ class Deploy:
         for upgrade in (self.upgrade, self.cancelled, *self._given_up):
             if upgrade is not None:
                 upgrade.forget()
-        if self._boot_log >= 0:
-            os.close(self._boot_log)
+        if self._boot_log is not None:
+            self._boot_log.close()
+            self._boot_log = None

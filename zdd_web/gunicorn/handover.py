@@ -27,7 +27,7 @@ import dataclasses
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,13 @@ from zdd_web.settings import HANDOVER
 
 ENV = HANDOVER
 
-#: A message is a few hundred bytes; a reason may quote a traceback's last line.
+#: A message is a few hundred bytes; a reason may quote a traceback's last line. What is longer arrives cut, as garbage.
 MESSAGE_BYTES = 16_384
+
+#: How many messages are read at a time: a peer that sends without end must not hold up the other's loop.
+MOST_AT_A_TIME = 64
+#: More than the kernel's buffer holds of the smallest: all that a peer that has ended can have left.
+MOST_QUEUED = 4096
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,24 @@ class Channel:
             return None
         try:
             fields = json.loads(data)
-            return Message(fields.pop("kind"), fields, fds[0] if fds else -1)
-        except (ValueError, KeyError, AttributeError, TypeError):
+            kind = fields.pop("kind")
+            if kind == "hello" and fds:
+                return Message(kind, fields, fds.pop())
+            return Message(kind, fields)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            return Message("garbage", {})
+        finally:
+            # Nothing else comes with a descriptor, and one that stayed open would be lost to this process.
             for fd in fds:
                 os.close(fd)
-            return Message("garbage", {})
+
+    def receive_some(self, most: int = MOST_AT_A_TIME) -> Iterator[Message]:
+        """Return the messages that are there, `most` of them at most."""
+        for _ in range(most):
+            message = self.receive()
+            if message is None:
+                return
+            yield message
 
     def _receive(self) -> tuple[bytes, list[int], int, Any]:
         try:
@@ -146,6 +164,10 @@ class Inheritance:
     #: This process was not forked by the predecessor, but has asked it for all this; when that one started.
     taken: bool = False
     predecessor_start: int = 0
+    #: The readers' ends of the pipes that processes of this service have as their stderr (bootlog.py).
+    stderr_pipes: tuple[int, ...] = ()
+    #: The descriptors that the first master was started with; None when the predecessor's version does not tell.
+    passed_on: tuple[int, ...] | None = None
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -155,7 +177,7 @@ class Inheritance:
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that the exec must leave open."""
         optional = [fd for fd in (self.board, self.probe) if fd >= 0]
-        return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional)
+        return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional, *self.stderr_pipes)
 
     @classmethod
     def take(cls, environ: dict[str, str] | os._Environ[str]) -> Inheritance | None:
@@ -182,7 +204,10 @@ class Inheritance:
     def _read(cls, fields: dict[str, Any]) -> Inheritance:
         for name in ("listeners", "binds"):
             fields[name] = tuple(fields[name])
-        fields["slots"] = tuple(fields.get("slots", ()))
+        for name in ("slots", "stderr_pipes"):
+            fields[name] = tuple(fields.get(name, ()))
+        if fields.get("passed_on") is not None:
+            fields["passed_on"] = tuple(fields["passed_on"])
         fields["groups"] = tuple((port, ordered, tuple(elders)) for port, ordered, elders in fields.get("groups", ()))
         fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
         # A predecessor of a later version may give more.
@@ -206,7 +231,9 @@ class Inheritance:
             names = [str(name) for name in fields["descriptors"]]
             named = dict(zip(names, descriptors, strict=False))
             given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in ("board", "probe")}}
-            own = {"channel": channel, "predecessor": predecessor, "predecessor_start": start, "taken": True}
+            own: dict[str, Any] = {"channel": channel, "predecessor": predecessor, "predecessor_start": start}
+            # It has a stderr, and was started with descriptors, of its own; the numbers sent are the other process's.
+            own |= {"taken": True, "stderr_pipes": (), "passed_on": None}
             return cls._read({**fields, **given, **own, "stderr": -1, "listeners": descriptors[len(names) :]})
         except (ValueError, TypeError, KeyError) as error:
             raise UpgradeError(

@@ -6,6 +6,7 @@ variables get into the environment.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shlex
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zdd_web.errors import SettingsError
+from zdd_web.system import descriptors
 
 #: Said to one process by its parent and meant for it alone.
 ONCE = ("GUNICORN_PID", "GUNICORN_FD", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SERVER_SOFTWARE")
@@ -22,18 +24,23 @@ ONCE = ("GUNICORN_PID", "GUNICORN_FD", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAM
 
 @dataclass(frozen=True)
 class Launch:
-    """A command line, the directory it was given in, and its environment."""
+    """A command line, the directory it was given in, its environment, and the descriptors that were inherited."""
 
     directory: str
     command: tuple[str, ...]
     environ: dict[str, str]
+    #: Those that the first master was started with: a lock of flock(1), a readiness pipe of s6. The configuration file
+    #: ran before, and what it has opened cannot be told from these, so this is recorded once and handed down:
+    #: otherwise each generation would add what its own file opens.
+    descriptors: tuple[int, ...] = ()
 
     @classmethod
-    def record(cls) -> Launch:
-        """Record how this process was started."""
+    def record(cls, inherited: tuple[int, ...] | None = None) -> Launch:
+        """Record how this process was started; `inherited` are the descriptors that its predecessor had recorded."""
         environ = {key: value for key, value in os.environ.items() if key not in ONCE}
         again = command(sys.orig_argv, sys.executable)
-        return cls(directory=_directory(again[0]), command=again, environ=environ)
+        opened = descriptors.inheritable() if inherited is None else inherited
+        return cls(directory=_directory(again[0]), command=again, environ=environ, descriptors=opened)
 
     def following(self, release_dir: str) -> Launch:
         """Return this launch moved to `release_dir`, for launchers that resolve the symlink they were started by.
@@ -51,12 +58,13 @@ class Launch:
             return f"{option}{equals}{release_dir}{path[len(old) :]}"
 
         environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
-        return Launch(release_dir, tuple(moved(word) for word in self.command), environ)
+        command = tuple(moved(word) for word in self.command)
+        return dataclasses.replace(self, directory=release_dir, command=command, environ=environ)
 
     def refreshed(self, before: dict[str, str], now: dict[str, str]) -> Launch:
         """Return this launch with the variables of an environment file as they are now; those taken out are gone."""
         environ = {key: value for key, value in self.environ.items() if key not in before}
-        return Launch(self.directory, self.command, {**environ, **now})
+        return dataclasses.replace(self, environ={**environ, **now})
 
     def obstacle(self) -> str | None:
         """Say what keeps this command from being run again; None when nothing does."""

@@ -32,7 +32,9 @@ from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
@@ -41,8 +43,8 @@ from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
-from zdd_web.gunicorn.reload import Reload
-from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
+from zdd_web.gunicorn.reload import Reload, too_many_workers
+from zdd_web.gunicorn.roster import LateArrivals, Plan, Roster, plan
 from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
@@ -73,6 +75,10 @@ class Master:
         self.server, self.settings = server, settings
         self.board = Board.create(name)
         self.header = self.board.header
+        too_many = too_many_workers(server.num_workers, self.header.slot_count)
+        if too_many:
+            self.board.close()
+            raise SettingsError(too_many)
         self.header.generation = heir.generation if heir else 1
         self.header.predecessor_pid = heir.predecessor if heir else 0
         self.header.master_start = proc.start_time(os.getpid())
@@ -83,6 +89,7 @@ class Master:
         self.succession = Succession(heir, server, self.board) if heir else None
         self._inherited_as_kept = heir.kept if heir else False
         self.supervisor = Supervisor(self, heir)
+        self.stderr_relay = StderrRelay(heir.stderr_pipes if heir else ())
         self.deploy = Deploy(self, launch, heir)
         self.offer = Offer(self)
         self.reload = Reload(self)
@@ -90,6 +97,7 @@ class Master:
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
+        self._has_room = True
         self._killed_at_work = False
         self._late = LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
@@ -114,6 +122,7 @@ class Master:
         self._gunicorn_int: Callable[[], None] = server.handle_int
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
+        self._gunicorn_ttin: Callable[[], None] = server.handle_ttin
         self._gunicorn_stop: Callable[[bool], None] = server.stop
         self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
@@ -133,6 +142,7 @@ class Master:
         server.handle_usr1 = self.rotation.request
         compat.set_wait(server, self._interval)
         server.handle_winch = guarded("handle_winch", self.handle_winch)
+        server.handle_ttin = guarded("handle_ttin", self.handle_ttin)
         if self.settings.keep_pid:
             # Grandchildren whose master retired become ours, and the keeper's after us.
             proc.become_subreaper()
@@ -160,7 +170,7 @@ class Master:
     def _settled(self) -> bool:
         if self.deploy.under_way or self.awaits_office or self.reload.under_way or self.offer.busy:
             return False
-        if self.listening.is_busy:
+        if self.listening.is_busy or self.stderr_relay.busy:
             return False
         return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
 
@@ -169,6 +179,10 @@ class Master:
     def tick(self) -> None:
         """One round of the loop: hear what others said, then move the phase."""
         self.header.tick_at = clock.now_ns()
+        if self.server.num_workers > self.header.slot_count:
+            # By gunicorn's control socket (`worker add`), which asks no handler of ours.
+            self._refuse_workers(self.server.num_workers, request="workers")
+            self.server.num_workers = self.header.slot_count
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
@@ -179,6 +193,9 @@ class Master:
         if self.phase is Phase.BOOTING:
             self._follow_boot()
         self.deploy.follow()
+        if self.succession is None or self.succession.in_office or self.succession.alone:
+            # The predecessor does it until then.
+            guarded("stderr", self.stderr_relay.follow)()
         guarded("takeover", self.offer.follow)()
         self.reload.follow()
         self.rotation.follow()
@@ -340,6 +357,18 @@ class Master:
             return
         self._gunicorn_winch()
 
+    def handle_ttin(self) -> None:
+        """SIGTTIN: one more worker, if the board has a slot for it."""
+        wanted = self.server.num_workers + 1
+        if wanted > self.header.slot_count:
+            self._refuse_workers(wanted, signal="TTIN")
+            return
+        self._gunicorn_ttin()
+
+    def _refuse_workers(self, wanted: int, **by: Any) -> None:
+        reason = too_many_workers(wanted, self.header.slot_count)
+        log.emit("refused", logging.WARNING, **by, reason=reason, remedy="start another service beside this one")
+
     def not_now(self) -> str:
         """Say why the workers are not to be touched just now; "" when nothing is under way."""
         if self.phase is not Phase.SERVING:
@@ -382,7 +411,8 @@ class Master:
                 self._end_when_nobody_is_left()
             else:
                 self._end_at_the_deadline()
-        decision = plan(self.roster.members(), self.server.num_workers, self.phase)
+        decision = plan(self.roster.members(), self.server.num_workers, self.phase, self.roster.room)
+        self._note_room(decision)
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self._spawn()
@@ -406,6 +436,18 @@ class Master:
             # A worker for which gunicorn could not even print why it ends (arbiter.py:757): back here it would be a
             # second master, with this one's workers and listeners.
             os._exit(type(self.server).WORKER_BOOT_ERROR)
+
+    def _note_room(self, decision: Plan) -> None:
+        # Those that retire or leave make room by themselves.
+        stuck = bool(decision.without_room) and not (decision.spawn or decision.retire or self._any_leaves())
+        if stuck and self._has_room:
+            log.emit("refused", logging.WARNING, request="replacement", workers=decision.without_room,
+                     reason=f"all {self.header.slot_count} slots of the board are taken; the old workers serve on",
+                     remedy="run fewer workers (SIGTTOU)")  # fmt: skip
+        self._has_room = not stuck
+
+    def _any_leaves(self) -> bool:
+        return any(member.told or member.state is not WorkerState.SERVING for member in self.roster.members())
 
     def _manage_workers_guarded(self) -> None:
         # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.
@@ -522,6 +564,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.deploy.after_fork()
+        self.stderr_relay.after_fork()
         self.offer.after_fork()
         if self.succession is not None:
             self.succession.forget()

@@ -18,6 +18,7 @@ import signal
 import socket
 
 from zdd_web import clock, proc
+from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.handover import Channel, Inheritance
 from zdd_web.gunicorn.upgrade import Stage, Upgrade, Verdict
 from zdd_web.listeners import passing
@@ -31,7 +32,9 @@ class Newcomer(Upgrade):
 
     is_child = False
 
-    def __init__(self, end: socket.socket, who: passing.Credentials, told: int, boot_log: int, timeout: float) -> None:
+    def __init__(
+        self, end: socket.socket, who: passing.Credentials, told: int, boot_log: BootLog, timeout: float
+    ) -> None:
         super().__init__(who.pid or told, Channel(end), boot_log, timeout)
         self._foreign = who.pid != told
         self._killable = bool(who.pid and self.start)
@@ -41,12 +44,19 @@ class Newcomer(Upgrade):
 
     @classmethod
     def welcome(
-        cls, end: socket.socket, who: passing.Credentials, told: int, inheritance: Inheritance, timeout: float
+        cls,
+        end: socket.socket,
+        who: passing.Credentials,
+        told: int,
+        inheritance: Inheritance,
+        boot_log: BootLog,
+        timeout: float,
     ) -> Newcomer:
         """Send what a successor inherits. Raises OSError when it cannot be sent."""
         fields, descriptors = inheritance.to_message()
         passing.send(end, {"kind": "inheritance", **fields}, descriptors)
-        return cls(end, who, told, inheritance.boot_log, timeout)
+        boot_log.output.close()
+        return cls(end, who, told, boot_log, timeout)
 
     def poll(self) -> Verdict | None:
         """See `Upgrade.poll`."""
@@ -74,7 +84,7 @@ class Newcomer(Upgrade):
 
     def follow_end(self, *, wait: bool = True) -> bool:
         """Tell whether one that was given up has ended; kill it when it does not. To be asked until it has."""
-        while message := self._channel.receive():
+        for message in self._channel.receive_some():
             # It may not have heard yet: whose workers it has forked is still to be known.
             self._read_board(message.fd)
         if self.gone:

@@ -298,7 +298,14 @@ class ProbePort:
         if pid == 0:
             self._become_the_process(master)
         self._pid, self._status = pid, None
-        self._header.probe_start = proc.start_time(pid)
+        try:
+            start = proc.start_time(pid)
+        except OSError:  # no descriptor left
+            # It would wait to be named for ever, and another one beside it after each try.
+            self._kill(signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        self._header.probe_start = start
         # It does nothing until it finds itself named.
         self._header.probe_pid = pid
         return True

@@ -7,6 +7,7 @@ workers to go before the new ones have booted, and then blocks its loop until th
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -19,11 +20,12 @@ from gunicorn import util
 
 from zdd_web import clock, log, proc
 from zdd_web.errors import NeedsUpgrade, ZddError
-from zdd_web.gunicorn import bootlog, sources
+from zdd_web.gunicorn import sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
 from zdd_web.system import stdio
+from zdd_web.system.captured_output import CapturedOutput, last_line
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -33,22 +35,37 @@ if TYPE_CHECKING:
 NEEDS_UPGRADE = 10
 
 
-class Proof:
-    """A child process that tries the configuration and the app."""
+_REMEDIES = {
+    errno.EMFILE: "raise the master's limit of open files (nofile), then send it again",
+    errno.ENFILE: "raise the host's limit of open files (fs.file-max), then send it again",
+    errno.EAGAIN: "raise the limit of processes (nproc, pids.max), then send it again",
+}
 
-    def __init__(self, pid: int, output: int, timeout: float) -> None:
+#: How much of what a failed proof has printed goes to the log.
+PRINTED_BYTES = 8_192
+
+
+class Proof:
+    """A child process that tries the configuration and the app. What it prints is kept, the end of it."""
+
+    def __init__(self, pid: int, output: CapturedOutput, timeout: float) -> None:
         self.pid, self._output, self.timeout = pid, output, timeout
-        self._start = proc.start_time(pid)
         self._deadline = clock.after_ns(timeout)
         self.status: int | None = None
 
     @classmethod
-    def begin(cls, server: Any, settings: Settings) -> Proof:
-        """Fork the child. Raises OSError when there can be no fork."""
-        output = bootlog.create()
-        pid = os.fork()
+    def begin(cls, server: Any, settings: Settings, slots: int) -> Proof:
+        """Fork the child. Raises OSError when there can be no fork, or no descriptor is left."""
+        output = CapturedOutput()
+        try:
+            pid = os.fork()
+        except OSError:
+            output.close()
+            raise
         if pid == 0:
-            _try(server, settings, output)
+            _try(server, settings, slots, output.writer)
+        # Nothing from here on can fail: the child would be tracked by no object, and its outcome reach no log.
+        output.close_writer()
         return cls(pid, output, settings.upgrade_timeout)
 
     def reaped(self, status: int) -> None:
@@ -57,6 +74,7 @@ class Proof:
 
     def poll(self) -> str | None:
         """Return why the reload is refused, "" when nothing is against it, None while the child still tries."""
+        self._output.drain()
         if self.status is None:
             if not clock.passed(self._deadline):
                 return None
@@ -64,7 +82,8 @@ class Proof:
             return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"
         if self.status == 0:
             return ""
-        return bootlog.last_line(self._output) or f"the child that tried it ended with status {self.status}"
+        self._output.drain_all()
+        return last_line(self._output.text()) or f"the child that tried it ended with status {self.status}"
 
     @property
     def remedy(self) -> str:
@@ -73,13 +92,17 @@ class Proof:
 
     def end(self) -> None:
         """Kill the child if it still tries."""
-        proc.kill(self.pid, self._start, signal.SIGKILL)
+        if self.status is None:
+            # Our own child, not reaped yet: its pid is its own. Not by way of /proc, which needs a descriptor.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> str:
-        """Return all that the child had printed, and forget it."""
-        said = bootlog.tail(self._output)
-        os.close(self._output)
-        return said
+        """Return the end of what the child has printed, and close its pipe."""
+        self._output.drain_all()
+        printed = self._output.text(PRINTED_BYTES)
+        self._output.close()
+        return printed
 
 
 class Reload:
@@ -108,7 +131,19 @@ class Reload:
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
-        self.proof = Proof.begin(self._server, self._master.settings)
+        if not self._master.roster.room:
+            slots = self._master.header.slot_count
+            reason = f"all {slots} slots of the board are taken, and a new worker starts before an old one retires"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), or send SIGTTOU before")
+            return
+        try:
+            self.proof = Proof.begin(self._server, self._master.settings, self._master.header.slot_count)
+        except OSError as error:
+            reason = f"config and app cannot be tried in a child process: {error.strerror}"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            self._refuse(logging.WARNING, reason, _REMEDIES.get(error.errno or 0, "send it again later"))
+            return
         guarded("systemd", self._master.supervisor.reload_began)()
         log.emit("reload.started", child=self.proof.pid)
 
@@ -152,7 +187,20 @@ def _remedy(status: int | None) -> str:
     return "use an upgrade" if status == NEEDS_UPGRADE << 8 else "fix it and send SIGHUP again"
 
 
-def _try(server: Any, settings: Settings, output: int) -> None:
+def too_many_workers(workers: int, slots: int) -> str:
+    """Return why there cannot be so many workers, or "".
+
+    >>> too_many_workers(512, 512)
+    ''
+    >>> too_many_workers(600, 512)
+    'workers = 600: the board has 512 slots, one for each worker: run fewer'
+    """
+    return (
+        f"workers = {workers}: the board has {slots} slots, one for each worker: run fewer" if workers > slots else ""
+    )
+
+
+def _try(server: Any, settings: Settings, slots: int, output: int) -> None:
     """Load config and app, in the forked child; never returns."""
     status = 1
     try:
@@ -168,6 +216,9 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         os.environ.update(server.app.cfg.env)
         with _no_traceback():
             _refuse_unchangeable(before, server.app.cfg)
+            too_many = too_many_workers(server.app.cfg.workers, slots)
+            if too_many:
+                raise ZddError(too_many)
             sources.refuse_changes(server.app.cfg)
         server.app.callable = None
         server.app.wsgi()

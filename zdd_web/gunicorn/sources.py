@@ -21,6 +21,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from zdd_web.settings import (
     merge,
     spelled,
 )
+from zdd_web.system.captured_output import CapturedOutput, last_line
 
 #: A settings module of a big project imports in two or three seconds on a busy machine.
 READ_TIMEOUT = 10.0
@@ -124,18 +126,24 @@ def read_django(environ: Mapping[str, str]) -> FrameworkSettings | None:
 
 def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
     there = json.dumps({"path": sys.path, "argv": sys.argv})
-    # No pipes: what the module may have started would hold them open after the child's end.
-    answer, output = bootlog.create(), bootlog.create()
+    # A file, not a pipe: what the module may have started would hold that open after the child's end.
+    answer = bootlog.create()
+    try:
+        output = CapturedOutput()
+    except OSError:
+        os.close(answer)
+        raise
     try:
         child = subprocess.Popen(
             [sys.executable, "-m", "zdd_web.django.read_settings", str(answer), there],
-            env=dict(environ), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[answer],
+            env=dict(environ), stdin=subprocess.DEVNULL, stdout=output.writer, stderr=output.writer, pass_fds=[answer],
             # A group of its own, to be killed as one; and with the master, which may be killed meanwhile.
             start_new_session=True,
             preexec_fn=functools.partial(proc.die_with_parent, signal.SIGKILL, os.getpid()),
         )  # fmt: skip
         try:
-            status = child.wait(READ_TIMEOUT)
+            output.close_writer()
+            status = _wait(child, output)
         except BaseException as error:
             # Also Ctrl-C, which does not reach a group of its own.
             os.killpg(child.pid, signal.SIGKILL)
@@ -147,11 +155,24 @@ def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
         if said:
             found: dict[str, Any] = json.loads(said)
             return found
-        said_last = bootlog.last_line(output)
+        output.drain_all()
+        said_last = last_line(output.text())
         return {"raised": f"the process that tried it ended with status {status}" + (said_last and f"; {said_last}")}
     finally:
         os.close(answer)
-        os.close(output)
+        output.close()
+
+
+def _wait(child: subprocess.Popen[bytes], output: CapturedOutput) -> int:
+    # By the child's end, not the pipe's. Raises TimeoutExpired as `Popen.wait()` does.
+    deadline = time.monotonic() + READ_TIMEOUT
+    while True:
+        output.drain()
+        try:
+            return child.wait(0.02)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                raise
 
 
 # -- in a worker

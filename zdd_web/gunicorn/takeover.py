@@ -12,6 +12,11 @@ nobody: who has connected and says nothing, or something else than a request, is
 so in the kernel's queue. Anybody may connect to an abstract address, so the kernel is asked who it is: only this user
 and root may take over, and the newcomer in turn trusts only these, since anybody may listen there as well.
 
+A connection of any other user is closed as soon as it is accepted, and takes no place among those that may wait. Such
+connections can fill the kernel's queue, though: while they come the loop turns as often as in an upgrade, each turn
+accepts for `ACCEPTS_FOR`, and the newcomer waits for its place in the kernel, which serves waiters in their order. At a
+path no other user can connect at all.
+
     newcomer -> takeover     name, pid
     master   -> refused      reason
                 inheritance  the fields of `Inheritance`, and the descriptors
@@ -47,8 +52,11 @@ if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
 
 #: How many may be let in and have said nothing yet, how many more may wait to be let in, and for how long, seconds.
-MOST_WAITING, BACKLOG = 8, 16
+MOST_WAITING, BACKLOG = 8, 128
 SPEAKS_WITHIN = 3.0
+
+#: For how long connections are accepted in one turn, seconds: a quarter of the loop's time while it is flooded.
+ACCEPTS_FOR = 0.005
 
 #: How long a newcomer waits for an answer, seconds: a master in its loop comes round once a second.
 ANSWERS_WITHIN = 10.0
@@ -81,11 +89,13 @@ class Offer:
         self._failed = False
         self._said_at = clock.NEVER
         self._unsaid = 0
+        #: Connections of other users came at the last turn.
+        self._crowded = False
 
     @property
     def busy(self) -> bool:
-        """Whether somebody has connected who has not been answered yet."""
-        return bool(self._waiting)
+        """Whether a connection has not been answered yet, or others may keep it from being accepted."""
+        return bool(self._waiting) or self._crowded
 
     def open(self) -> None:
         """Listen, at a first start. Raises `ListenerError`."""
@@ -133,7 +143,9 @@ class Offer:
 
     def _let_in(self) -> None:
         assert self._rendezvous is not None
-        for _ in range(BACKLOG):
+        self._crowded = False
+        began = clock.now_ns()
+        while clock.since(began) < ACCEPTS_FOR:
             if len(self._waiting) >= MOST_WAITING:
                 return
             end = self._rendezvous.accept()
@@ -143,6 +155,7 @@ class Offer:
             if _may(who):
                 self._waiting.append(_Waiting(end, who, clock.after_ns(SPEAKS_WITHIN)))
                 continue
+            self._crowded = True
             reason = f"user {who.uid} may not take over a service of user {os.geteuid()}"
             with contextlib.suppress(OSError):
                 passing.send(end, {"kind": "refused", "reason": reason})
@@ -196,6 +209,7 @@ class Offer:
         for each in self._waiting:
             each.end.close()
         self._waiting = []
+        self._crowded = False
 
 
 def _may(who: passing.Credentials) -> bool:

@@ -26,14 +26,15 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from zdd_web import clock, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn import bootlog
-from zdd_web.gunicorn.handover import ENV, Channel, Inheritance, Message
+from zdd_web.gunicorn.bootlog import BootLog
+from zdd_web.gunicorn.handover import ENV, MOST_QUEUED, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
-from zdd_web.system import stdio
+from zdd_web.system import descriptors, stdio
 
 #: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
 COMMIT_WINDOW = 1.0
@@ -66,7 +67,7 @@ class Upgrade:
     #: Whether it was forked here, and this process is told by the kernel how it ends.
     is_child = True
 
-    def __init__(self, pid: int, channel: Channel, boot_log: int, timeout: float) -> None:
+    def __init__(self, pid: int, channel: Channel, boot_log: BootLog, timeout: float) -> None:
         self.pid, self.boot_log = pid, boot_log
         self.start = proc.start_time(pid)
         self.began = clock.now_ns()
@@ -89,7 +90,7 @@ class Upgrade:
         self._user = proc.owner(pid)
 
     @classmethod
-    def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float) -> Upgrade:
+    def begin(cls, launch: Launch, inheritance: Inheritance, boot_log: BootLog, timeout: float) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         try:
@@ -99,9 +100,12 @@ class Upgrade:
             theirs.close()
             raise
         if pid == 0:
-            _exec(launch, inheritance, theirs)
+            ours.close()
+            _exec(launch, inheritance, boot_log, theirs)
+        boot_log.output.close_writer()
+        # Before /proc is read for its start time, which needs a descriptor.
         theirs.close()
-        return cls(pid, ours, inheritance.boot_log, timeout)
+        return cls(pid, ours, boot_log, timeout)
 
     @property
     def seconds(self) -> float:
@@ -118,14 +122,16 @@ class Upgrade:
         return self._channel.ended or self.status is not None
 
     def poll(self) -> Verdict | None:
-        """Hear what the successor says, and judge. None: nothing new."""
-        while message := self._channel.receive():
+        """Read what the successor has printed and sent, and judge. None: nothing new."""
+        self.boot_log.drain()
+        for message in self._channel.receive_some():
             if message.kind == "hello":
                 self._meet(message)
             elif message.kind == "speaks":
                 self.speaks = True
+                self.boot_log.speaks()
             elif message.kind == "ready" and self.stage is Stage.BOOTING:
-                return Verdict(ready=True, workers=int(message.fields.get("workers", 0)))
+                return Verdict(ready=True, workers=_number(message.fields.get("workers")))
             elif message.kind == "failed":
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
             elif message.kind == "release":
@@ -150,8 +156,8 @@ class Upgrade:
 
     def _meet(self, message: Message) -> None:
         self.pid_file = str(message.fields.get("pid_file", ""))
-        self.dropped = tuple(map(int, message.fields.get("dropped", ())))
-        self.added_paths = tuple(map(str, message.fields.get("added_paths", ())))
+        self.dropped = tuple(map(_number, _list(message.fields.get("dropped"))))
+        self.added_paths = tuple(map(str, _list(message.fields.get("added_paths"))))
         self._read_board(message.fd)
 
     @property
@@ -200,7 +206,7 @@ class Upgrade:
                     self._end_workers(now=now, parents=(self.pid,))
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
-        while message := self._channel.receive():
+        for message in self._channel.receive_some(MOST_QUEUED):
             # Not heard yet: which workers and paths there are.
             if message.kind == "hello":
                 self._meet(message)
@@ -251,6 +257,8 @@ class Upgrade:
     def _read_board(self, fd: int) -> None:
         if fd < 0:
             return
+        if self.board is not None:
+            self.board.close()
         try:
             self.board = Board.open(fd)
         except (BoardError, OSError, ValueError):
@@ -277,21 +285,29 @@ class Upgrade:
     def _errors(self) -> list[str]:
         if self.board is None:
             # The last thing that a broken configuration file had printed.
-            return [line for line in [bootlog.last_line(self.boot_log)] if line]
+            return [line for line in [self.boot_log.last_line()] if line]
         try:
             return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:1]
         except BoardError:
             return []
 
 
-def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
+def _number(value: Any) -> int:
+    # What another release sends may be anything that JSON can spell, infinity included.
+    return value if isinstance(value, int) else 0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _exec(launch: Launch, inheritance: Inheritance, boot_log: BootLog, theirs: Channel) -> None:
     """Become the new master, in the forked child; never returns."""
     try:
         stderr = stdio.duplicate_stderr()
-        os.dup2(inheritance.boot_log, 2)
-        heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr)
-        for fd in heir.descriptors:
-            os.set_inheritable(fd, True)
+        os.dup2(boot_log.output.writer, 2)
+        heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors)
+        descriptors.inherit_only(heir.descriptors, launch.descriptors)
         environ = dict(launch.environ)
         environ[ENV] = heir.to_environ()
         if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):

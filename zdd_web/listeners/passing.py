@@ -33,6 +33,9 @@ MOST_BYTES, MOST_DESCRIPTORS = 1 << 20, 1024
 
 _MORE, _LAST = b"+", b"."
 
+#: The kernel takes 0 for "no limit", seconds.
+MIN_WAIT = 0.001
+
 _FD = struct.Struct("i")
 
 
@@ -138,24 +141,39 @@ def _remove_if_stale(path: str) -> None:
 
 
 def connect(where: str, until: float) -> socket.socket | None:
-    """Connect, and wait for room in a queue that is full; None when nobody listens there.
+    """Connect, and wait for a place in a queue that is full; None when no process listens there.
 
     `until` is a time of `time.monotonic()`. Raises TimeoutError, or OSError for what is no such socket.
     """
     while True:
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        end.setblocking(False)
+        # In the kernel, which wakes one waiter at each accept, the longest-waiting first. A process that tries again
+        # and again comes too late each time beside others that do so faster, and any user may do so.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(max(MIN_WAIT, until - time.monotonic())))
         found = end.connect_ex(where)
-        if found == 0:
+        # Python takes an interrupted connect() for one under way, and reports success.
+        if found == 0 and _is_connected(end):
+            end.setblocking(False)
             return end
         end.close()
         if found in (errno.ENOENT, errno.ECONNREFUSED):
             return None
-        if found != errno.EAGAIN:
+        if found not in (0, errno.EAGAIN):
             raise OSError(found, os.strerror(found))
         if time.monotonic() > until:
-            raise TimeoutError("others wait there, and nobody is let in")
-        time.sleep(0.05)
+            raise TimeoutError("others wait there, and no connection is accepted")
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _is_connected(end: socket.socket) -> bool:
+    try:
+        end.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def send(end: socket.socket, fields: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
