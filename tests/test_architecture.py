@@ -22,6 +22,7 @@ MAY_USE = {
     "errors": set(),
     "clock": set(),
     "proc": set(),
+    "system": set(),
     "log": set(),
     "lifecycle": {"errors"},
     "settings": {"errors"},
@@ -33,12 +34,14 @@ MAY_USE = {
     "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
     "listeners": {"door", "errors", "clock", "proc"},
     "process": {"checks", "clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
-    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "settings"},
+    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "settings", "system"},
     "wsgi": {"probes"},
     "asgi": {"probes"},
     "access_log": {"errors", "probes", "process", "settings"},
     "watch": {"lifecycle", "log", "process"},
-    "probe_server": {"board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes"},
+    "probe_server": {
+        "board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes", "system",
+    },
     "flask": {"cli", "checks", "probes", "wsgi", "asgi", "process", "health", "settings", "errors"},
     "django": {
         "checks", "cli", "lifecycle", "log", "probes", "wsgi", "asgi", "process", "health", "settings", "errors",
@@ -47,7 +50,7 @@ MAY_USE = {
     "apps": {"django"},
     "gunicorn": {
         "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "watch",
+        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "system", "watch",
     },
     "metrics": {"clock", "board", "health", "lifecycle"},
     "service": {"errors", "proc", "lifecycle", "board"},

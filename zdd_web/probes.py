@@ -13,6 +13,7 @@ from zdd_web.board import Board, CheckRecord, WorkerState
 from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import FrameworkSettings, Settings, of_app
+from zdd_web.system import pauses
 
 
 def look(board: Board) -> Health:
@@ -36,7 +37,7 @@ def look(board: Board) -> Health:
         successor_trouble=header.successor_trouble,
         wanted=None if alone else header.workers_wanted,
         workers=tuple(workers),
-        silence=max(0.0, (now - beat_at) / 1e9),
+        silence=max(0.0, pauses.since(beat_at)),
         worker_timeout=limit / 1e9 if limit else None,
     )
 
@@ -125,6 +126,10 @@ class Probes:
         here = process.current()
         if here.must_run_checks:
             here.run_checks()
+        if here.slot is not None:
+            # A worker that answers is alive. After a pause (SIGSTOP, `docker pause`) it may answer before its next
+            # heartbeat.
+            here.slot.beat_at = clock.now_ns()
         details = may_see(settings.details, peer, default="never")
         question = Question.read(method, query, accept, only=only, details=details)
         return answer(probe, question, look(here.board))

@@ -25,6 +25,7 @@ from gunicorn.workers import gthread
 from gunicorn.workers.gthread import ThreadWorker
 
 from zdd_web.errors import SettingsError
+from zdd_web.system import pauses
 
 OLDEST, BEYOND = (23,), (28,)
 
@@ -218,6 +219,15 @@ def tell_exits(tell: Callable[[int, int], None]) -> None:
             return found, status
 
     vars(arbiter)["os"] = Telling("os")
+
+
+def discount_pauses(worker: Any) -> None:
+    """Have gunicorn's `murder_workers()` (arbiter.py:612) not count the time in which this master itself was paused.
+
+    It compares the monotonic clock with what `last_update()` returns, in the master's own copy of the worker.
+    """
+    last_update = worker.tmp.last_update
+    worker.tmp.last_update = lambda: time.monotonic() - pauses.since(int(last_update() * 1e9))
 
 
 def silence_systemd() -> None:

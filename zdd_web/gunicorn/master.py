@@ -48,6 +48,7 @@ from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.settings import IN_KUBERNETES, Settings
+from zdd_web.system import pauses
 
 #: How often the loop turns while something is under way, seconds.
 BUSY_TICK = 0.02
@@ -162,6 +163,7 @@ class Master:
 
     def tick(self) -> None:
         """One round of the loop: hear what others said, then move the phase."""
+        pauses.turn()
         self.header.tick_at = clock.now_ns()
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.

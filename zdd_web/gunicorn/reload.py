@@ -23,6 +23,7 @@ from zdd_web.gunicorn import bootlog, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
+from zdd_web.system import pauses
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -38,7 +39,7 @@ class Proof:
     def __init__(self, pid: int, output: int, timeout: float) -> None:
         self.pid, self._output, self.timeout = pid, output, timeout
         self._start = proc.start_time(pid)
-        self._deadline = clock.after_ns(timeout)
+        self._began = clock.now_ns()
         self.status: int | None = None
 
     @classmethod
@@ -57,7 +58,7 @@ class Proof:
     def poll(self) -> str | None:
         """Return why the reload is refused, "" when nothing is against it, None while the child still tries."""
         if self.status is None:
-            if not clock.passed(self._deadline):
+            if pauses.since(self._began) <= self.timeout:
                 return None
             self.end()
             return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"

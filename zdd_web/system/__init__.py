@@ -1,0 +1,1 @@
+"""What this package needs of the operating system and of text, without gunicorn."""
