@@ -11,7 +11,9 @@ from contextlib import contextmanager
 import pytest
 
 from tests.processes.harness import Service, answered_from, settled, until
+from tests.processes.test_faults import SHORT_PATIENCE
 from tests.processes.test_probe_port import ask, port_of
+from tests.processes.trial import WIDE_COMMIT_WINDOW, configure
 
 #: gunicorn's `timeout`, and a pause that is longer, seconds.
 TIMEOUT, PAUSE = 2, 3.5
@@ -69,4 +71,16 @@ def test_a_worker_that_stands_still_is_killed_all_the_same(service: Service):
     service.wait_for(rf"WORKER TIMEOUT \(pid:{frozen}\)")
     assert other in settled(service, 2, without=[frozen])
     assert len(service.matches("WORKER TIMEOUT")) == 1
+    service.stop()
+
+
+def test_a_pause_in_the_commit_window_costs_no_upgrade(service: Service):
+    configure(service, SHORT_PATIENCE + WIDE_COMMIT_WINDOW).start()
+    with service.under_load(clients=6):
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=2 event=phase\.serving")
+        with paused(service):
+            pass
+        service.wait_for(r"event=upgrade\.(committed|failed)")
+    assert not service.matches(r"event=(upgrade\.failed|internal\.error)|WORKER TIMEOUT")
     service.stop()

@@ -204,6 +204,8 @@ class Master:
             self.header.requests_gone += gone.requests
             self.header.server_errors_gone += gone.server_errors
             self.header.late_gone += gone.late
+            if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
+                self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
             self.header.workers_lost += gone.lost
             if self.phase in lifecycle.WORKERS_LEAVE:
                 self._abandoned += gone.abandoned

@@ -27,11 +27,13 @@ from zdd_web import clock, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn.commit_window import CommitWindow, Judgement
 from zdd_web.gunicorn.handover import ENV, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
+from zdd_web.system import pauses
 
-#: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
-COMMIT_WINDOW = 1.0
+#: How long the commit window waits for workers that are late, also when UPGRADE_TIMEOUT is nearly over, seconds.
+LATE_AT_LEAST = 8.0
 
 #: A master in its loop ticks at least once a second; one that has not for so long is stopped or stuck.
 STALE_AFTER = 5.0
@@ -61,12 +63,11 @@ class Upgrade:
     #: Whether it was forked here, and this process is told by the kernel how it ends.
     is_child = True
 
-    def __init__(self, pid: int, channel: Channel, boot_log: int, timeout: float) -> None:
+    def __init__(self, pid: int, channel: Channel, boot_log: int, timeout: float, commit_window: float) -> None:
         self.pid, self.boot_log = pid, boot_log
         self.start = proc.start_time(pid)
         self.began = clock.now_ns()
-        self.deadline = clock.after_ns(timeout)
-        self.timeout = timeout
+        self.timeout, self.commit_window = timeout, commit_window
         self.stage = Stage.BOOTING
         self.went_at = 0
         self.pid_file = ""
@@ -77,10 +78,14 @@ class Upgrade:
         self.status: int | None = None
         self.released = False
         self.speaks = False
+        #: Whether its board outlives this object, see `orphans.py`.
+        self.keeps_board = False
         self._channel = channel
+        self._window: CommitWindow | None = None
+        self._judgement = Judgement()
 
     @classmethod
-    def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float) -> Upgrade:
+    def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float, commit_window: float) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         try:
@@ -92,7 +97,7 @@ class Upgrade:
         if pid == 0:
             _exec(launch, inheritance, theirs)
         theirs.close()
-        return cls(pid, ours, inheritance.boot_log, timeout)
+        return cls(pid, ours, inheritance.boot_log, timeout, commit_window)
 
     @property
     def seconds(self) -> float:
@@ -127,7 +132,7 @@ class Upgrade:
             return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
         if self.gone:
             return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
-        if self.stage is Stage.BOOTING and clock.passed(self.deadline):
+        if self.stage is Stage.BOOTING and pauses.since(self.began) > self.timeout:
             return Verdict(
                 ready=False,
                 reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: {self._how_far()}",
@@ -135,6 +140,13 @@ class Upgrade:
         if self.stands_still():
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
             return Verdict(ready=False, reason=reason)
+        if self.stage is Stage.COMMITTING and self._window is not None:
+            try:
+                self._judgement = self._window.judge()
+            except ValueError as error:
+                self._judgement = Judgement(f"its board holds what no worker of this version writes: {error}")
+            if self._judgement.reason:
+                return Verdict(ready=False, reason=self._judgement.reason)
         return None
 
     def _meet(self, message: Message) -> None:
@@ -151,22 +163,27 @@ class Upgrade:
         """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
         if self.stage is Stage.BOOTING or self.board is None:
             return False
-        return clock.since(self.board.header.tick_at) > self._patience
+        return pauses.since(self.board.header.tick_at) > self._patience
 
     def go(self) -> None:
         """Let the successor open its gate."""
         self.stage = Stage.COMMITTING
         self.went_at = clock.now_ns()
+        if self.board is not None and self.board.header.layout == LAYOUT:
+            left = self.timeout - pauses.since(self.began)
+            self._window = CommitWindow(self.board, self.commit_window, max(left, LATE_AT_LEAST))
+            self._judgement = Judgement(waits_for="a first look")
         self._channel.send("go")
 
     @property
     def committed(self) -> bool:
-        """Whether the commit window is over, and the successor still turning since it began."""
+        """Whether the commit window is over: the successor's master turns, and its workers are confirmed."""
         return (
             self.stage is Stage.COMMITTING
-            and clock.since(self.went_at) >= COMMIT_WINDOW
+            and clock.since(self.went_at) >= self.commit_window
             # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
-            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= COMMIT_WINDOW)
+            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= self.commit_window)
+            and self._judgement.confirmed
         )
 
     def hand_over_office(self) -> None:
@@ -204,7 +221,7 @@ class Upgrade:
     def forget(self) -> None:
         """Let go of the channel and the board."""
         self._channel.close()
-        if self.board is not None:
+        if self.board is not None and not self.keeps_board:
             self.board.close()
             self.board = None
 
