@@ -36,7 +36,7 @@ MAY_USE = {
     "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
     "listeners": {"door", "errors", "clock", "proc"},
     "process": {"checks", "clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
-    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "record", "settings"},
+    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "record", "settings", "system"},
     "wsgi": {"probes"},
     "asgi": {"probes"},
     "access_log": {"errors", "probes", "process", "settings"},

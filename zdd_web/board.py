@@ -64,6 +64,19 @@ class WorkerState(enum.IntEnum):
         return self.name.lower()
 
 
+class Heartbeat(enum.IntEnum):
+    """When a worker sends heartbeats, at least one a second. The numbers are written on the board: append only."""
+
+    #: Another version of zdd_web has the slot: perhaps only one in half of gunicorn's `timeout`.
+    UNKNOWN = 0
+    #: Whatever its requests do: it has a thread of its own for connections.
+    ALWAYS = 1
+    #: A request that blocks holds it up.
+    BETWEEN_REQUESTS = 2
+    #: It has a connection in hand, and sends the next one when it has closed that: with or without a request.
+    AFTER_CONNECTION = 3
+
+
 class UpgradeState(enum.IntEnum):
     """How far the master's last upgrade came. Append, never renumber."""
 
@@ -163,6 +176,10 @@ class Header(Record):
     boot_timeout = Word(194)
     #: There is no gunicorn, and nobody else has this board.
     alone = Word(195)
+    #: The worker that was last to end without an order once the gate was open, and its wait status. Written before
+    #: `workers_lost`.
+    lost_pid = Word(196)
+    lost_status = Word(197)
     #: `successor_trouble` as far as it fits; boards of versions without the whole have this alone.
     successor_trouble_cut = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
@@ -255,6 +272,8 @@ class Slot(Record):
     server_errors = Count(95)
     #: When the oldest background task was offered.
     oldest_task = Word(96)
+    #: A `Heartbeat`.
+    heartbeat = Word(97)
     CHECKS_AT = 104
     #: Connections accepted from each listener, by all workers that have had this slot.
     ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
@@ -533,7 +552,7 @@ class Board:
                 slot.beat_at = beat_at
                 self.header.slots_used = max(self.header.slots_used, index + 1)
                 slot.error = slot.late_peer = ""
-                slot.server_errors = slot.oldest_task = 0
+                slot.server_errors = slot.oldest_task = slot.heartbeat = 0
                 slot.state = WorkerState.BOOTING
                 order.pid = order.start = order.retire = order.retire_deadline = 0
                 order.age = age

@@ -16,6 +16,7 @@ from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Resu
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.record import one_of
 from zdd_web.settings import FrameworkSettings, Settings, of_app
+from zdd_web.system import pauses
 
 
 def look(board: Board) -> Health:
@@ -39,7 +40,7 @@ def look(board: Board) -> Health:
         successor_trouble=header.successor_trouble,
         wanted=None if alone else header.workers_wanted,
         workers=tuple(workers),
-        silence=max(0.0, (now - beat_at) / 1e9),
+        silence=max(0.0, pauses.since(beat_at)),
         worker_timeout=limit / 1e9 if limit else None,
         master_stalled=stalled_for(Phase(header.phase), header.tick_at, now),
     )
@@ -135,6 +136,10 @@ class Probes:
             return None  # forgotten in between
         probe, only = asked
         here = process.current()
+        if here.slot is not None:
+            # A worker that answers is alive. After a pause (SIGSTOP, `docker pause`) it may answer before its next
+            # heartbeat.
+            here.slot.beat_at = clock.now_ns()
         results = here.results(self._checks)
         health = look(here.board)
         if results is not here.board:

@@ -25,10 +25,8 @@ from zdd_web.cli.rehearse.load import Load, LoadThread
 GRACE_PERIOD = 20
 
 CONF = """
-import zdd_web.gunicorn.upgrade as limits
-limits.COMMIT_WINDOW = 0.1
 from zdd_web.gunicorn import install
-install(globals(), name={name!r}, listener="systemd", grace_period={grace_period})
+install(globals(), name={name!r}, listener="systemd", commit_window=0, grace_period={grace_period})
 """
 
 SERVICE = """

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(shutil.which("systemd-socket-activate") is None,
 
 #: The loop turns as often as under load, and the commit window is short.
 QUICK = """
-import zdd_web.gunicorn.upgrade as limits
-limits.COMMIT_WINDOW = 0.1
+import os
+os.environ["ZDD_WEB_COMMIT_WINDOW"] = "0"
 """
 
 

@@ -32,8 +32,9 @@ from zdd_web.listeners import passing
 
 #: The loop turns as often as under load, and the commit window is no longer than it takes to look at it.
 QUICK = """
-import zdd_web.gunicorn.master as loop, zdd_web.gunicorn.upgrade as limits
-loop.IDLE_TICK, limits.COMMIT_WINDOW = 0.02, {window}
+import os
+import zdd_web.gunicorn.master as loop
+loop.IDLE_TICK, os.environ["ZDD_WEB_COMMIT_WINDOW"] = 0.02, "{window}"
 """
 
 #: Long enough to do something in it.
@@ -42,7 +43,7 @@ WIDE = 30.0
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-def configure(service: Service, window: float = 0.1, **settings: object) -> Service:
+def configure(service: Service, window: float = 0.0, **settings: object) -> Service:
     return service.configure(QUICK.format(window=window), **settings)
 
 
@@ -320,7 +321,7 @@ def test_a_newcomer_that_is_not_ready_in_time_is_given_up(make_service, old: Ser
 
 def test_a_newcomer_that_is_stopped_and_hears_nothing_is_killed(make_service, old: Service):
     limit = "import zdd_web.gunicorn.newcomer as newcomer\nnewcomer.ENDS_WITHIN = 0.0\n"
-    old.configure(limit + QUICK.format(window=0.1), upgrade_timeout=8).start()
+    old.configure(limit + QUICK.format(window=0.0), upgrade_timeout=8).start()
     new = another(make_service, old)
     new.deploy("2", at_import="time.sleep(600)")
     process = new.spawn()
@@ -410,7 +411,7 @@ def test_a_stop_of_the_old_one_leaves_a_newcomer_alone_that_serves(make_service,
 
 
 def test_peers_that_say_nothing_or_nonsense_cost_nothing(make_service, old: Service):
-    old.configure("import zdd_web.gunicorn.takeover as t\nt.SAID_EVERY = 0.0\n" + QUICK.format(window=0.1)).start()
+    old.configure("import zdd_web.gunicorn.takeover as t\nt.SAID_EVERY = 0.0\n" + QUICK.format(window=0.0)).start()
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(old)) for _ in range(3)]
         # It has connected and is stopped: another process's connection, that nobody closes.
@@ -450,7 +451,7 @@ def test_peers_that_say_nothing_or_nonsense_cost_nothing(make_service, old: Serv
 
 def test_silent_peers_are_closed_and_only_so_many_are_let_in(make_service, old: Service):
     limits = "import zdd_web.gunicorn.takeover as t\nt.SPEAKS_WITHIN, t.MOST_WAITING = 0.2, 2\n"
-    old.configure(limits + QUICK.format(window=0.1)).start()
+    old.configure(limits + QUICK.format(window=0.0)).start()
     master = old.pid
     before = len(descriptors(master))
     with contextlib.ExitStack() as stack:

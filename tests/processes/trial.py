@@ -24,7 +24,7 @@ from zdd_web.cli.rehearse.load import LoadThread
 from zdd_web.lifecycle import Phase
 
 #: Long enough to inject something in the commit window on a machine that is busy with other tests.
-WIDE_COMMIT_WINDOW = "import zdd_web.gunicorn.upgrade as limits\nlimits.COMMIT_WINDOW = 3.0\n"
+WIDE_COMMIT_WINDOW = "import os\nos.environ['ZDD_WEB_COMMIT_WINDOW'] = '3'\n"
 
 #: A statement for `deploy` that has all workers but one hang.
 HANG_SECOND = "try:\n    os.mkdir('first')\nexcept FileExistsError:\n    time.sleep(600)"

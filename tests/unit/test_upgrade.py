@@ -15,13 +15,12 @@ import pytest
 
 from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
-from zdd_web import clock, proc
+from zdd_web import proc
 from zdd_web.board import LAYOUT
-from zdd_web.gunicorn import upgrade as module
 from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
-from zdd_web.gunicorn.upgrade import Stage, Upgrade, Verdict
+from zdd_web.gunicorn.upgrade import LATE_AT_LEAST, Stage, Upgrade, Verdict
 from zdd_web.system.captured_output import KEPT_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +113,7 @@ class Bench:
             listeners=(self.writer,),
             binds=("127.0.0.1:0",),
         )
-        upgrade = Upgrade.begin(launch, inheritance, self.boot_log, timeout)
+        upgrade = Upgrade.begin(launch, inheritance, self.boot_log, timeout, commit_window=0.0)
         self.upgrades.append(upgrade)
         return upgrade
 
@@ -169,7 +168,7 @@ def no_child_is_left() -> bool:
 # -- the way to office
 
 
-def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench) -> None:
     upgrade = bench.begin("""
         hello()
         channel.send("ready", workers=3)
@@ -186,11 +185,9 @@ def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench, mon
     assert upgrade.board is not None
     assert upgrade.board.header.master_pid == upgrade.pid
     upgrade.go()
-    monkeypatch.setattr(module, "COMMIT_WINDOW", 3600.0)
+    assert upgrade.committed is False
     await_news(upgrade)
     assert upgrade.poll() is None
-    assert upgrade.committed is False
-    monkeypatch.setattr(module, "COMMIT_WINDOW", 0.0)
     assert upgrade.committed is True
     upgrade.hand_over_office()
     assert (upgrade.stage, upgrade.committed) == (Stage.IN_OFFICE, False)
@@ -198,8 +195,24 @@ def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench, mon
     assert bench.said() == ["go", "office"]
 
 
-def test_successor_that_has_not_turned_since_go_is_not_in_office(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMMIT_WINDOW", 0.0)
+def test_successor_serves_for_as_long_as_the_commit_window_before_it_is_in_office(bench: Bench) -> None:
+    upgrade = bench.begin("""
+        hello()
+        channel.send("ready", workers=1)
+        hear()
+        board.header.tick_at = clock.now_ns() + 3600 * 10**9
+        channel.send("garbage to wake the test")
+        hang()
+    """)
+    assert verdict(upgrade).ready
+    upgrade.commit_window = 3600.0
+    upgrade.go()
+    await_news(upgrade)
+    assert upgrade.poll() is None
+    assert upgrade.committed is False
+
+
+def test_successor_that_has_not_turned_since_go_is_not_in_office(bench: Bench) -> None:
     upgrade = bench.begin("""
         board.header.tick_at = clock.now_ns()
         hello()
@@ -208,6 +221,7 @@ def test_successor_that_has_not_turned_since_go_is_not_in_office(bench: Bench, m
     """)
     assert verdict(upgrade).ready
     upgrade.go()
+    assert upgrade.poll() is None
     assert upgrade.committed is False
 
 
@@ -345,10 +359,7 @@ def test_successor_that_was_stopped_while_it_booted_has_failed(bench: Bench) -> 
     assert verdict(upgrade) == Verdict(False, "the new generation was told to stop before it was ready")
 
 
-def test_successor_that_was_stopped_in_the_commit_window_has_failed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "COMMIT_WINDOW", 0.0)
+def test_successor_that_was_stopped_in_the_commit_window_has_failed(bench: Bench) -> None:
     upgrade = bench.begin("""
         hello()
         channel.send("ready", workers=1)
@@ -370,7 +381,7 @@ def test_successor_that_is_not_ready_in_time_has_failed_and_says_how_far_it_came
         hang()
     """)
     until(upgrade, lambda: upgrade.board)
-    upgrade.deadline = clock.now_ns()
+    upgrade.began -= int(PATIENCE * 1e9)
     assert upgrade.poll() == Verdict(
         False,
         "not ready within UPGRADE_TIMEOUT = 60 s: workers: 2 booting, 1 ready; OperationalError: no database",
@@ -389,7 +400,7 @@ def test_successor_that_never_says_hello_fails_with_what_may_be_the_cause(bench:
 def test_successor_that_is_ready_at_the_last_moment_is_ready(bench: Bench) -> None:
     upgrade = bench.begin('hello(); channel.send("ready", workers=1); say("sent"); hang()')
     assert os.read(bench.reader, 100) == b"sent\n"
-    upgrade.deadline = clock.now_ns()
+    upgrade.began -= int(PATIENCE * 1e9)
     assert upgrade.poll() == Verdict(ready=True, workers=1)
 
 
@@ -405,7 +416,7 @@ def test_time_is_not_up_for_a_successor_that_serves(bench: Bench) -> None:
     assert verdict(upgrade).ready
     upgrade.go()
     await_news(upgrade)
-    upgrade.deadline = clock.now_ns()
+    upgrade.began -= int(PATIENCE * 1e9)
     assert upgrade.poll() is None
 
 
@@ -435,7 +446,7 @@ def test_hello_without_a_board_of_ours_is_still_a_hello(bench: Bench) -> None:
 def test_board_of_another_version_is_named_when_time_is_up(bench: Bench) -> None:
     upgrade = bench.begin("board.header.layout = 99; hello(); hang()")
     until(upgrade, lambda: upgrade.board)
-    upgrade.deadline = clock.now_ns()
+    upgrade.began -= int(PATIENCE * 1e9)
     found = upgrade.poll()
     assert found is not None
     assert f"the board has layout 99, this zdd_web reads {LAYOUT}" in found.reason
@@ -656,3 +667,64 @@ def test_only_what_the_first_master_was_started_with_is_passed_on(bench: Bench) 
     os.close(passed)
     os.close(leaked)
     assert bench.said() == [f"[True, False] {launch_descriptors}"]
+
+
+# -- what is seen of a successor's workers in the commit window
+
+
+SERVES = """
+    slot = board.claim(1)
+    slot.order.pid, slot.order.start, slot.state = 4711, 1, WorkerState.SERVING
+    {board}
+    hello()
+    channel.send("ready", workers=1)
+    hear()
+    {then}
+    board.header.tick_at = clock.now_ns()
+    channel.send("garbage to wake the test")
+    hang()
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (
+            "board.header.lost_pid, board.header.lost_status, board.header.workers_lost = 4711, 11, 1",
+            "worker 4711 ended in the commit window: killed by SIGSEGV",
+        ),
+        (
+            "board.header.phase, slot.checks, slot.check(0).kind = Phase.SERVING, 1, 99",
+            "its board holds what no worker of this version writes: 99 is not a valid Kind",
+        ),
+    ],
+)
+def test_successor_whose_workers_fail_in_the_commit_window_has_failed(bench: Bench, then: str, reason: str) -> None:
+    upgrade = bench.begin(
+        "from zdd_web.lifecycle import Phase\n" + textwrap.dedent(SERVES).format(board="pass", then=then)
+    )
+    assert verdict(upgrade).ready
+    upgrade.go()
+    assert verdict(upgrade) == Verdict(False, reason)
+    assert not upgrade.committed
+
+
+def test_commit_window_is_extended_by_what_is_left_of_the_timeout(bench: Bench) -> None:
+    upgrade = bench.begin(SERVES.format(board="pass", then="pass"))
+    assert verdict(upgrade).ready
+    upgrade.go()
+    assert upgrade._window is not None
+    assert 0 < upgrade._window.window.limit < PATIENCE
+    upgrade.began -= int(PATIENCE * 1e9)
+    upgrade.go()
+    assert upgrade._window.window.limit == LATE_AT_LEAST
+
+
+def test_successor_of_another_layout_is_judged_by_its_master_alone(bench: Bench) -> None:
+    then = "board.header.workers_lost = 1"
+    upgrade = bench.begin(SERVES.format(board=f"board.header.layout = {LAYOUT + 1}", then=then))
+    assert verdict(upgrade).ready
+    upgrade.go()
+    await_news(upgrade)
+    assert upgrade.poll() is None
+    assert upgrade.committed

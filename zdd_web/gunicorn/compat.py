@@ -23,8 +23,10 @@ from gunicorn.config import make_settings
 from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
 from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.errors import SettingsError
+from zdd_web.system import pauses
 
 OLDEST, BEYOND = (23,), (28,)
 
@@ -220,6 +222,15 @@ def tell_exits(tell: Callable[[int, int], None]) -> None:
     vars(arbiter)["os"] = Telling("os")
 
 
+def discount_pauses(worker: Any) -> None:
+    """Have gunicorn's `murder_workers()` (arbiter.py:612) not count the time in which this master itself was paused.
+
+    It compares the monotonic clock with what `last_update()` returns, in the master's own copy of the worker.
+    """
+    last_update = worker.tmp.last_update
+    worker.tmp.last_update = lambda: time.monotonic() - pauses.since(int(last_update() * 1e9))
+
+
 def silence_systemd() -> None:
     """Keep the arbiter from telling systemd READY=1 before a worker exists (arbiter.py:210)."""
 
@@ -278,6 +289,33 @@ def wake(worker: Any) -> None:
             os.write(worker.PIPE[1], b".")
         except BlockingIOError:
             pass
+
+
+def beats_always(worker: Any) -> bool:
+    """Tell whether a worker's heartbeat does not wait for its requests: gthread's loop hands them to threads."""
+    return isinstance(worker, ThreadWorker)
+
+
+def beat_often(worker: Any, interval: float, connected: Callable[[bool], None]) -> None:
+    """Have a sync worker that waits send a heartbeat each `interval` seconds, as workers of all other classes do.
+
+    Its own interval is half of `timeout` (sync.py:114). It sends none while it has a connection in hand, also while it
+    waits for the client's request: `connected()` is told when that begins and ends.
+    """
+    if not isinstance(worker, SyncWorker):
+        return
+    # With `timeout = 0` it is half a second.
+    worker.timeout = min(worker.timeout, interval)
+    handle: Callable[[Any, Any, Any], None] = worker.handle
+
+    def handle_connected(listener: Any, client: Any, address: Any) -> None:
+        connected(True)
+        try:
+            handle(listener, client, address)
+        finally:
+            connected(False)
+
+    worker.handle = handle_connected  # type: ignore[method-assign]
 
 
 def set_graceful_timeout(worker: Any, seconds: float) -> None:

@@ -25,6 +25,7 @@ from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
 from zdd_web.gunicorn.newcomer import Newcomer
 from zdd_web.gunicorn.office import Office
+from zdd_web.gunicorn.orphans import Orphans
 from zdd_web.gunicorn.parentage import Parentage
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
@@ -70,6 +71,8 @@ class Deploy:
         self.cancelled: Upgrade | None = None
         #: Successors that were given up, are nobody's children here, and have not ended yet.
         self._given_up: list[Newcomer] = []
+        #: Workers of successors whose master was killed after `go`.
+        self._orphans: list[Orphans] = []
         #: Whoever has started this process waits for its pid.
         self._was_started = heir is None or heir.taken
         self._boot_log: BootLog | None = None
@@ -90,7 +93,9 @@ class Deploy:
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
             inheritance = self._inheritance(boot_log)
-            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, self._settings.upgrade_timeout)
+            self.upgrade = Upgrade.begin(
+                launch, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
+            )
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
@@ -117,7 +122,9 @@ class Deploy:
             self._refuse_unless_possible(forks=False)
             boot_log = self._new_boot_log()
             inheritance = self._inheritance(boot_log)
-            self.upgrade = Newcomer.welcome(end, who, told, inheritance, boot_log, self._settings.upgrade_timeout)
+            self.upgrade = Newcomer.welcome(
+                end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
+            )
         except (ZddError, OSError) as error:
             with contextlib.suppress(OSError):
                 passing.send(end, {"kind": "refused", "reason": str(error)})
@@ -206,6 +213,7 @@ class Deploy:
             self._when_in_office = False
             self.request()
         self._given_up = [each for each in self._given_up if not each.follow_end()]
+        self._orphans = [each for each in self._orphans if not each.follow()]
         upgrade = self.upgrade
         if upgrade is None:
             return
@@ -268,7 +276,12 @@ class Deploy:
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
+        board = None
+        if upgrade.is_child and not now and upgrade.board is not None and upgrade.board.header.layout == LAYOUT:
+            board, upgrade.keeps_board = upgrade.board, True
         upgrade.end(now=now, reason=reason)
+        if board is not None:
+            self._orphans.append(Orphans(board, upgrade.signal_worker))
         if isinstance(upgrade, Newcomer) and not upgrade.follow_end():
             self._given_up.append(upgrade)
 
@@ -276,6 +289,8 @@ class Deploy:
         """Have none of those that were given up outlive this master, if it can be helped: they hold its listeners."""
         for each in self._given_up:
             each.follow_end(wait=False)
+        for orphans in self._orphans:
+            orphans.end()
 
     def _forget_successor(self) -> None:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
@@ -399,6 +414,8 @@ class Deploy:
         for upgrade in (self.upgrade, self.cancelled, *self._given_up):
             if upgrade is not None:
                 upgrade.forget()
+        for orphans in self._orphans:
+            orphans.forget()
         if self._boot_log is not None:
             self._boot_log.close()
             self._boot_log = None

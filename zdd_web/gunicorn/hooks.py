@@ -199,6 +199,7 @@ def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker its slot."""
     assert state is not None and state.master is not None
     state.master.roster.claim(worker)
+    compat.discount_pauses(worker)
     hook = _then_users("pre_fork")
     if hook is not None:
         hook(server, worker)

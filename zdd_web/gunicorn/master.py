@@ -51,6 +51,7 @@ from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.settings import IN_KUBERNETES, Settings
+from zdd_web.system import pauses
 
 #: How often the loop turns while something is under way, seconds.
 BUSY_TICK = 0.02
@@ -178,6 +179,7 @@ class Master:
 
     def tick(self) -> None:
         """One round of the loop: hear what others said, then move the phase."""
+        pauses.turn()
         self.header.tick_at = clock.now_ns()
         if self.server.num_workers > self.header.slot_count:
             # By gunicorn's control socket (`worker add`), which asks no handler of ours.
@@ -227,6 +229,8 @@ class Master:
             self.header.requests_gone += gone.requests
             self.header.server_errors_gone += gone.server_errors
             self.header.late_gone += gone.late
+            if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
+                self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
             self.header.workers_lost += gone.lost
             if self.phase in lifecycle.WORKERS_LEAVE:
                 self._abandoned += gone.abandoned

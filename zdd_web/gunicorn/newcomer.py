@@ -22,6 +22,7 @@ from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.handover import Channel, Inheritance
 from zdd_web.gunicorn.upgrade import Stage, Upgrade, Verdict
 from zdd_web.listeners import passing
+from zdd_web.system import pauses
 
 #: How long one that was given up may take to say why and end, before it is killed, seconds.
 ENDS_WITHIN = 2.0
@@ -33,9 +34,15 @@ class Newcomer(Upgrade):
     is_child = False
 
     def __init__(
-        self, end: socket.socket, who: passing.Credentials, told: int, boot_log: BootLog, timeout: float
+        self,
+        end: socket.socket,
+        who: passing.Credentials,
+        told: int,
+        boot_log: BootLog,
+        timeout: float,
+        commit_window: float,
     ) -> None:
-        super().__init__(who.pid or told, Channel(end), boot_log, timeout)
+        super().__init__(who.pid or told, Channel(end), boot_log, timeout, commit_window)
         self._foreign = who.pid != told
         self._killable = bool(who.pid and self.start)
         self._given_up_at = clock.NEVER
@@ -51,12 +58,13 @@ class Newcomer(Upgrade):
         inheritance: Inheritance,
         boot_log: BootLog,
         timeout: float,
+        commit_window: float,
     ) -> Newcomer:
         """Send what a successor inherits. Raises OSError when it cannot be sent."""
         fields, descriptors = inheritance.to_message()
         passing.send(end, {"kind": "inheritance", **fields}, descriptors)
         boot_log.output.close()
-        return cls(end, who, told, boot_log, timeout)
+        return cls(end, who, told, boot_log, timeout, commit_window)
 
     def poll(self) -> Verdict | None:
         """See `Upgrade.poll`."""
@@ -92,7 +100,7 @@ class Newcomer(Upgrade):
                 self._end_workers(now=self.stage is Stage.BOOTING)
             self.forget()
             return True
-        stuck = self.stage is Stage.BOOTING and (not wait or clock.since(self._given_up_at) > ENDS_WITHIN)
+        stuck = self.stage is Stage.BOOTING and (not wait or pauses.since(self._given_up_at) > ENDS_WITHIN)
         if stuck or self.stands_still():
             if not self._killable:
                 self.forget()

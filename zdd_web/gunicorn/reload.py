@@ -24,7 +24,7 @@ from zdd_web.gunicorn import sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.settings import Settings
-from zdd_web.system import stdio
+from zdd_web.system import pauses, stdio
 from zdd_web.system.captured_output import CapturedOutput, last_line
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Proof:
 
     def __init__(self, pid: int, output: CapturedOutput, timeout: float) -> None:
         self.pid, self._output, self.timeout = pid, output, timeout
-        self._deadline = clock.after_ns(timeout)
+        self._began = clock.now_ns()
         self.status: int | None = None
 
     @classmethod
@@ -76,7 +76,7 @@ class Proof:
         """Return why the reload is refused, "" when nothing is against it, None while the child still tries."""
         self._output.drain()
         if self.status is None:
-            if not clock.passed(self._deadline):
+            if pauses.since(self._began) <= self.timeout:
                 return None
             self.end()
             return f"config and app did not load within UPGRADE_TIMEOUT = {self.timeout:g} s"

@@ -22,6 +22,7 @@ from gunicorn.arbiter import Arbiter
 from zdd_web import clock, proc
 from zdd_web.board import SLOTS, Board, Slot, WorkerState
 from zdd_web.lifecycle import SPAWNING, Phase
+from zdd_web.system import pauses
 
 #: The kernel may drop a SIGTERM that arrives between a worker's fork and its handlers (gunicorn #1910): say it again.
 REPEAT_TERM = 1.0
@@ -305,7 +306,7 @@ class Roster:
         with the wall-clock time of the heartbeat's file (arbiter.py:612).
         """
         for place in self._places:
-            late = place.state is WorkerState.BOOTING and clock.since(place.since) > timeout
+            late = place.state is WorkerState.BOOTING and pauses.since(place.since) > timeout
             if late and not place.given_up:
                 place.given_up = True
                 # What it said last, such as a check that fails, is why.

@@ -16,6 +16,7 @@ from zdd_web.gunicorn import bootlog, compat, logger_class
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.system import pauses
 
 #: Seconds in which a master that was killed is gone for good, also on a machine that is short of everything.
 GIVEN_UP_AFTER = 5.0
@@ -114,7 +115,7 @@ class Succession:
         if not self.in_office and self._predecessor_lives():
             # A process's descriptors close a moment before it is gone. One that stays has given this master up.
             self._ended_at = self._ended_at or clock.now_ns()
-            if clock.since(self._ended_at) > GIVEN_UP_AFTER:
+            if pauses.since(self._ended_at) > GIVEN_UP_AFTER:
                 raise HaltServer("the predecessor has given this generation up", 1)
             return False
         if not self.in_office and not self.alone:

@@ -32,12 +32,13 @@ from zdd_web import clock, proc
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn.bootlog import BootLog
+from zdd_web.gunicorn.commit_window import CommitWindow, Judgement
 from zdd_web.gunicorn.handover import ENV, MOST_QUEUED, Channel, Inheritance, Message
 from zdd_web.gunicorn.launch import Launch
-from zdd_web.system import descriptors, stdio
+from zdd_web.system import descriptors, pauses, stdio
 
-#: Seconds that a new generation must stay alive after it began to serve, before the old one lets go.
-COMMIT_WINDOW = 1.0
+#: How long the commit window waits for workers that are late, also when UPGRADE_TIMEOUT is nearly over, seconds.
+LATE_AT_LEAST = 8.0
 
 #: A master in its loop ticks at least once a second; one that has not for so long is stopped or stuck.
 STALE_AFTER = 5.0
@@ -67,12 +68,11 @@ class Upgrade:
     #: Whether it was forked here, and this process is told by the kernel how it ends.
     is_child = True
 
-    def __init__(self, pid: int, channel: Channel, boot_log: BootLog, timeout: float) -> None:
+    def __init__(self, pid: int, channel: Channel, boot_log: BootLog, timeout: float, commit_window: float) -> None:
         self.pid, self.boot_log = pid, boot_log
         self.start = proc.start_time(pid)
         self.began = clock.now_ns()
-        self.deadline = clock.after_ns(timeout)
-        self.timeout = timeout
+        self.timeout, self.commit_window = timeout, commit_window
         self.stage = Stage.BOOTING
         self.went_at = 0
         self.pid_file = ""
@@ -84,13 +84,19 @@ class Upgrade:
         self.released = False
         self.speaks = False
         self.reopen_number = 0
+        #: Whether its board outlives this object, see `orphans.py`.
+        self.keeps_board = False
         self._channel = channel
         #: These adopt its workers when it has ended.
         self._ancestors = proc.ancestors(pid)
         self._user = proc.owner(pid)
+        self._window: CommitWindow | None = None
+        self._judgement = Judgement()
 
     @classmethod
-    def begin(cls, launch: Launch, inheritance: Inheritance, boot_log: BootLog, timeout: float) -> Upgrade:
+    def begin(
+        cls, launch: Launch, inheritance: Inheritance, boot_log: BootLog, timeout: float, commit_window: float
+    ) -> Upgrade:
         """Fork and exec a successor. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         try:
@@ -105,7 +111,7 @@ class Upgrade:
         boot_log.output.close_writer()
         # Before /proc is read for its start time, which needs a descriptor.
         theirs.close()
-        return cls(pid, ours, boot_log, timeout)
+        return cls(pid, ours, boot_log, timeout, commit_window)
 
     @property
     def seconds(self) -> float:
@@ -144,7 +150,7 @@ class Upgrade:
             return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
         if self.gone:
             return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
-        if self.stage is Stage.BOOTING and clock.passed(self.deadline):
+        if self.stage is Stage.BOOTING and pauses.since(self.began) > self.timeout:
             return Verdict(
                 ready=False,
                 reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: {self._how_far()}",
@@ -152,6 +158,13 @@ class Upgrade:
         if self.stands_still():
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
             return Verdict(ready=False, reason=reason)
+        if self.stage is Stage.COMMITTING and self._window is not None:
+            try:
+                self._judgement = self._window.judge()
+            except ValueError as error:
+                self._judgement = Judgement(f"its board holds what no worker of this version writes: {error}")
+            if self._judgement.reason:
+                return Verdict(ready=False, reason=self._judgement.reason)
         return None
 
     def _meet(self, message: Message) -> None:
@@ -168,22 +181,27 @@ class Upgrade:
         """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
         if self.stage is Stage.BOOTING or self.board is None:
             return False
-        return clock.since(self.board.header.tick_at) > self._patience
+        return pauses.since(self.board.header.tick_at) > self._patience
 
     def go(self) -> None:
         """Let the successor open its gate."""
         self.stage = Stage.COMMITTING
         self.went_at = clock.now_ns()
+        if self.board is not None and self.board.header.layout == LAYOUT:
+            left = self.timeout - pauses.since(self.began)
+            self._window = CommitWindow(self.board, self.commit_window, max(left, LATE_AT_LEAST))
+            self._judgement = Judgement(waits_for="a first look")
         self._channel.send("go")
 
     @property
     def committed(self) -> bool:
-        """Whether the commit window is over, and the successor still turning since it began."""
+        """Whether the commit window is over: the successor's master turns, and its workers are confirmed."""
         return (
             self.stage is Stage.COMMITTING
-            and clock.since(self.went_at) >= COMMIT_WINDOW
+            and clock.since(self.went_at) >= self.commit_window
             # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
-            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= COMMIT_WINDOW)
+            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= self.commit_window)
+            and self._judgement.confirmed
         )
 
     def hand_over_office(self) -> None:
@@ -203,7 +221,7 @@ class Upgrade:
             with contextlib.suppress(ProcessLookupError):
                 if self.board is not None and not self.board.names_its_workers:
                     os.kill(self.pid, signal.SIGSTOP)
-                    self._end_workers(now=now, parents=(self.pid,))
+                    self._end_workers(now=now)
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
         for message in self._channel.receive_some(MOST_QUEUED):
@@ -213,21 +231,29 @@ class Upgrade:
         self._end_workers(now=now)
         self.forget()
 
-    def _end_workers(self, *, now: bool, parents: tuple[int, ...] = ()) -> None:
+    def _end_workers(self, *, now: bool) -> None:
         # Only when the master can fork no more. A worker that it has not noted yet finds its parent gone.
         board = self.board
-        if board is None or not (parents or board.names_its_workers):
+        if board is None:
             return
-        parents = parents or (self.pid, *self._ancestors)
-        header = board.header
-        # A worker is of the master's user until it has changed it.
-        users = (self._user, header.worker_uid - 1) if header.worker_uid else None
         sig = signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM
         for pid, start in board.worker_pids():
-            proc.kill(pid, start, sig, parents=parents, users=users)
+            self.signal_worker(pid, start, sig)
+        header = board.header
         if now and header.layout == LAYOUT and header.probe_pid:
             # It would go by itself, a moment later.
-            proc.kill(header.probe_pid, header.probe_start, signal.SIGKILL, parents=parents, users=users)
+            self.signal_worker(header.probe_pid, header.probe_start, signal.SIGKILL)
+
+    def signal_worker(self, pid: int, start: int, sig: signal.Signals) -> None:
+        """Signal a process that the successor's board names, if it is one of its workers; see the module's text."""
+        assert self.board is not None
+        parents, users = (self.pid, *self._ancestors), None
+        if not self.board.names_its_workers:
+            parents = (self.pid,)
+        elif self.board.header.worker_uid:
+            # A worker is of the master's user until it has changed it.
+            users = (self._user, self.board.header.worker_uid - 1)
+        proc.kill(pid, start, sig, parents=parents, users=users)
 
     def ask_to_stop(self, sig: signal.Signals) -> None:
         """Pass on to the new master what this one was told: it has requests in hand."""
@@ -236,7 +262,7 @@ class Upgrade:
     def forget(self) -> None:
         """Let go of the channel and the board."""
         self._channel.close()
-        if self.board is not None:
+        if self.board is not None and not self.keeps_board:
             self.board.close()
             self.board = None
 

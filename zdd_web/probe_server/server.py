@@ -22,7 +22,7 @@ from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import Connection
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
-from zdd_web.system import log_files
+from zdd_web.system import log_files, pauses
 
 #: Connections at once; beyond, the one that has been silent for longest is closed.
 CONNECTIONS = 512
@@ -97,6 +97,7 @@ class Server:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        pauses.turn()
         self._hear(now)
         if self._goes_from:
             # Where nobody else holds it the port is closed at once.

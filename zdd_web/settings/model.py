@@ -36,6 +36,7 @@ class Settings:
     listener: str = "fd"
     systemd_names: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     upgrade_timeout: float = DEFAULT_UPGRADE_TIMEOUT
+    commit_window: float = 1.0
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
     recycle_timeout: float = 10.0

@@ -195,6 +195,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "listener": _listener,
     "systemd_names": _socket_names,
     "upgrade_timeout": _seconds(least=1),
+    "commit_window": _seconds(least=0),
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
     "recycle_timeout": _seconds(least=0),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from zdd_web import clock
-from zdd_web.board import Slot
+from zdd_web.board import Heartbeat, Slot
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.warmup import warm_up
 
@@ -60,6 +60,14 @@ class Family:
 
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
+        slot, words = self.side.slot, self.side.slot.words
+        slot.heartbeat = Heartbeat.ALWAYS if compat.beats_always(self.worker) else Heartbeat.BETWEEN_REQUESTS
+        at, values = slot.base + Slot.heartbeat.index, (Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)
+
+        def connected(is_connected: bool) -> None:
+            words[at] = values[is_connected]
+
+        compat.beat_often(self.worker, self.interval, connected)
 
     def before_load(self) -> None:
         """Called before the app is imported."""

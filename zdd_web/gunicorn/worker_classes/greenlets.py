@@ -35,6 +35,7 @@ class Greenlets(Family):
 
     def enter(self) -> None:
         """See `Family`."""
+        super().enter()
         worker, side, servers = self.worker, self.side, self._servers
         names: dict[Any, _Named] = {}
 

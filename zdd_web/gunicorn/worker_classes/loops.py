@@ -66,6 +66,7 @@ class Loop(Family):
 
     def enter(self) -> None:
         """See `Family`."""
+        super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
         self.worker.handle_exit = self._handle_exit
@@ -157,6 +158,8 @@ class Loop(Family):
             self.loop.remove_reader(side.gate.fileno())
         side.gate.look(side.board)
         side.pass_gate()
+        # The next heartbeat is due a whole interval from here: the predecessor waits for it.
+        self._turn()
 
     # -- the way out
 
