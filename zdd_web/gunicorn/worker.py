@@ -26,7 +26,7 @@ from gunicorn.errors import AppImportError
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
-from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
+from zdd_web.gunicorn import app_forks, bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
@@ -65,6 +65,7 @@ class WorkerSide:
         self.worker, self.board, self.slot, self.settings, self.gate = worker, board, slot, settings, gate
         self.boot_log = boot_log
         self.process = process.attach(board, slot, settings)
+        self.pid = os.getpid()
         self._at_gate = False
         self._left = False
         self._emptying = False
@@ -93,12 +94,13 @@ class WorkerSide:
     def enter(self) -> None:
         """Take the slot and hang everything on the worker; called right after the fork."""
         self.slot.start = proc.start_time(os.getpid())
-        self.slot.pid = os.getpid()
+        self.slot.pid = self.pid
         worker = self.worker
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.load_wsgi, worker.run, worker.notify = self.load, self.run, self._beat
         self.family.enter()
+        app_forks.attach(self)
 
     # -- boot
 
@@ -107,10 +109,8 @@ class WorkerSide:
         # After set_owner_process(), which makes the kernel forget the wish.
         if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
             os._exit(0)
-        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them. Not
-        # SIG_IGN, which the app's own children would inherit.
-        for sig in (signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(sig, lambda *_: None)
+        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them.
+        app_forks.ignore(signal.SIGHUP, signal.SIGUSR2)
         with self.boot_step():
             self.family.before_load()
             self._load()
@@ -121,7 +121,8 @@ class WorkerSide:
         try:
             yield
         except BaseException as error:
-            self._boot_failed(error)
+            if os.getpid() == self.pid:
+                self._boot_failed(error)
             raise
 
     def _boot_failed(self, error: BaseException) -> None:
@@ -309,6 +310,8 @@ class WorkerSide:
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
         self.family.run(self._run)
+        if os.getpid() != self.pid:
+            return  # the app forked, and the child has come back from the view
         self._loop_is_over = True
         # gthread's loop ends at the deadline, whatever its threads do.
         self.family.has_cut = self.family.has_cut or bool(self.slot.in_flight)
@@ -317,7 +320,7 @@ class WorkerSide:
         self._left = self.process.going = True
         self.accepts_no_more()
         # The roster repeats it each second.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        app_forks.ignore(signal.SIGTERM)
         watch.end()
         self._finish_background()
 

@@ -104,6 +104,11 @@ class Family:
             self.side.accepts_no_more()
         self.wake()
 
+    def in_a_child_of_the_app(self) -> None:
+        """Called in a process that the app has forked, which has what this worker had in memory."""
+        # A child that comes back from the view is in gunicorn's loop, and is to leave it.
+        self.worker.alive = False
+
     def cut(self) -> None:
         """Called at the deadline, if the loop is not over."""
 

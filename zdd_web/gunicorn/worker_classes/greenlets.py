@@ -109,6 +109,12 @@ class Greenlets(Family):
         # gunicorn waits for as long as `keepalive` for the next request.
         self.later(LINGER, self._close_idle)
 
+    def in_a_child_of_the_app(self) -> None:
+        """See `Family`: the greenlets are there too, and the child's hub would accept connections."""
+        # Not `alive`: the main greenlet would end the child in the middle of its work.
+        for server in self._servers:
+            server.stop_accepting()
+
     def cut(self) -> None:
         """See `Family`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` says that they are done."""
         if self.side.slot.in_flight:
