@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from zdd_web.lifecycle import Phase
     from zdd_web.process import deadline, drain_event, draining, generation, phase
-    from zdd_web.waitgroup import WaitGroup, background, on_drained
+    from zdd_web.waitgroup import WaitGroup, background, on_drained, on_stop
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "draining",
     "generation",
     "on_drained",
+    "on_stop",
     "phase",
 ]
 
@@ -57,7 +58,7 @@ _HOME = {
     "Phase": "zdd_web.lifecycle",
     "check": "zdd_web.checks",
     **dict.fromkeys(("deadline", "drain_event", "draining", "generation", "phase"), "zdd_web.process"),
-    **dict.fromkeys(("WaitGroup", "background", "on_drained"), "zdd_web.waitgroup"),
+    **dict.fromkeys(("WaitGroup", "background", "on_drained", "on_stop"), "zdd_web.waitgroup"),
 }  # fmt: skip
 
 

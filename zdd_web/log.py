@@ -53,6 +53,7 @@ EVENTS = {
     "warmup.cold": "a WARMUP path was refused by the app: what it should have warmed is cold",
     "check.failed": "a check of the app has failed in a worker; error says how",
     "check.passed": "a check that had failed passes again",
+    "handler.replaced": "the app has replaced the handler by which SIGTERM ends a worker; remedy names on_stop",
     "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
     "probes.listening": "the probe port answers at this address",

@@ -209,7 +209,7 @@ def post_fork(server: Any, worker: Any) -> None:
     listeners = master.listening.for_worker(worker, slot)
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
     state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
-    state.worker.enter()
+    state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
     counts = state.worker.family.counts_by_hook
     for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):

@@ -39,6 +39,7 @@ from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.listening import Listening
+from zdd_web.gunicorn.orders import Once
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload
@@ -75,6 +76,7 @@ class Master:
         self.header.started_at = self.header.phase_since = clock.now_ns()
         self.header.master_pid = os.getpid()
         self.gate = Gate()
+        self.once = Once()
         self.roster = Roster(server, self.board)
         self.succession = Succession(heir, server, self.board) if heir else None
         self._inherited_as_kept = heir.kept if heir else False

@@ -28,6 +28,7 @@ from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
 from zdd_web.gunicorn import app_forks, bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.orders import Once, Orders
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING, WORKERS_LEAVE, Phase
@@ -91,16 +92,18 @@ class WorkerSide:
         self._load: Callable[[], None] = worker.load_wsgi
         self._run: Callable[[], None] = worker.run
 
-    def enter(self) -> None:
+    def enter(self, once: Once) -> None:
         """Take the slot and hang everything on the worker; called right after the fork."""
         self.slot.start = proc.start_time(os.getpid())
         self.slot.pid = self.pid
         worker = self.worker
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
-        worker.load_wsgi, worker.run, worker.notify = self.load, self.run, self._beat
+        worker.load_wsgi, worker.run = self.load, self.run
         self.family.enter()
         app_forks.attach(self)
+        #: The heartbeat of a worker that serves.
+        worker.notify = self.turn = Orders(self, once).turn(self._beat)
 
     # -- boot
 
@@ -217,6 +220,7 @@ class WorkerSide:
                 self.worker.notify = self.notify
                 self.family.wake()
                 self.family.later(SETTLE, self.family.wake)
+                self.family.call_stop_hooks()
             else:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
@@ -226,6 +230,17 @@ class WorkerSide:
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
             self.family.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
+
+    def follow_orders(self) -> None:
+        """Do as the board says, between two turns of the loop: SIGTERM may not have reached this worker."""
+        if self._left:
+            self._watch_deadline()
+        elif not self._emptying:
+            self.handle_exit(signal.SIGTERM, None)
+
+    def note_deadline(self) -> None:
+        """Have what is in hand named at the deadline, in a worker that is in the middle of a request."""
+        self._watch_deadline()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
@@ -247,7 +262,7 @@ class WorkerSide:
 
     def notify(self) -> None:
         """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
-        self._beat()
+        self.turn()
         if self._emptying and self._has_emptied():
             self._emptying = False
             self.leave()
@@ -274,6 +289,8 @@ class WorkerSide:
             self.worker.notify = self.notify
         else:
             self._end_loop()
+        # Last: the app's hooks may take their time.
+        self.family.call_stop_hooks()
 
     @property
     def is_finishing(self) -> bool:
@@ -322,6 +339,8 @@ class WorkerSide:
         # The roster repeats it each second.
         app_forks.ignore(signal.SIGTERM)
         watch.end()
+        # Where the loop has ended by itself, because the master is gone.
+        waitgroup.run_stop_hooks()
         self._finish_background()
 
     def _finish_background(self) -> None:
@@ -345,7 +364,7 @@ class WorkerSide:
     def _at_the_deadline(self) -> None:
         # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
         # a word.
-        if self._loop_is_over:
+        if self._loop_is_over or os.getpid() != self.pid:
             return
         if not clock.passed(self._background_deadline(clock.now_ns())):
             self._watches_deadline = False

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from zdd_web import clock
+from zdd_web import clock, waitgroup
 from zdd_web.board import Slot
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.warmup import warm_up
@@ -60,6 +60,7 @@ class Family:
 
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
+        compat.wait_at_most(self.worker, self.interval)
 
     def before_load(self) -> None:
         """Called before the app is imported."""
@@ -74,7 +75,7 @@ class Family:
             warm_up(self.worker.wsgi, side.settings.warmup, self.beat)
             side.pass_checks(self.beat)
         side.arrive_at_gate()
-        side.gate.wait(side.board, self.beat, self.interval)
+        side.gate.wait(side.board, side.turn, self.interval)
         side.pass_gate()
 
     def run(self, run: Callable[[], None]) -> None:
@@ -90,6 +91,10 @@ class Family:
         timer = threading.Timer(seconds, function, arguments)
         timer.daemon = True
         timer.start()
+
+    def call_stop_hooks(self) -> None:
+        """Call what the app has given to `on_stop`: in a signal handler, or between two turns of the loop."""
+        waitgroup.run_stop_hooks()
 
     def leaving(self) -> Leaving | None:
         """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""

@@ -100,6 +100,10 @@ class Greenlets(Family):
         """See `Family`: a thread would be waited for until it has started."""
         gevent.spawn_later(seconds, function, *arguments)
 
+    def call_stop_hooks(self) -> None:
+        """See `Family`: one that blocks is not to keep this greenlet from its turns."""
+        gevent.spawn(waitgroup.run_stop_hooks)
+
     def end_loop(self) -> None:
         """See `Family`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
         for server in self._servers:
