@@ -63,6 +63,7 @@ EVENTS = {
     "background.waiting": "a leaving worker waits for its background work",
     "background.failed": "a background task raised",
     "background.abandoned": "a background task was not finished at the deadline",
+    "stop.forwarded": "a stop of the service was sent on to a generation that still retires",
     "drain.abandoned": "workers were killed at the deadline with work in hand",
     "notify.failed": "systemd did not take a message; said once, until it takes one again",
     "watchdog.withheld": "the service does not live, and systemd's watchdog is not told that it does",

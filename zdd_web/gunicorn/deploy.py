@@ -20,6 +20,7 @@ from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn.ancestors import Ancestors
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch, read_env_file
@@ -28,10 +29,10 @@ from zdd_web.gunicorn.office import Office
 from zdd_web.gunicorn.parentage import Parentage
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
-from zdd_web.lifecycle import Event, Phase
+from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.listeners import passing
 from zdd_web.probes import look
-from zdd_web.service import Line, kept_by
+from zdd_web.service import Line
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master import Master
@@ -60,7 +61,7 @@ class Deploy:
     def __init__(self, master: Master, launch: Launch, heir: Inheritance | None) -> None:
         self._master, self._launch = master, launch
         self._server, self._header, self._settings = master.server, master.header, master.settings
-        self._ancestors = heir.ancestors if heir else ()
+        self.ancestors = Ancestors(heir.ancestors if heir else ())
         env_file = self._settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
@@ -135,7 +136,7 @@ class Deploy:
             channel=-1,
             boot_log=self._boot_log,
             stderr=-1,
-            ancestors=(*self._alive_ancestors(), (os.getpid(), self._header.master_start)),
+            ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
             **master.listening.inheritance(),
             kept=master.kept,
             board=master.board.fd,
@@ -156,7 +157,7 @@ class Deploy:
             raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
         if self._master.reload.under_way:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        alive = len(self._alive_ancestors()) + 1
+        alive = len(self.ancestors.alive()) + 1
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
@@ -171,9 +172,6 @@ class Deploy:
             obstacle = Parentage.of_this_process().obstacle()
             if obstacle:
                 raise UpgradeError(obstacle)
-
-    def _alive_ancestors(self) -> list[tuple[int, int]]:
-        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start) and kept_by(pid) is None]
 
     def _next_launch(self) -> Launch:
         launch = self._launch.following(self._settings.release_dir)
@@ -310,14 +308,14 @@ class Deploy:
         guarded("listeners", self._master.listening.take_back)()
         self._office.take_back()
 
-    def forwards(self, sig: signal.Signals) -> bool:
+    def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         if self._line is None:
             self._line = Line(os.getpid(), self._header.name, self.upgrade.pid)
         current = self._line.in_office()
-        if current is not None:
+        if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
 

@@ -74,7 +74,7 @@ class WorkerSide:
         self._status_now: int | None = None
         self._give_up_once = threading.Lock()
         self._loop_is_over = False
-        self._watches_deadline = False
+        self._watched_deadline = clock.NEVER
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
         self._checks: checks.Runner | None = None
@@ -305,9 +305,11 @@ class WorkerSide:
         self.family.end_loop()
 
     def _watch_deadline(self) -> None:
-        left = clock.remaining(self.process.deadline_ns)
-        if left is not None and not self._watches_deadline:
-            self._watches_deadline = True
+        deadline = self.process.deadline_ns
+        left = clock.remaining(deadline)
+        # A stop brings an earlier one than a retirement had.
+        if left is not None and (not self._watched_deadline or deadline < self._watched_deadline):
+            self._watched_deadline = deadline
             self.family.later(left + 0.02, self._at_the_deadline)
 
     def accepts_no_more(self) -> None:
@@ -367,7 +369,7 @@ class WorkerSide:
         if self._loop_is_over or os.getpid() != self.pid:
             return
         if not clock.passed(self._background_deadline(clock.now_ns())):
-            self._watches_deadline = False
+            self._watched_deadline = clock.NEVER
             self._watch_deadline()
             return
         self.family.cut()
@@ -401,12 +403,12 @@ class WorkerSide:
     def _background_deadline(self, own: int) -> int:
         """When background work is given up: the stop's deadline, or this worker's own while the service goes on.
 
-        A retiring generation without a deadline may take all the time it needs; one whose master is gone may not.
+        A retiring generation has RETIRE_TIMEOUT until a stop brings a deadline; one whose master is gone has less.
         """
         if os.getppid() != self.worker.ppid:
             return own
         if self.board.header.phase in (Phase.RETIRING, Phase.DRAINING):
-            return self.board.header.deadline
+            return self.board.header.deadline or self.slot.retire_deadline
         return self.slot.retire_deadline or own
 
     def exit(self) -> None:
