@@ -66,7 +66,10 @@ def test_an_old_generation_with_a_longer_grace_period_has_the_deadline_of_the_ne
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
 def test_stop_now_reaches_every_generation(make_service, sig: signal.Signals) -> None:
-    service = make_service("sync", workers=1).start()
+    # The heartbeat of a sync worker would end it in the meantime.
+    service = make_service("gthread", workers=1)
+    service.arguments = ["--graceful-timeout", "2"]
+    service.start()
     with retire(service):
         service.signal(sig)
         service.ends(status=None)

@@ -10,6 +10,7 @@ word to the successor, then the phase, whose change has the roster retire the wo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn import bootlog
+from zdd_web.gunicorn import bootlog, compat
 from zdd_web.gunicorn.ancestors import Ancestors
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
@@ -88,7 +89,8 @@ class Deploy:
         try:
             self._refuse_unless_possible()
             launch = self._next_launch()
-            self.upgrade = Upgrade.begin(launch, self._inheritance(), self._settings.upgrade_timeout)
+            timeout = self._settings.upgrade_timeout
+            self.upgrade = Upgrade.begin(launch, self._inheritance(), timeout, self._pre_exec)
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
@@ -181,6 +183,11 @@ class Deploy:
         if obstacle:
             raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
         return launch
+
+    def _pre_exec(self, launch: Launch) -> Launch:
+        given, removed = compat.call_pre_exec(self._server)
+        environ = {key: value for key, value in launch.environ.items() if key not in removed}
+        return dataclasses.replace(launch, environ={**environ, **given})
 
     def _outcome(self, state: UpgradeState, reason: str) -> None:
         self._header.upgrade_reason = reason

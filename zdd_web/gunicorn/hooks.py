@@ -265,7 +265,8 @@ def on_exit(server: Any) -> None:
     assert state is not None and state.master is not None
     try:
         hook = _then_users("on_exit")
-        if hook is not None:
+        # One that was given up before it was in office has nothing to end: the generation before it serves.
+        if hook is not None and not state.master.awaits_office:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()

@@ -21,6 +21,7 @@ import enum
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from zdd_web import clock, proc
@@ -80,8 +81,14 @@ class Upgrade:
         self._channel = channel
 
     @classmethod
-    def begin(cls, launch: Launch, inheritance: Inheritance, timeout: float) -> Upgrade:
-        """Fork and exec a successor. Raises OSError when there can be no fork."""
+    def begin(
+        cls,
+        launch: Launch,
+        inheritance: Inheritance,
+        timeout: float,
+        pre_exec: Callable[[Launch], Launch] = lambda launch: launch,
+    ) -> Upgrade:
+        """Fork and exec a successor; `pre_exec` is called in between. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         try:
             pid = os.fork()
@@ -90,7 +97,7 @@ class Upgrade:
             theirs.close()
             raise
         if pid == 0:
-            _exec(launch, inheritance, theirs)
+            _exec(launch, inheritance, theirs, pre_exec)
         theirs.close()
         return cls(pid, ours, inheritance.boot_log, timeout)
 
@@ -261,7 +268,7 @@ class Upgrade:
             return []
 
 
-def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
+def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel, pre_exec: Callable[[Launch], Launch]) -> None:
     """Become the new master, in the forked child; never returns."""
     try:
         stderr = os.dup(2)
@@ -269,6 +276,7 @@ def _exec(launch: Launch, inheritance: Inheritance, theirs: Channel) -> None:
         heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr)
         for fd in heir.descriptors:
             os.set_inheritable(fd, True)
+        launch = pre_exec(launch)
         environ = dict(launch.environ)
         environ[ENV] = heir.to_environ()
         if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
