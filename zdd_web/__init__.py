@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         ZddError,
     )
     from zdd_web.lifecycle import Phase
-    from zdd_web.process import deadline, drain_event, draining, generation, phase
-    from zdd_web.waitgroup import WaitGroup, background, on_drained
+    from zdd_web.process import deadline, drain_event, draining, generation, phase, successor_serves
+    from zdd_web.waitgroup import WaitGroup, background, on_drained, on_stop
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,9 @@ __all__ = [
     "draining",
     "generation",
     "on_drained",
+    "on_stop",
     "phase",
+    "successor_serves",
 ]
 
 # No public name may be the name of a module of ours: its first import would replace the attribute by the module.
@@ -56,8 +58,10 @@ _HOME = {
     ),
     "Phase": "zdd_web.lifecycle",
     "check": "zdd_web.checks",
-    **dict.fromkeys(("deadline", "drain_event", "draining", "generation", "phase"), "zdd_web.process"),
-    **dict.fromkeys(("WaitGroup", "background", "on_drained"), "zdd_web.waitgroup"),
+    **dict.fromkeys(
+        ("deadline", "drain_event", "draining", "generation", "phase", "successor_serves"), "zdd_web.process"
+    ),
+    **dict.fromkeys(("WaitGroup", "background", "on_drained", "on_stop"), "zdd_web.waitgroup"),
 }  # fmt: skip
 
 

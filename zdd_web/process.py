@@ -238,6 +238,15 @@ def generation() -> int:
     return current().board.header.generation
 
 
+def successor_serves() -> bool:
+    """Tell whether a later generation has taken over from this one: in `on_exit`, whether the service goes on.
+
+    >>> successor_serves()
+    False
+    """
+    return bool(current().board.header.successor_pid)
+
+
 def draining() -> bool:
     """Tell whether this process is on its way out: long-running work should come to an end.
 

@@ -11,6 +11,7 @@ last. A worker that leaves looks once more before it finishes its background wor
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 
@@ -67,12 +68,15 @@ class Watch:
         here = process.current()
         self._header = here.board.header
         self._seen = here.phase
+        self._pid = os.getpid()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="zdd_web-watch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._over.wait(LOOK):
+            if os.getpid() != self._pid:
+                return  # a greenlet is copied into the processes that the app forks
             self._look()
         self._look()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import sys
 import threading
 import time
@@ -179,6 +180,7 @@ class Runner:
         #: made here, when gevent has patched what it is made of.
         self.one_loop = threading.Lock() if _is_patched_by_gevent() else None
         self._stopped = False
+        self._pid = os.getpid()
 
     def turn(self) -> float:
         """Start what is due and take what has ended; return the seconds until the next turn."""
@@ -199,6 +201,7 @@ class Runner:
             self._start()
 
     def _start(self) -> None:
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="zdd_web-checks", daemon=True)
         self._thread.start()
 
@@ -227,7 +230,8 @@ class Runner:
         self.wake.set()
 
     def _work(self) -> None:
-        while not self._stopped:
+        # A greenlet is copied into the processes that the app forks.
+        while not self._stopped and os.getpid() == self._pid:
             try:
                 self.wake.wait(min(60.0, self.turn()))
             except Exception:

@@ -267,6 +267,18 @@ def resume_control_server(server: Any) -> None:
         server._start_control_server()
 
 
+def call_pre_exec(server: Any) -> tuple[dict[str, str], set[str]]:
+    """Call the user's `pre_exec` as gunicorn does (arbiter.py:513): in the child that is about to exec.
+
+    Returns the variables that it has set in `cfg.env_orig`, of which gunicorn makes the environment, and the names of
+    those that it has removed.
+    """
+    environ = server.cfg.env_orig
+    before = dict(environ)
+    server.cfg.pre_exec(server)
+    return {key: value for key, value in environ.items() if before.get(key) != value}, before.keys() - environ.keys()
+
+
 def take_queued_signals(server: Any) -> list[int]:
     """Return the signals that the loop has not handled yet, and empty its queue: a list up to 23."""
     queue = server.SIG_QUEUE

@@ -10,6 +10,7 @@ word to the successor, then the phase, whose change has the roster retire the wo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING
 from zdd_web import clock, log, metrics, proc
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
+from zdd_web.gunicorn import compat
+from zdd_web.gunicorn.ancestors import Ancestors
 from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
@@ -29,10 +32,10 @@ from zdd_web.gunicorn.orphans import Orphans
 from zdd_web.gunicorn.parentage import Parentage
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
-from zdd_web.lifecycle import Event, Phase
+from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.listeners import passing
 from zdd_web.probes import look
-from zdd_web.service import Line, kept_by
+from zdd_web.service import Line
 from zdd_web.system import masking, stdio
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class Deploy:
     def __init__(self, master: Master, launch: Launch, heir: Inheritance | None) -> None:
         self._master, self._launch = master, launch
         self._server, self._header, self._settings = master.server, master.header, master.settings
-        self._ancestors = heir.ancestors if heir else ()
+        self.ancestors = Ancestors(heir.ancestors if heir else ())
         env_file = self._settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
@@ -92,10 +95,9 @@ class Deploy:
         try:
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
+            timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
             inheritance = self._inheritance(boot_log)
-            self.upgrade = Upgrade.begin(
-                launch, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
-            )
+            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
         except (ZddError, OSError) as error:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
@@ -147,7 +149,7 @@ class Deploy:
             boot_log=boot_log.fd,
             stderr=-1,
             stderr_pipes=(boot_log.output.reader, *master.stderr_relay.pipes),
-            ancestors=(*self._alive_ancestors(), (os.getpid(), self._header.master_start)),
+            ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
             **master.listening.inheritance(),
             kept=master.kept,
             board=master.board.fd,
@@ -171,7 +173,7 @@ class Deploy:
         if self._master.reload.under_way:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
         # Rejected successors of a takeover that have not ended yet count too: they hold the listeners.
-        alive = len(self._alive_ancestors()) + 1 + len(self._given_up)
+        alive = len(self.ancestors.alive()) + 1 + len(self._given_up)
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
@@ -187,9 +189,6 @@ class Deploy:
             if obstacle:
                 raise UpgradeError(obstacle)
 
-    def _alive_ancestors(self) -> list[tuple[int, int]]:
-        return [(pid, start) for pid, start in self._ancestors if proc.alive(pid, start) and kept_by(pid) is None]
-
     def _next_launch(self) -> Launch:
         launch = self._launch.following(self._settings.release_dir)
         if self._settings.env_file:
@@ -198,6 +197,11 @@ class Deploy:
         if obstacle:
             raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
         return launch
+
+    def _pre_exec(self, launch: Launch) -> Launch:
+        given, removed = compat.call_pre_exec(self._server)
+        environ = {key: value for key, value in launch.environ.items() if key not in removed}
+        return dataclasses.replace(launch, environ={**environ, **given})
 
     def _outcome(self, state: UpgradeState, reason: str) -> None:
         if state is UpgradeState.FAILED and self._boot_log is not None:
@@ -335,12 +339,12 @@ class Deploy:
         guarded("listeners", self._master.listening.take_back)()
         self._office.take_back()
 
-    def forwards(self, sig: signal.Signals) -> bool:
+    def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         current = self._descendants(self.upgrade).in_office()
-        if current is not None:
+        if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
 

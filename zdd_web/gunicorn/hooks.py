@@ -215,7 +215,7 @@ def post_fork(server: Any, worker: Any) -> None:
     listeners = master.listening.for_worker(worker, slot)
     state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
     state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
-    state.worker.enter()
+    state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
     counts = state.worker.family.counts_by_hook
     for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):
@@ -271,7 +271,8 @@ def on_exit(server: Any) -> None:
     assert state is not None and state.master is not None
     try:
         hook = _then_users("on_exit")
-        if hook is not None:
+        # One that was given up before it was in office has nothing to end: the generation before it serves.
+        if hook is not None and not state.master.awaits_office:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()

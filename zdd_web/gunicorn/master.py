@@ -34,6 +34,7 @@ from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
@@ -41,6 +42,7 @@ from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.listening import Listening
+from zdd_web.gunicorn.orders import Once
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload, too_many_workers
@@ -86,6 +88,7 @@ class Master:
         self.header.started_at = self.header.phase_since = clock.now_ns()
         self.header.master_pid = os.getpid()
         self.gate = Gate()
+        self.once = Once()
         self.roster = Roster(server, self.board)
         self.succession = Succession(heir, server, self.board) if heir else None
         self._inherited_as_kept = heir.kept if heir else False
@@ -305,10 +308,8 @@ class Master:
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
-        if self.deploy.forwards(signal.SIGTERM):
-            # The whole service is asked to end: this generation's part of it has the same time.
-            budget = self.settings.stop_budget()
-            self.header.deadline = self.header.deadline or clock.after_ns(budget.lame_duck + budget.work)
+        if self.phase is Phase.RETIRING:
+            self._stop_retiring()
             return
         guarded("cancel", self._cancel)(signal.SIGTERM)
         guarded("release_predecessor", self.release_predecessor)()
@@ -325,6 +326,23 @@ class Master:
             self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
         self.header.stop_since = self.header.stop_since or clock.now_ns()
         self.move(Event.STOP)
+        self._stop_ancestors(signal.SIGTERM)
+
+    def _stop_retiring(self) -> None:
+        # One that does not stop yet was sent it by the master in office, which does: there is nothing to send back.
+        is_first = not self.header.deadline
+        if is_first:
+            budget = self.settings.stop_budget()
+            # The whole service ends: this generation's part of it has the same time.
+            own = clock.after_ns(budget.lame_duck + budget.work)
+            self.header.deadline = guarded("deadline", deadline_of_the_stop)(own) or own
+        if not guarded("forward", self.deploy.forwards)(signal.SIGTERM, unless_it_stops=is_first):
+            self.header.stop_since = self.header.stop_since or clock.now_ns()
+
+    def _stop_ancestors(self, sig: signal.Signals) -> None:
+        # The master in office speaks for the service; any other ends alone.
+        if self.phase is not Phase.RETIRING and not self.awaits_office:
+            guarded("forward", self.deploy.ancestors.tell)(sig)
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
@@ -340,6 +358,7 @@ class Master:
         guarded("cancel", self._cancel)(sig)
         guarded("release_predecessor", self.release_predecessor)()
         guarded("forward", self.deploy.forwards)(sig)
+        self._stop_ancestors(sig)
         if self.succession is not None:
             guarded("pid file", self.succession.unlink_pid_file)()
         guarded("systemd", self.supervisor.ends_now)(STOP_NOW_WITHIN)
@@ -420,7 +439,7 @@ class Master:
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self._spawn()
-        deadline = self.header.deadline
+        deadline = self._ends_at
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
             slack = self.settings.stop_budget().last_words + OVERDUE_SLACK
@@ -486,20 +505,28 @@ class Master:
             self.deploy.follow_last_accepts()
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self.server.reexec_pid = self.header.successor_pid
-        self.header.drain_took = int(self._leaving_for() * 1e9)
+        seconds = self._leaving_for()
+        self.header.drain_took = int(seconds * 1e9)
         said = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
         if self.listening.is_left_to_others:
             # Nobody was turned away: they have gone to whoever stays on the port.
             said.pop("remedy", None)
-        self.move(Event.FINISHED, seconds=self._leaving_for(), **said)
-        late = bool(self._abandoned or self._cut) and clock.passed(self.header.deadline)
+        late = bool(self._abandoned or self._cut) and clock.passed(self._ends_at)
+        self.move(Event.FINISHED, seconds=seconds, **said)
         abandoned = late or self._killed_at_work
         if abandoned:
-            self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned)
+            self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned, seconds=seconds)
         self._leave(abandoned=abandoned)
 
+    @property
+    def _ends_at(self) -> int:
+        """When what is in hand is cut off: at a stop's deadline, or when a retirement has taken too long."""
+        if self.phase is Phase.RETIRING and not self.header.deadline:
+            return self.header.phase_since + int(self.settings.retire_timeout * 1e9)
+        return self.header.deadline
+
     def _end_at_the_deadline(self) -> None:
-        deadline = self.header.deadline
+        deadline = self._ends_at
         if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().last_words:
             return
         requests = self.board.snapshot().in_flight + self._cut
@@ -509,12 +536,17 @@ class Master:
         # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
         abandoned = bool(requests or tasks)
         if abandoned or served:
-            self._emit_abandoned(killed, requests, tasks)
+            self._emit_abandoned(killed, requests, tasks, self._leaving_for())
         self._leave(abandoned=abandoned)
 
-    def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:
-        seconds = self._leaving_for()
-        log.emit("drain.abandoned", logging.ERROR, workers=workers, requests=requests, tasks=tasks, seconds=seconds)
+    def _emit_abandoned(self, workers: int, requests: int, tasks: int, seconds: float) -> None:
+        said: dict[str, Any] = {"workers": workers, "requests": requests, "tasks": tasks, "seconds": seconds}
+        if not self.header.deadline:
+            # The service goes on, and has no termination to give a reason for.
+            limit = f"RETIRE_TIMEOUT = {self.settings.retire_timeout:g}"
+            log.emit("drain.abandoned", logging.ERROR, **said, limit=limit)
+            return
+        log.emit("drain.abandoned", logging.ERROR, **said)
         log.leave_a_message(
             self.settings.termination_log,
             f"zdd_web: {requests} requests and {tasks} background tasks were abandoned after {seconds:.0f} s, when "

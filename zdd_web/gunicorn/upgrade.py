@@ -25,6 +25,7 @@ import enum
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,15 @@ class Upgrade:
 
     @classmethod
     def begin(
-        cls, launch: Launch, inheritance: Inheritance, boot_log: BootLog, timeout: float, commit_window: float
+        cls,
+        launch: Launch,
+        inheritance: Inheritance,
+        boot_log: BootLog,
+        timeout: float,
+        commit_window: float,
+        pre_exec: Callable[[Launch], Launch] = lambda launch: launch,
     ) -> Upgrade:
-        """Fork and exec a successor. Raises OSError when there can be no fork."""
+        """Fork and exec a successor; `pre_exec` is called in between. Raises OSError when there can be no fork."""
         ours, theirs = Channel.pair()
         try:
             pid = os.fork()
@@ -107,7 +114,7 @@ class Upgrade:
             raise
         if pid == 0:
             ours.close()
-            _exec(launch, inheritance, boot_log, theirs)
+            _exec(launch, inheritance, boot_log, theirs, pre_exec)
         boot_log.output.close_writer()
         # Before /proc is read for its start time, which needs a descriptor.
         theirs.close()
@@ -327,12 +334,20 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _exec(launch: Launch, inheritance: Inheritance, boot_log: BootLog, theirs: Channel) -> None:
+def _exec(
+    launch: Launch,
+    inheritance: Inheritance,
+    boot_log: BootLog,
+    theirs: Channel,
+    pre_exec: Callable[[Launch], Launch],
+) -> None:
     """Become the new master, in the forked child; never returns."""
     try:
         stderr = stdio.duplicate_stderr()
         os.dup2(boot_log.output.writer, 2)
         heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors)
+        launch = pre_exec(launch)
+        # After the hook, which may open what it likes.
         descriptors.inherit_only(heir.descriptors, launch.descriptors)
         environ = dict(launch.environ)
         environ[ENV] = heir.to_environ()

@@ -26,8 +26,9 @@ from gunicorn.errors import AppImportError
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
-from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
+from zdd_web.gunicorn import app_forks, bootlog, compat, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.orders import Once, Orders
 from zdd_web.gunicorn.rotation import reopening
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
@@ -67,6 +68,7 @@ class WorkerSide:
         self.worker, self.board, self.slot, self.settings, self.gate = worker, board, slot, settings, gate
         self.boot_log = boot_log
         self.process = process.attach(board, slot, settings)
+        self.pid = os.getpid()
         self._at_gate = False
         self._left = False
         self._emptying = False
@@ -74,7 +76,7 @@ class WorkerSide:
         self._status_now: int | None = None
         self._give_up_once = threading.Lock()
         self._loop_is_over = False
-        self._watches_deadline = False
+        self._watched_deadline = clock.NEVER
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
         self._checks: checks.Runner | None = None
@@ -92,16 +94,19 @@ class WorkerSide:
         self._load: Callable[[], None] = worker.load_wsgi
         self._run: Callable[[], None] = worker.run
 
-    def enter(self) -> None:
+    def enter(self, once: Once) -> None:
         """Take the slot and hang everything on the worker; called right after the fork."""
         self.slot.start = proc.start_time(os.getpid())
-        self.slot.pid = os.getpid()
+        self.slot.pid = self.pid
         worker = self.worker
         worker.handle_exit = self.handle_exit
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.handle_usr1 = reopening(worker.handle_usr1)
-        worker.load_wsgi, worker.run, worker.notify = self.load, self.run, self._beat
+        worker.load_wsgi, worker.run = self.load, self.run
         self.family.enter()
+        app_forks.attach(self)
+        #: The heartbeat of a worker that serves.
+        worker.notify = self.turn = Orders(self, once).turn(self._beat)
 
     # -- boot
 
@@ -110,10 +115,8 @@ class WorkerSide:
         # After set_owner_process(), which makes the kernel forget the wish.
         if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
             os._exit(0)
-        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them. Not
-        # SIG_IGN, which the app's own children would inherit.
-        for sig in (signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(sig, lambda *_: None)
+        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them.
+        app_forks.ignore(signal.SIGHUP, signal.SIGUSR2)
         if log_files.were_renamed():
             # SIGUSR1 came before this process had its handler.
             self.worker.handle_usr1(signal.SIGUSR1, None)
@@ -127,7 +130,8 @@ class WorkerSide:
         try:
             yield
         except BaseException as error:
-            self._boot_failed(error)
+            if os.getpid() == self.pid:
+                self._boot_failed(error)
             raise
 
     def _boot_failed(self, error: BaseException) -> None:
@@ -222,6 +226,7 @@ class WorkerSide:
                 self.worker.notify = self.notify
                 self.family.wake()
                 self.family.later(SETTLE, self.family.wake)
+                self.family.call_stop_hooks()
             else:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
@@ -231,6 +236,17 @@ class WorkerSide:
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
             self.family.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
+
+    def follow_orders(self) -> None:
+        """Do as the board says, between two turns of the loop: SIGTERM may not have reached this worker."""
+        if self._left:
+            self._watch_deadline()
+        elif not self._emptying:
+            self.handle_exit(signal.SIGTERM, None)
+
+    def note_deadline(self) -> None:
+        """Have what is in hand named at the deadline, in a worker that is in the middle of a request."""
+        self._watch_deadline()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
@@ -255,7 +271,7 @@ class WorkerSide:
 
     def notify(self) -> None:
         """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
-        self._beat()
+        self.turn()
         if self._emptying and self._has_emptied():
             self._emptying = False
             self.leave()
@@ -282,6 +298,8 @@ class WorkerSide:
             self.worker.notify = self.notify
         else:
             self._end_loop()
+        # Last: the app's hooks may take their time.
+        self.family.call_stop_hooks()
 
     @property
     def is_finishing(self) -> bool:
@@ -296,9 +314,11 @@ class WorkerSide:
         self.family.end_loop()
 
     def _watch_deadline(self) -> None:
-        left = clock.remaining(self.process.deadline_ns)
-        if left is not None and not self._watches_deadline:
-            self._watches_deadline = True
+        deadline = self.process.deadline_ns
+        left = clock.remaining(deadline)
+        # A stop brings an earlier one than a retirement had.
+        if left is not None and (not self._watched_deadline or deadline < self._watched_deadline):
+            self._watched_deadline = deadline
             self.family.later(left + 0.02, self._at_the_deadline)
 
     def accepts_no_more(self) -> None:
@@ -318,6 +338,8 @@ class WorkerSide:
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
         self.family.run(self._run)
+        if os.getpid() != self.pid:
+            return  # the app forked, and the child has come back from the view
         self._loop_is_over = True
         # gthread's loop ends at the deadline, whatever its threads do.
         self.family.has_cut = self.family.has_cut or bool(self.slot.in_flight)
@@ -326,8 +348,10 @@ class WorkerSide:
         self._left = self.process.going = True
         self.accepts_no_more()
         # The roster repeats it each second.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        app_forks.ignore(signal.SIGTERM)
         watch.end()
+        # Where the loop has ended by itself, because the master is gone.
+        waitgroup.run_stop_hooks()
         self._finish_background()
 
     def _finish_background(self) -> None:
@@ -351,10 +375,10 @@ class WorkerSide:
     def _at_the_deadline(self) -> None:
         # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
         # a word.
-        if self._loop_is_over:
+        if self._loop_is_over or os.getpid() != self.pid:
             return
         if not clock.passed(self._background_deadline(clock.now_ns())):
-            self._watches_deadline = False
+            self._watched_deadline = clock.NEVER
             self._watch_deadline()
             return
         self.family.cut()
@@ -388,12 +412,12 @@ class WorkerSide:
     def _background_deadline(self, own: int) -> int:
         """When background work is given up: the stop's deadline, or this worker's own while the service goes on.
 
-        A retiring generation without a deadline may take all the time it needs; one whose master is gone may not.
+        A retiring generation has RETIRE_TIMEOUT until a stop brings a deadline; one whose master is gone has less.
         """
         if os.getppid() != self.worker.ppid:
             return own
         if self.board.header.phase in (Phase.RETIRING, Phase.DRAINING):
-            return self.board.header.deadline
+            return self.board.header.deadline or self.slot.retire_deadline
         return self.slot.retire_deadline or own
 
     def exit(self) -> None:

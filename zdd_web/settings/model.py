@@ -21,6 +21,8 @@ PROBE_SETTINGS = APP_SETTINGS - {"checks", "log_probes"}
 DEFAULT_GRACE_PERIOD = 30.0
 #: tableflip's default; long enough for a Django project with a few hundred models on a busy machine.
 DEFAULT_UPGRADE_TIMEOUT = 60.0
+#: Longer than any download or import takes, and short enough that endless streams do not pile up generations in a day.
+DEFAULT_RETIRE_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Settings:
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
     recycle_timeout: float = 10.0
+    retire_timeout: float = DEFAULT_RETIRE_TIMEOUT
     abandon_status: int = 1
     termination_log: str = "/dev/termination-log"
     warmup: tuple[str, ...] = ()

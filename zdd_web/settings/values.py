@@ -199,6 +199,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
     "recycle_timeout": _seconds(least=0),
+    "retire_timeout": _seconds(least=1),
     "abandon_status": _exit_status,
     "termination_log": _absolute,
     "warmup": _paths,

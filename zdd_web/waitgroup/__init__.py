@@ -36,6 +36,7 @@ from zdd_web.errors import GroupClosed
 from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
+from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, run_stop_hooks
 from zdd_web.waitgroup.threads import Apart, Threads, close_connections, name_of, refuse_coroutines, report
 
 if TYPE_CHECKING:
@@ -51,11 +52,14 @@ __all__ = [
     "background",
     "close_all",
     "current_request",
+    "forget_stop_hooks",
     "observer",
     "oldest",
     "on_drained",
+    "on_stop",
     "renew_locks",
     "run_drained_hooks",
+    "run_stop_hooks",
 ]
 
 P = ParamSpec("P")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from zdd_web import clock
+from zdd_web import clock, waitgroup
 from zdd_web.board import Heartbeat, Slot
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.warmup import warm_up
@@ -82,7 +82,7 @@ class Family:
             warm_up(self.worker.wsgi, side.settings.warmup, self.beat)
             side.pass_checks(self.beat)
         side.arrive_at_gate()
-        side.gate.wait(side.board, self.beat, self.interval)
+        side.gate.wait(side.board, side.turn, self.interval)
         side.pass_gate()
 
     def run(self, run: Callable[[], None]) -> None:
@@ -99,6 +99,10 @@ class Family:
         timer.daemon = True
         timer.start()
 
+    def call_stop_hooks(self) -> None:
+        """Call what the app has given to `on_stop`: in a signal handler, or between two turns of the loop."""
+        waitgroup.run_stop_hooks()
+
     def leaving(self) -> Leaving | None:
         """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
         return compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
@@ -111,6 +115,11 @@ class Family:
             compat.accept_nobody(self.worker)
             self.side.accepts_no_more()
         self.wake()
+
+    def in_a_child_of_the_app(self) -> None:
+        """Called in a process that the app has forked, which has what this worker had in memory."""
+        # A child that comes back from the view is in gunicorn's loop, and is to leave it.
+        self.worker.alive = False
 
     def cut(self) -> None:
         """Called at the deadline, if the loop is not over."""

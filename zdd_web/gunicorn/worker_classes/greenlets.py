@@ -101,6 +101,10 @@ class Greenlets(Family):
         """See `Family`: a thread would be waited for until it has started."""
         gevent.spawn_later(seconds, function, *arguments)
 
+    def call_stop_hooks(self) -> None:
+        """See `Family`: one that blocks is not to keep this greenlet from its turns."""
+        gevent.spawn(waitgroup.run_stop_hooks)
+
     def end_loop(self) -> None:
         """See `Family`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
         for server in self._servers:
@@ -109,6 +113,12 @@ class Greenlets(Family):
         self.worker.alive = False
         # gunicorn waits for as long as `keepalive` for the next request.
         self.later(LINGER, self._close_idle)
+
+    def in_a_child_of_the_app(self) -> None:
+        """See `Family`: the greenlets are there too, and the child's hub would accept connections."""
+        # Not `alive`: the main greenlet would end the child in the middle of its work.
+        for server in self._servers:
+            server.stop_accepting()
 
     def cut(self) -> None:
         """See `Family`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` says that they are done."""

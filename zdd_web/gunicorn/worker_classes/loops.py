@@ -199,6 +199,9 @@ class Loop(Family):
         """See `Family`."""
         return _Drain(self)
 
+    def in_a_child_of_the_app(self) -> None:
+        """See `Family`: asyncio's loop does not run there."""
+
     def end_now(self, status: int) -> NoReturn:
         """See `Family`: SystemExit would be taken for an error of the app that happens to run (h11_impl.py:414)."""
         try:
