@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -58,6 +59,10 @@ BOOT_STOP_BUDGET = 2.0
 
 #: After "stop now" a worker that does not even hear the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
+
+#: How long the end of workers that were killed is waited for, before it is left to gunicorn, and how often it is
+#: looked for, seconds. The kernel takes a moment to free what a large process had.
+REAP_WITHIN, REAP_EVERY = 0.3, 0.005
 
 NO_EXIT_STATUS = -1
 
@@ -438,7 +443,17 @@ class Master:
         abandoned = bool(requests or tasks)
         if abandoned or served:
             self._emit_abandoned(killed, requests, tasks)
+        self._reap_the_killed()
         self._leave(abandoned=abandoned)
+
+    def _reap_the_killed(self) -> None:
+        # gunicorn's stop() looks ten times a second, and sleeps once more when all are reaped (arbiter.py:473): time
+        # that a service does not have at the end of its GRACE_PERIOD.
+        until = time.monotonic() + REAP_WITHIN
+        self.server.reap_workers()
+        while self.server.WORKERS and time.monotonic() < until:
+            time.sleep(REAP_EVERY)
+            self.server.reap_workers()
 
     def _emit_abandoned(self, workers: int, requests: int, tasks: int) -> None:
         seconds = self._leaving_for()

@@ -43,6 +43,12 @@ SETTLE = 0.25
 #: Where the door cannot be closed the queue may never be found empty under load, seconds.
 NARROW_AT_MOST = 2.0
 
+#: Of a worker's last words, the part for background work that is given up; `on_drained` comes after it.
+GIVE_UP_SHARE = 0.65
+
+#: Python's `sys.setswitchinterval()` from the deadline on, seconds.
+LAST_SWITCH_INTERVAL = 0.0002
+
 #: With no deadline, a drain that gunicorn itself bounds (`graceful_timeout`) gets a day.
 NO_LIMIT = 86_400
 
@@ -326,8 +332,9 @@ class WorkerSide:
         for close in (waitgroup.close_all, lambda: None):
             while not self.background_is_over():
                 self._beat()
+                left = clock.remaining(self._background_deadline(self._background_own))
                 for entry in waitgroup.all_entries()[:1]:
-                    entry.group.wait(timeout=0.1)
+                    entry.group.wait(timeout=0.1 if left is None else min(0.1, left))
             close()
         self.give_up_background()
         self._run_drained_hooks()
@@ -337,7 +344,10 @@ class WorkerSide:
         if not self._give_up_once.acquire(blocking=False):
             return
         waitgroup.close_all()
-        waitgroup.abandon(waitgroup.all_entries(), self.settings.stop_budget().last_words / 2, self._beat, self._name)
+        # Threads that compute would each keep the interpreter for 5 ms whenever this one has written a line.
+        sys.setswitchinterval(LAST_SWITCH_INTERVAL)
+        timeout = GIVE_UP_SHARE * self.settings.stop_budget().last_words
+        waitgroup.abandon(waitgroup.all_entries(), timeout, self._beat, self._count_abandoned)
 
     def _at_the_deadline(self) -> None:
         # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
@@ -355,11 +365,9 @@ class WorkerSide:
         """Leave what is in hand in the count: it is cut off, and not finished."""
         self._count_out = lambda: 0
 
-    def _name(self, entry: waitgroup.Entry, stack: str) -> None:
-        # Counted before anything of the app's is called, which may end the process.
-        self.slot.abandoned += 1
-        log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
-                 age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
+    def _count_abandoned(self, tasks: int) -> None:
+        # Before anything of the app's is called, which may end the process.
+        self.slot.abandoned += tasks
 
     def _run_drained_hooks(self) -> None:
         deadline, last_words = self.process.deadline_ns, self.settings.stop_budget().last_words
