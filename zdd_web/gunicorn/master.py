@@ -33,7 +33,7 @@ from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn import compat, process_exit, sources
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
@@ -91,6 +91,7 @@ class Master:
         self._abandoned = 0
         self._cut = 0
         self._killed_at_work = False
+        self._ends_now = False
         self._late = LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
         process.attach(self.board, None, settings)
@@ -115,6 +116,7 @@ class Master:
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
         self._gunicorn_stop: Callable[[bool], None] = server.stop
+        self._gunicorn_halt: Callable[[str | None, int], None] = server.halt
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
@@ -124,7 +126,7 @@ class Master:
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
         server.handle_term = guarded("handle_term", self.handle_term)
-        server.stop = self._stop
+        server.stop, server.halt = self._stop, self._halt
         server.handle_int = self.handle_int
         server.handle_quit = self.handle_quit
         server.handle_hup = guarded("handle_hup", self.reload.request)
@@ -319,6 +321,7 @@ class Master:
         if self.succession is not None:
             guarded("pid file", self.succession.unlink_pid_file)()
         guarded("systemd", self.supervisor.ends_now)(STOP_NOW_WITHIN)
+        self._ends_now = True
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self.header.phase = Phase.STOPPED
         # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
@@ -411,6 +414,22 @@ class Master:
         guarded("takeover", self.deploy.end_given_up)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
+
+    def _halt(self, reason: str | None = None, exit_status: int = 0) -> None:
+        # With `preload_app` threads that the app starts at import are the master's. Not for one that is to end now, or
+        # has not served: it has promised nothing.
+        until = clock.now_ns()
+        if self.gate.opened and not self._ends_now:
+            is_stop = self.header.stop_since and self.header.deadline
+            until = self.header.deadline if is_stop else clock.after_ns(self.settings.recycle_timeout)
+        try:
+            self._gunicorn_halt(reason, exit_status)
+        finally:
+            threads = process_exit.wait(process_exit.waited_for, lambda: until, lambda: None)
+            if threads:
+                process_exit.name(threads)
+                process_exit.end(exit_status)
+            process_exit.bound(until, lambda: None, exit_status)
 
     def _end_when_nobody_is_left(self) -> None:
         if self.deploy.waits_for_cancelled():

@@ -26,7 +26,7 @@ from gunicorn.errors import AppImportError
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
-from zdd_web.gunicorn import bootlog, compat, sources, worker_classes
+from zdd_web.gunicorn import bootlog, compat, process_exit, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.worker_classes.family import Leaving
 from zdd_web.health import table
@@ -81,6 +81,9 @@ class WorkerSide:
         self._watches_deadline = False
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
+        self._threads_own = clock.NEVER
+        self._threads_cut = False
+        self._last_beat: Callable[[], None] = lambda: None
         self._checks: checks.Runner | None = None
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
         self.last_word: Callable[[], None] = self.exit
@@ -326,6 +329,7 @@ class WorkerSide:
         signal.signal(signal.SIGTERM, lambda *_: None)
         watch.end()
         self._finish_background()
+        self._finish_threads()
 
     def _finish_background(self) -> None:
         # The second time for what slipped in before the groups were closed.
@@ -395,15 +399,45 @@ class WorkerSide:
             return self.board.header.deadline
         return self.slot.retire_deadline or own
 
+    def _finish_threads(self) -> None:
+        threads = process_exit.wait(self.threads_left, self.threads_deadline, self._beat)
+        self._threads_cut = bool(threads)
+        process_exit.name(threads, self.family.frames)
+        self._last_beat = compat.lasting_heartbeat(self.worker)
+
+    def threads_left(self, *, pools_only: bool = False) -> list[threading.Thread]:
+        """Return the app's threads that Python would wait for, those aside that work on what is counted elsewhere."""
+        tracked = {entry.thread_id for entry in waitgroup.all_entries()}
+        threads = process_exit.waited_for(self.family.own_threads(), self.family.frames, pools_only=pools_only)
+        return [thread for thread in threads if thread.ident not in tracked]
+
+    def threads_deadline(self) -> int:
+        """When threads are left behind: at the stop's deadline, and after RECYCLE_TIMEOUT while the service goes on.
+
+        Not when background work is: most of these threads have no end of their own, and a generation that retires would
+        stay, with its consumers at work, for as long as it may.
+        """
+        if not self._threads_own:
+            self._threads_own = clock.after_ns(self.settings.recycle_timeout)
+        if os.getppid() != self.worker.ppid:
+            return self._threads_own
+        header = self.board.header
+        if header.phase == Phase.DRAINING:
+            return header.deadline or self._threads_own
+        return process_exit.earlier(header.deadline, self.slot.retire_deadline, self._threads_own)
+
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""
-        if self.slot.abandoned or self.family.has_cut or self._status_now is not None:
-            # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
-                    stream.flush()
-            os._exit(1 if self._status_now is None else self._status_now)
+        if self._status_now is not None:
+            process_exit.end(self._status_now)
+        if self.slot.abandoned or self.family.has_cut:
+            # Python would wait for the threads of the abandoned work.
+            process_exit.end(1)
+        status = process_exit.status_under_way()
+        if self._threads_cut or (not self._loop_is_over and process_exit.waited_for(frames=self.family.frames)):
+            # Before its loop it has promised nothing; after it, threads have had their time.
+            process_exit.end(status)
+        process_exit.bound(self.threads_deadline(), self._last_beat, status, self.family.interval)
 
     # -- requests
 
