@@ -52,7 +52,8 @@ def waited_for(
     queues = dict(pools._threads_queues)
     here, ours = threading.current_thread(), set(but) | {threading.main_thread()}
     others = [thread for thread in threading.enumerate() if thread is not here and thread not in ours]
-    stands_at = frames() if others else {}
+    # Under gevent a search through all objects, so only where it is needed.
+    stands_at = frames() if any(thread in queues for thread in others) else {}
     found = []
     for thread in others:
         if thread in queues:
