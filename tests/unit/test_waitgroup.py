@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import gc
+import itertools
 import json
 import logging
 import signal
@@ -677,9 +678,17 @@ def test_finished_work_is_freed_without_the_garbage_collector(
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what was logged, which must be failures of background work and nothing else."""
-    assert [message for message in caplog.messages if not message.startswith("event=background.failed ")] == []
-    return [message.removeprefix("event=background.failed ") for message in caplog.messages]
+    """Return what was logged of failures; anything else must be about work that was given up."""
+    given_up = ("background.deadline", "background.handed_back", "background.abandoned", "background.abandoned_by_name")
+    messages = [record.getMessage() for record in caplog.records if vars(record)["zdd_event"] not in given_up]
+    assert [message for message in messages if not message.startswith("event=background.failed ")] == []
+    return [message.removeprefix("event=background.failed ") for message in messages]
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
+    """Return the fields of each line of an event."""
+    found = [vars(record) for record in caplog.records if vars(record).get("zdd_event") == event]
+    return [{key[4:]: value for key, value in fields.items() if key.startswith("zdd_")} for fields in found]
 
 
 def test_task_is_in_hand_until_it_is_done(group: WaitGroup) -> None:
@@ -1133,7 +1142,11 @@ def test_on_abandon_that_breaks_or_hangs_is_logged_and_holds_nobody(
         entry.done()
     breaking, *hanging = failures(caplog)
     assert breaking == 'group=unit name=breaks hook=on_abandon error="ConnectionError: no broker"'
-    assert len(hanging) == 40
+    (outcome,) = lines_of(caplog, "background.handed_back")
+    assert outcome["on_abandon"] == 41 and outcome["returned"] == 0 and outcome["failed"] == 1
+    # Each is accounted for, and those that hang have not kept all the others from being called.
+    assert len(hanging) == outcome["running"] > waitgroup.ABANDONED_AT_ONCE
+    assert outcome["running"] + outcome["not_run"] == 40
     assert {message.rpartition(" after ")[0] for message in hanging} == {
         'group=unit name=hangs hook=on_abandon error="TimeoutError: still running'
     }
@@ -1148,9 +1161,9 @@ def test_on_abandon_for_which_there_is_no_thread_is_logged(
     entries = [group.add("poor", on_abandon=print) for _ in range(40)]
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert len(abandon(entries, timeout=PATIENCE)) == 40
-    assert (
-        failures(caplog) == ['group=unit name=poor hook=on_abandon error="RuntimeError: can\'t start new thread"'] * 40
-    )
+    assert failures(caplog) == ['hook=on_abandon error="RuntimeError: can\'t start new thread"']
+    (outcome,) = lines_of(caplog, "background.handed_back")
+    assert (outcome["on_abandon"], outcome["not_run"]) == (40, 40)
     for entry in entries:
         entry.done()
 
@@ -1172,6 +1185,84 @@ def test_on_abandon_does_not_come_all_at_once(group: WaitGroup) -> None:
     assert 0 < most[0] <= waitgroup.ABANDONED_AT_ONCE
     for entry in entries:
         entry.done()
+
+
+def test_the_number_of_tasks_comes_before_anything_of_the_apps(group: WaitGroup) -> None:
+    steps: list[object] = []
+    entries = [group.add("work", on_abandon=lambda entry: steps.append("called")) for _ in range(3)]
+    over = group.add("over")
+    over.done()
+    abandon([*entries, over], timeout=PATIENCE, counted=steps.append)
+    assert steps == [3, "called", "called", "called"]
+    for entry in entries:
+        entry.done()
+
+
+def test_beyond_a_number_tasks_are_logged_by_name(group: WaitGroup, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [group.add(f"name-{number % 40}") for number in range(2_000)]
+    assert len(abandon(entries, timeout=PATIENCE)) == 2_000
+    (deadline,) = lines_of(caplog, "background.deadline")
+    assert deadline["tasks"] == 2_000
+    oldest = [line["name"] for line in lines_of(caplog, "background.abandoned")]
+    assert oldest == [entry.name for entry in entries[:100]]
+    *by_name, rest = lines_of(caplog, "background.abandoned_by_name")
+    assert len(by_name) == 20 and rest["names"] == 20
+    assert len(oldest) + sum(line["tasks"] for line in [*by_name, rest]) == 2_000
+    for entry in entries:
+        entry.done()
+
+
+def test_names_take_no_more_than_their_time(
+    group: WaitGroup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [group.add("work") for _ in range(60)]
+    now = time.monotonic()
+    # Each look at the clock takes a second: a log that is slow.
+    monkeypatch.setattr(time, "monotonic", itertools.count(now).__next__)
+    abandon(entries, timeout=20)
+    monkeypatch.undo()
+    named = len(lines_of(caplog, "background.abandoned"))
+    (rest,) = lines_of(caplog, "background.abandoned_by_name")
+    assert 10 <= named < 60
+    assert named + rest["tasks"] == 60
+    for entry in entries:
+        entry.done()
+
+
+def test_each_on_abandon_is_called_or_counted_as_not_run(group: WaitGroup, caplog: pytest.LogCaptureFixture) -> None:
+    called: list[int] = []
+
+    def slow(entry: Entry) -> None:
+        called.append(entry.number)
+        time.sleep(0.02)
+
+    entries = [group.add("work", on_abandon=slow) for _ in range(2_000)]
+    abandon(entries, timeout=0.2)
+    (outcome,) = lines_of(caplog, "background.handed_back")
+    assert outcome["on_abandon"] == 2_000
+    assert outcome["returned"] + outcome["running"] == len(called)
+    assert len(called) + outcome["not_run"] == 2_000
+    assert outcome["not_run"] > 0
+    for entry in entries:
+        entry.done()
+
+
+def test_what_was_given_up_is_not_begun_while_it_is_handed_back(lane: WaitGroup, held: Held) -> None:
+    begun: list[str] = []
+
+    def release(entry: Entry) -> None:
+        # The lane's only thread is free from here on, and this one's turn has come.
+        held.released.set()
+        running.result(PATIENCE)
+
+    running = lane.go(held)
+    queued = lane.go(begun.append, "queued", on_abandon=release)
+    assert held.begun.wait(PATIENCE)
+    abandon(lane.entries(), timeout=PATIENCE)
+    with pytest.raises(CancelledError):
+        queued.result(PATIENCE)
+    assert lane.wait(PATIENCE)
+    assert begun == []
 
 
 def test_thousand_tasks_are_finished_or_reported(group: WaitGroup) -> None:

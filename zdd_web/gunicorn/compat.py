@@ -12,6 +12,7 @@ import re
 import select
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -439,6 +440,22 @@ def look_before_closing(worker: Any) -> None:
         murder_keepalived(**force)
 
     worker.murder_keepalived = look_first
+
+
+def pool_threads(worker: Any) -> set[threading.Thread]:
+    """Return the threads on which a gthread worker answers requests."""
+    return set(getattr(getattr(worker, "tpool", None), "_threads", ()))
+
+
+def lasting_heartbeat(worker: Any) -> Callable[[], None]:
+    """Return a worker's heartbeat as it is after the loop, when gunicorn has closed the file of it (arbiter.py:772)."""
+    fd = os.dup(worker.tmp.fileno())  # stays open until the process ends
+
+    def beat() -> None:
+        now = time.monotonic()
+        os.utime(fd, (now, now))
+
+    return beat
 
 
 def take_max_requests(worker: Any) -> int:

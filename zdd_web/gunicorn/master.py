@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ from gunicorn.errors import HaltServer
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import compat, sources
+from zdd_web.gunicorn import compat, process_exit, sources
 from zdd_web.gunicorn.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
@@ -67,6 +68,10 @@ OVERDUE_SLACK = 5.0
 
 #: After "stop now" a worker that does not even hear the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
+
+#: How long the end of workers that were killed is waited for, before it is left to gunicorn, and how often it is
+#: looked for, seconds. The kernel takes a moment to free what a large process had.
+REAP_WITHIN, REAP_EVERY = 0.3, 0.005
 
 NO_EXIT_STATUS = -1
 
@@ -103,6 +108,7 @@ class Master:
         self._cut = 0
         self._has_room = True
         self._killed_at_work = False
+        self._ends_now = False
         self._late = LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
         process.attach(self.board, None, settings)
@@ -129,6 +135,7 @@ class Master:
         self._gunicorn_ttin: Callable[[], None] = server.handle_ttin
         self._gunicorn_stop: Callable[[bool], None] = server.stop
         self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
+        self._gunicorn_halt: Callable[[str | None, int], None] = server.halt
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
@@ -138,7 +145,7 @@ class Master:
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
         server.handle_term = guarded("handle_term", self.handle_term)
-        server.stop = self._stop
+        server.stop, server.halt = self._stop, self._halt
         server.handle_int = self.handle_int
         server.handle_quit = self.handle_quit
         server.handle_hup = guarded("handle_hup", self.reload.request)
@@ -362,6 +369,7 @@ class Master:
         if self.succession is not None:
             guarded("pid file", self.succession.unlink_pid_file)()
         guarded("systemd", self.supervisor.ends_now)(STOP_NOW_WITHIN)
+        self._ends_now = True
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self.header.phase = Phase.STOPPED
         # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
@@ -498,6 +506,22 @@ class Master:
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
 
+    def _halt(self, reason: str | None = None, exit_status: int = 0) -> None:
+        # With `preload_app` threads that the app starts at import are the master's. Not for one that is to end now, or
+        # has not served: it has promised nothing.
+        until = clock.now_ns()
+        if self.gate.opened and not self._ends_now:
+            is_stop = self.header.stop_since and self.header.deadline
+            until = self.header.deadline if is_stop else clock.after_ns(self.settings.recycle_timeout)
+        try:
+            self._gunicorn_halt(reason, exit_status)
+        finally:
+            threads = process_exit.wait(process_exit.waited_for, lambda: until, lambda: None)
+            if threads:
+                process_exit.name(threads)
+                process_exit.end(exit_status)
+            process_exit.bound(until, lambda: None, exit_status)
+
     def _end_when_nobody_is_left(self) -> None:
         if self.deploy.waits_for_cancelled():
             return
@@ -537,7 +561,17 @@ class Master:
         abandoned = bool(requests or tasks)
         if abandoned or served:
             self._emit_abandoned(killed, requests, tasks, self._leaving_for())
+        self._reap_the_killed()
         self._leave(abandoned=abandoned)
+
+    def _reap_the_killed(self) -> None:
+        # gunicorn's stop() looks ten times a second, and sleeps once more when all are reaped (arbiter.py:473): time
+        # that a service does not have at the end of its GRACE_PERIOD.
+        until = time.monotonic() + REAP_WITHIN
+        self.server.reap_workers()
+        while self.server.WORKERS and time.monotonic() < until:
+            time.sleep(REAP_EVERY)
+            self.server.reap_workers()
 
     def _emit_abandoned(self, workers: int, requests: int, tasks: int, seconds: float) -> None:
         said: dict[str, Any] = {"workers": workers, "requests": requests, "tasks": tasks, "seconds": seconds}

@@ -26,7 +26,7 @@ from gunicorn.errors import AppImportError
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
-from zdd_web.gunicorn import app_forks, bootlog, compat, sources, worker_classes
+from zdd_web.gunicorn import app_forks, bootlog, compat, process_exit, sources, worker_classes
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.orders import Once, Orders
 from zdd_web.gunicorn.rotation import reopening
@@ -45,6 +45,12 @@ SETTLE = 0.25
 
 #: Where the door cannot be closed the queue may never be found empty under load, seconds.
 NARROW_AT_MOST = 2.0
+
+#: Of a worker's last words, the part for background work that is given up; `on_drained` comes after it.
+GIVE_UP_SHARE = 0.65
+
+#: Python's `sys.setswitchinterval()` from the deadline on, seconds.
+LAST_SWITCH_INTERVAL = 0.0002
 
 #: With no deadline, a drain that gunicorn itself bounds (`graceful_timeout`) gets a day.
 NO_LIMIT = 86_400
@@ -79,6 +85,9 @@ class WorkerSide:
         self._watched_deadline = clock.NEVER
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
+        self._threads_own = clock.NEVER
+        self._threads_cut = False
+        self._last_beat: Callable[[], None] = lambda: None
         self._checks: checks.Runner | None = None
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
         self.last_word: Callable[[], None] = self.exit
@@ -353,14 +362,16 @@ class WorkerSide:
         # Where the loop has ended by itself, because the master is gone.
         waitgroup.run_stop_hooks()
         self._finish_background()
+        self._finish_threads()
 
     def _finish_background(self) -> None:
         # The second time for what slipped in before the groups were closed.
         for close in (waitgroup.close_all, lambda: None):
             while not self.background_is_over():
                 self._beat()
+                left = clock.remaining(self._background_deadline(self._background_own))
                 for entry in waitgroup.all_entries()[:1]:
-                    entry.group.wait(timeout=0.1)
+                    entry.group.wait(timeout=0.1 if left is None else min(0.1, left))
             close()
         self.give_up_background()
         self._run_drained_hooks()
@@ -370,7 +381,10 @@ class WorkerSide:
         if not self._give_up_once.acquire(blocking=False):
             return
         waitgroup.close_all()
-        waitgroup.abandon(waitgroup.all_entries(), self.settings.stop_budget().last_words / 2, self._beat, self._name)
+        # Threads that compute would each keep the interpreter for 5 ms whenever this one has written a line.
+        sys.setswitchinterval(LAST_SWITCH_INTERVAL)
+        timeout = GIVE_UP_SHARE * self.settings.stop_budget().last_words
+        waitgroup.abandon(waitgroup.all_entries(), timeout, self._beat, self._count_abandoned)
 
     def _at_the_deadline(self) -> None:
         # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
@@ -388,11 +402,9 @@ class WorkerSide:
         """Leave what is in hand in the count: it is cut off, and not finished."""
         self._count_out = lambda: 0
 
-    def _name(self, entry: waitgroup.Entry, stack: str) -> None:
-        # Counted before anything of the app's is called, which may end the process.
-        self.slot.abandoned += 1
-        log.emit("background.abandoned", logging.ERROR, pid=os.getpid(), group=entry.group.name, name=entry.name,
-                 age=entry.age, thread=entry.thread, request=entry.request, detail=stack)  # fmt: skip
+    def _count_abandoned(self, tasks: int) -> None:
+        # Before anything of the app's is called, which may end the process.
+        self.slot.abandoned += tasks
 
     def _run_drained_hooks(self) -> None:
         deadline, last_words = self.process.deadline_ns, self.settings.stop_budget().last_words
@@ -420,15 +432,45 @@ class WorkerSide:
             return self.board.header.deadline or self.slot.retire_deadline
         return self.slot.retire_deadline or own
 
+    def _finish_threads(self) -> None:
+        threads = process_exit.wait(self.threads_left, self.threads_deadline, self._beat)
+        self._threads_cut = bool(threads)
+        process_exit.name(threads, self.family.frames)
+        self._last_beat = compat.lasting_heartbeat(self.worker)
+
+    def threads_left(self, *, pools_only: bool = False) -> list[threading.Thread]:
+        """Return the app's threads that Python would wait for, those aside that work on what is counted elsewhere."""
+        tracked = {entry.thread_id for entry in waitgroup.all_entries()}
+        threads = process_exit.waited_for(self.family.own_threads(), self.family.frames, pools_only=pools_only)
+        return [thread for thread in threads if thread.ident not in tracked]
+
+    def threads_deadline(self) -> int:
+        """When threads are left behind: at the stop's deadline, and after RECYCLE_TIMEOUT while the service goes on.
+
+        Not when background work is: most of these threads have no end of their own, and a generation that retires would
+        stay, with its consumers at work, for as long as it may.
+        """
+        if not self._threads_own:
+            self._threads_own = clock.after_ns(self.settings.recycle_timeout)
+        if os.getppid() != self.worker.ppid:
+            return self._threads_own
+        header = self.board.header
+        if header.phase == Phase.DRAINING:
+            return header.deadline or self._threads_own
+        return process_exit.earlier(header.deadline, self.slot.retire_deadline, self._threads_own)
+
     def exit(self) -> None:
         """The last word of the process, after everybody's `worker_exit`."""
-        if self.slot.abandoned or self.family.has_cut or self._status_now is not None:
-            # Python would wait for the threads of the abandoned work, without a heartbeat and without end.
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
-                    stream.flush()
-            os._exit(1 if self._status_now is None else self._status_now)
+        if self._status_now is not None:
+            process_exit.end(self._status_now)
+        if self.slot.abandoned or self.family.has_cut:
+            # Python would wait for the threads of the abandoned work.
+            process_exit.end(1)
+        status = process_exit.status_under_way()
+        if self._threads_cut or (not self._loop_is_over and process_exit.waited_for(frames=self.family.frames)):
+            # Before its loop it has promised nothing; after it, threads have had their time.
+            process_exit.end(status)
+        process_exit.bound(self.threads_deadline(), self._last_beat, status, self.family.interval)
 
     # -- requests
 

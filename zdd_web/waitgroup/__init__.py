@@ -26,23 +26,24 @@ import functools
 import itertools
 import os
 import threading
-import time
 import types
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from zdd_web.errors import GroupClosed
+from zdd_web.waitgroup.abandon import ABANDONED_AT_ONCE, abandon
 from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
 from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, run_stop_hooks
-from zdd_web.waitgroup.threads import Apart, Threads, close_connections, name_of, refuse_coroutines, report
+from zdd_web.waitgroup.threads import Threads, close_connections, name_of, refuse_coroutines, report
 
 if TYPE_CHECKING:
     import asyncio
 
 __all__ = [
+    "ABANDONED_AT_ONCE",
     "Entry",
     "Executor",
     "Task",
@@ -69,9 +70,6 @@ AfterClose = Literal["reject", "run_inline"]
 
 #: ThreadPoolExecutor's default (5 on one core) is meant for computing; background work of a web app waits for others.
 DEFAULT_THREADS = 32
-
-#: How many `on_abandon` run at once, as long as they end: each may want a connection to a database.
-ABANDONED_AT_ONCE = 32
 
 _groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
 
@@ -172,7 +170,7 @@ class WaitGroup:
     def _failed(self, entry: Entry, error: BaseException) -> None:
         with self._changed:
             self.failed += 1
-        report(error, **_fields(entry))
+        report(error, **entry.fields())
 
     @contextlib.contextmanager
     def track(self, name: str = "tracked", *, on_abandon: OnAbandon | None = None) -> Iterator[Entry]:
@@ -285,10 +283,12 @@ class WaitGroup:
 
         def run_on_a_thread_of_ours() -> R:
             try:
+                if entry.given_up:
+                    raise concurrent.futures.CancelledError(f"{entry.name!r} was given up before it was begun")
                 return run()
             finally:
                 try:
-                    close_connections(**_fields(entry))
+                    close_connections(**entry.fields())
                 finally:
                     entry.done()
 
@@ -342,11 +342,6 @@ class WaitGroup:
         return True
 
 
-def _fields(entry: Entry) -> dict[str, str]:
-    request = {"request": entry.request} if entry.request else {}
-    return {"group": entry.group.name, "name": entry.name, **request}
-
-
 def _run_inline(run: Callable[[], R], entry: Entry) -> concurrent.futures.Future[R]:
     future: concurrent.futures.Future[R] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
@@ -374,47 +369,6 @@ def close_all() -> None:
     """Close every group of this process."""
     for group in _all_groups():
         group.close()
-
-
-def abandon(
-    entries: Iterable[Entry],
-    timeout: float,
-    beat: Callable[[], object] = lambda: None,
-    report: Callable[[Entry, str], object] = lambda entry, stack: None,
-) -> list[tuple[Entry, str]]:
-    """Give up what of `entries` is still in hand; return it, each with its stack.
-
-    What waits for a thread is cancelled. All are told to `report` before anything of the app's is called. Each
-    `on_abandon` runs in a daemon thread; all of them together get `timeout` seconds, in which `beat` is called. Work
-    goes on meanwhile: it may end after its `on_abandon` was called.
-
-    >>> group = WaitGroup("doctest")
-    >>> entry = group.add("import", on_abandon=lambda entry: print(entry.name, "once more"))
-    >>> [(entry.name, stack)] = abandon(group.entries(), timeout=5)
-    import once more
-    >>> entry.done()
-    """
-    until = time.monotonic() + timeout
-    given_up = []
-    for entry in entries:
-        if not entry.in_hand:
-            continue
-        # The caller's own stack says nothing of the work.
-        stack = "" if entry.task is None and entry.thread_id == threading.get_ident() else entry.stack()
-        entry.cancel()
-        report(entry, stack)
-        given_up.append((entry, stack))
-    calls: list[Apart] = []
-    for entry, _ in given_up:
-        if entry.on_abandon is None:
-            continue
-        if len(calls) >= ABANDONED_AT_ONCE:
-            calls[-ABANDONED_AT_ONCE].give_way(until)
-            beat()
-        calls.append(Apart(functools.partial(entry.on_abandon, entry), **_fields(entry), hook="on_abandon"))
-    for call in calls:
-        call.join(until, beat)
-    return given_up
 
 
 def _all_groups() -> list[WaitGroup]:

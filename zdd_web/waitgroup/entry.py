@@ -47,6 +47,8 @@ class Entry:
     thread: str = ""
     thread_id: int = 0
     started: float = field(default_factory=time.monotonic)
+    #: Its deadline has passed. Said to ten thousand of them in a moment, in which twenty times fewer are cancelled.
+    given_up: bool = field(default=False, repr=False)
     task: asyncio.Task[Any] | None = field(default=None, repr=False)
     _greenlet: Any = field(default=None, repr=False)
     # Weak, since the future holds the entry; a pool holds it for as long as there is something to cancel.
@@ -61,6 +63,11 @@ class Entry:
     def in_hand(self) -> bool:
         """Whether the work is not over yet."""
         return self.group._has(self)
+
+    def fields(self) -> dict[str, str]:
+        """Return what each log line about this work says."""
+        request = {"request": self.request} if self.request else {}
+        return {"group": self.group.name, "name": self.name, **request}
 
     def done(self) -> None:
         """Say that the work is over. A second call does nothing."""

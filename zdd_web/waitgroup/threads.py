@@ -78,11 +78,6 @@ class Apart:
             self._thread.join(min(left, BEAT))
         return None
 
-    def give_way(self, until: float) -> None:
-        """Wait a moment for its end, and not beyond `until`."""
-        if self._thread.is_alive():
-            self._thread.join(max(0.0, min(BEAT / 2, until - time.monotonic())))
-
 
 def report(error: BaseException, **fields: str) -> None:
     """Log what background work raised."""

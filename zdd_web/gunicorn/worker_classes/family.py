@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from zdd_web import clock, waitgroup
@@ -123,6 +124,14 @@ class Family:
 
     def cut(self) -> None:
         """Called at the deadline, if the loop is not over."""
+
+    def own_threads(self) -> set[threading.Thread]:
+        """Return the worker's threads, which are not the app's."""
+        return compat.pool_threads(self.worker)
+
+    def frames(self) -> Mapping[int, FrameType]:
+        """Return where each thread stands, by its `ident`."""
+        return sys._current_frames()
 
     def end_now(self, status: int) -> NoReturn:
         """End the process from a signal handler, with what is in hand; `worker_exit` still runs."""

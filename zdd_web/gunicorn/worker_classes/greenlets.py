@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import gevent
@@ -125,6 +127,11 @@ class Greenlets(Family):
         if self.side.slot.in_flight:
             self.has_cut = True
             self.side.stop_counting()
+
+    def frames(self) -> Mapping[int, FrameType]:
+        """See `Family`: threads are greenlets, and their `ident` is the greenlet's address."""
+        greenlets = (each for each in gc.get_objects() if isinstance(each, gevent.Greenlet))
+        return {id(each): each.gr_frame for each in greenlets if each.gr_frame is not None}
 
     def _close_idle(self) -> None:
         for idle in list(self._idle):

@@ -129,6 +129,19 @@ class Loop(Family):
                 server.close()
             return server
 
+        shutdown_executor = loop.shutdown_default_executor
+
+        async def shutdown(*arguments: Any) -> None:
+            # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
+            # by the deadline is left, and logged when the loop is closed.
+            while self.side.threads_left(pools_only=True):
+                left = clock.remaining(self.side.threads_deadline())
+                if left == 0:
+                    return
+                await asyncio.sleep(TURN if left is None else min(TURN, left))
+            await shutdown_executor(*arguments)
+
+        loop.shutdown_default_executor = shutdown  # type: ignore[method-assign]
         loop.create_server = create  # type: ignore[method-assign, assignment]
         self._turn()
 
