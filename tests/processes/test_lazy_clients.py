@@ -1,4 +1,4 @@
-"""Clients that close late: they cost a leaving worker little, and the others nothing."""
+"""Clients that close late, or connect and send nothing: they cost a leaving worker little, and the others nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processes.harness import PATIENCE, Service
+from tests.processes.harness import PATIENCE, Service, connections, until
 
-#: gunicorn waits up to two seconds for each of them.
+#: gunicorn waits up to two seconds for each lazy client; a stop or an upgrade waits until its end for a silent one.
 MANY, SOON = 24, 8.0
 
 
@@ -58,3 +58,24 @@ def test_a_reply_in_a_lame_duck_outlives_a_body_that_the_app_does_not_read(make_
         assert response.read().startswith(b"1 1 ")
     service.signal(signal.SIGTERM)
     service.ends()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gthread"])
+def test_clients_that_send_nothing_hold_up_neither_an_upgrade_nor_a_stop(service: Service) -> None:
+    service.workers = 1
+    service.arguments = ["--keep-alive", "75"]
+    service.configure(grace_period=60).start()
+    with clients(service, 8):
+        until("the connections", lambda: taken(service), service)
+        service.signal(signal.SIGUSR2)
+        service.wait_for("event=phase.retiring")
+        until("the end of the old generation", lambda: len(service.generations()) == 1, service, SOON)
+        with clients(service, 8):
+            until("the connections", lambda: taken(service), service)
+            service.signal(signal.SIGTERM)
+            service.ends(status=0, patience=SOON)
+
+
+def taken(service: Service) -> bool:
+    (worker,) = service.snapshot().workers
+    return bool(connections(worker.pid))

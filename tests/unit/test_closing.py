@@ -1,4 +1,4 @@
-"""Connections of a worker: how they are closed."""
+"""Connections of a worker: how they are closed, and how long those that send nothing are waited for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gunicorn.workers import gthread as stock
 from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.gunicorn.adapter import closing as module
-from zdd_web.gunicorn.adapter import gthread, sync
+from zdd_web.gunicorn.adapter import gthread, silent, sync
 from zdd_web.gunicorn.adapter.closing import ClosingConnections
 
 PATIENCE = 20.0
@@ -202,6 +202,77 @@ def test_what_is_closed_or_gone_is_left_alone(made, closing) -> None:
     assert len(closing) == 0
 
 
+# -- connections that send nothing
+
+
+def test_bytes_that_are_there_are_not_waited_for(made) -> None:
+    server, client = connect(made)
+    client.sendall(b"G")
+    assert silent.await_first_byte(server, lambda: pytest.fail("no reason to ask"))
+
+
+def test_a_silent_connection_is_waited_for_as_long_as_the_worker_serves(made) -> None:
+    server, client = connect(made)
+    asked: list[None] = []
+
+    def is_leaving() -> bool:
+        asked.append(None)
+        if len(asked) == 15:  # longer than a leaving worker waits
+            client.sendall(b"G")
+        return False
+
+    assert silent.await_first_byte(server, is_leaving)
+
+
+def test_a_leaving_worker_serves_what_a_young_connection_sends(made) -> None:
+    server, client = connect(made)
+    beats: list[None] = []
+
+    def beat() -> None:
+        beats.append(None)
+        if len(beats) == 2:
+            client.sendall(b"G")
+
+    assert silent.await_first_byte(server, lambda: True, beat)
+
+
+def test_a_leaving_worker_gives_up_one_that_stays_silent(made, monkeypatch) -> None:
+    monkeypatch.setattr(silent, "PATIENCE", 0.3)
+    server, _ = connect(made)
+    began = time.monotonic()
+    assert not silent.await_first_byte(server, lambda: True)
+    assert time.monotonic() - began < PATIENCE
+
+
+def test_several_that_have_waited_in_a_queue_are_not_waited_for_one_after_the_other(made, monkeypatch) -> None:
+    monkeypatch.setattr(silent, "PATIENCE", 0.5)
+    servers = [connect(made)[0] for _ in range(40)]
+    began = time.monotonic()
+    assert not any(silent.await_first_byte(server, lambda: True) for server in servers)
+    # Half a second for each takes 20 s.
+    assert time.monotonic() - began < 10
+
+
+def test_a_timeout_ends_the_wait_of_one_that_serves(made) -> None:
+    server, _ = connect(made)
+    assert not silent.await_first_byte(server, lambda: False, timeout=0.05)
+
+
+def test_the_age_of_a_connection_is_that_since_its_handshake(made) -> None:
+    server, client = connect(made)
+    now = time.monotonic()
+    deadline = now + PATIENCE
+    while silent.silent_for(server, time.monotonic()) < 0.2:
+        assert time.monotonic() < deadline
+    assert silent.silent_for(server, time.monotonic()) <= time.monotonic() - now + 0.1
+    client.sendall(b"G")
+    select.select([server], [], [], PATIENCE)
+    assert silent.silent_for(server, time.monotonic()) < 0.2
+    ours, theirs = socket.socketpair()
+    made += [ours, theirs]
+    assert silent.silent_for(ours, time.monotonic() - 3) >= 3
+
+
 # -- what is changed in gunicorn
 
 
@@ -221,6 +292,28 @@ def worker_of(kind: Any, **attributes: Any) -> Any:
     worker = kind.__new__(kind)
     vars(worker).update(attributes)
     return worker
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepalive(monkeypatch) -> None:
+    if not hasattr(stock.ThreadWorker, "murder_pending"):
+        pytest.skip("this gunicorn gives a connection no thread before it has sent something")
+    murdered: list[float] = []
+    monkeypatch.setattr(
+        stock.ThreadWorker,
+        "murder_pending",
+        lambda worker: murdered.extend(each.timeout for each in worker.pending_conns),
+    )
+    monkeypatch.setattr(stock.ThreadWorker, "wait_for_and_dispatch_events", lambda worker, timeout: None)
+    ours = process()
+    worker = worker_of(stock.ThreadWorker, pending_conns=[SimpleNamespace(timeout=time.monotonic() + 75)])
+    gthread.give_up_silent_connections(worker, ours)
+    worker.murder_pending()
+    ours.going = True
+    worker.murder_pending()
+    serving, leaving = (timeout - time.monotonic() for timeout in murdered)
+    assert serving > 60
+    assert leaving <= module.QUIET
 
 
 @pytest.mark.usefixtures("unchanged")

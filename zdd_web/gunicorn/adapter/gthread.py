@@ -1,16 +1,18 @@
-"""gunicorn.workers.gthread: how it closes connections."""
+"""gunicorn.workers.gthread: how it closes connections, and how long it waits for those that send nothing."""
 
 from __future__ import annotations
 
 import selectors
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
 from gunicorn.workers import gthread
 
 from zdd_web import clock
-from zdd_web.gunicorn.adapter.closing import ClosingConnections
+from zdd_web.gunicorn.adapter.closing import QUIET, ClosingConnections
+from zdd_web.gunicorn.adapter.silent import await_first_byte
 
 if TYPE_CHECKING:
     from zdd_web.process import Process
@@ -18,11 +20,15 @@ if TYPE_CHECKING:
 _util: Any = util
 _Connection: Any = gthread.TConn
 
+#: The longest that a loop which is to end waits for its sockets, seconds.
+TURN = 1.0
+
 
 def adapt(worker: Any, process: Process) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are."""
     if isinstance(worker, gthread.ThreadWorker):
         close_beside_the_loop(worker, process)
+        give_up_silent_connections(worker, process)
 
 
 def close_beside_the_loop(worker: Any, process: Process) -> None:
@@ -85,3 +91,44 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
             util.close(conn.sock)
 
     worker.finish_request, _Connection.close = finish, close
+
+
+def give_up_silent_connections(worker: Any, process: Process) -> None:
+    """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
+
+    From 25 on a new connection holds a thread for five seconds (gthread.py:584), and is then kept for as long as
+    `keepalive`; only those that have had a request are cut short when the worker is to end (gthread.py:467). 23 gives
+    them no thread, and up to its end no limit.
+    """
+    if not hasattr(worker, "murder_pending"):
+        return
+    wait_for_data, murder_pending = _Connection.wait_for_data, worker.murder_pending
+    wait_and_dispatch = worker.wait_for_and_dispatch_events
+    ends_at: float | None = None
+
+    def wait_for_data_unless_leaving(conn: Any, timeout: float) -> bool:
+        if conn.data_ready or conn.sock.fileno() < 0:
+            return bool(wait_for_data(conn, timeout))
+        conn.data_ready = await_first_byte(conn.sock, process.is_leaving, timeout=timeout)
+        return bool(conn.data_ready)
+
+    def murder_pending_of_a_leaving_worker() -> None:
+        nonlocal ends_at
+        if process.going and worker.pending_conns:
+            now = time.monotonic()
+            ends_at = ends_at or now + QUIET
+            for conn in worker.pending_conns:
+                conn.timeout = min(conn.timeout, ends_at)
+            if ends_at <= now:
+                # What has arrived is read before its connection is closed.
+                wait_and_dispatch(0)
+        murder_pending()
+
+    def wait_a_turn(timeout: float) -> None:
+        # Up to 26 a loop that is to end sleeps until its time is over or something arrives, without a heartbeat.
+        if timeout > TURN:
+            worker.notify()
+        wait_and_dispatch(min(timeout, TURN))
+
+    _Connection.wait_for_data = wait_for_data_unless_leaving
+    worker.murder_pending, worker.wait_for_and_dispatch_events = murder_pending_of_a_leaving_worker, wait_a_turn

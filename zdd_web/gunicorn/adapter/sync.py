@@ -1,8 +1,9 @@
-"""gunicorn.workers.sync: how it closes connections."""
+"""gunicorn.workers.sync: how it closes connections, and how long it waits for those that send nothing."""
 
 from __future__ import annotations
 
 import errno
+import functools
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
@@ -10,6 +11,7 @@ from gunicorn.workers.sync import SyncWorker
 
 from zdd_web import clock
 from zdd_web.gunicorn.adapter.closing import ClosingConnections
+from zdd_web.gunicorn.adapter.silent import await_first_byte
 
 if TYPE_CHECKING:
     from zdd_web.process import Process
@@ -21,6 +23,7 @@ def adapt(worker: Any, process: Process) -> None:
     """Change what a sync worker does with its connections; leaves other workers as they are."""
     if isinstance(worker, SyncWorker):
         close_beside_requests(worker, process)
+        give_up_silent_connections(worker, process)
 
 
 class _AmongListeners(ClosingConnections):
@@ -61,3 +64,22 @@ def close_beside_requests(worker: Any, process: Process) -> None:
 
     _util.close_graceful = close
     worker.wait, worker.run = wait_and_turn, run_then_finish
+
+
+def give_up_silent_connections(worker: Any, process: Process) -> None:
+    """Have a leaving worker not sit in recv() for a connection that has sent nothing.
+
+    It cannot be interrupted there: after a signal's handler Python goes on with the call (PEP 475).
+    """
+    handle = worker.handle
+    # Not ours, which may end the loop of a worker that empties its queue.
+    beat = functools.partial(SyncWorker.notify, worker)
+
+    def handle_if_not_silent(listener: Any, client: Any, address: Any) -> None:
+        if await_first_byte(client, process.is_leaving, beat):
+            handle(listener, client, address)
+        else:
+            worker.log.debug("Closing a connection that has sent nothing.")
+            util.close(client)
+
+    worker.handle = handle_if_not_silent
