@@ -2,7 +2,8 @@
 
 `python -m benchmarks.lazy_clients`. A hundred and twenty clients ask twice a second and close a connection only some
 time after its last reply; beside them one client asks in a row, on a new connection each time, and is timed. In a lame
-duck every reply is a connection's last one. One server, the two phases one after the other: the ratio is what counts.
+duck every reply is a connection's last one. Two services stand side by side, one of them in its lame duck, and are
+asked in turns: what else the machine does happens to both, and the ratio is what counts.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import selectors
 import signal
 import socket
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
@@ -111,54 +113,62 @@ def lazy_clients(port: int, clients: int, late: float) -> Iterator[None]:
         process.join()
 
 
-def time_requests(port: int, seconds: float) -> Times:
-    """Ask one request after the other for so long, each on a new connection."""
-    took = []
+def time_requests(ports: Sequence[int], seconds: float) -> list[Times]:
+    """Ask one request after the other for so long, in turns and each on a new connection; return the times by port."""
+    took: list[list[float]] = [[] for _ in ports]
     ends = time.monotonic() + seconds
-    while (began := time.monotonic()) < ends:
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-            client.sendall(REQUEST)
-            received = b""
-            while not 0 < reply_length(received) <= len(received):
-                more = client.recv(65536)
-                if not more:
-                    raise ServerError("the server closed a connection without a reply")
-                received += more
-        took.append((time.monotonic() - began) * 1000)
-        time.sleep(max(0.0, EVERY - (time.monotonic() - began)))
-    took.sort()
-    return Times(took[len(took) // 2], took[int(len(took) * 0.99)], took[-1])
+    while time.monotonic() < ends:
+        for times, port in zip(took, ports, strict=True):
+            began = time.monotonic()
+            ask(port)
+            times.append((time.monotonic() - began) * 1000)
+            time.sleep(max(0.0, EVERY - (time.monotonic() - began)))
+    return [Times(statistics.median(times), sorted(times)[int(len(times) * 0.99)], max(times)) for times in took]
 
 
-def phases(worker_class: str, clients: int, late: float, seconds: float) -> tuple[Times, Times]:
-    """Return the times of requests while the service serves and in its lame duck."""
+def ask(port: int) -> None:
+    """Get a whole reply on a new connection. Raises `ServerError` where it is cut off."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(REQUEST)
+        received = b""
+        while not 0 < reply_length(received) <= len(received):
+            more = client.recv(65536)
+            if not more:
+                raise ServerError("the server closed a connection without a reply")
+            received += more
+
+
+def compare(worker_class: str, clients: int, late: float, seconds: float) -> tuple[Times, Times]:
+    """Return the times of requests to a service that serves, and to one in its lame duck."""
     arguments = ["-c", "benchmarks/with_zdd_web.py", "benchmarks.apps:plain", "--worker-class", worker_class,
                  *WORKER_CLASSES[worker_class], "--workers", "2", "--log-level", "warning"]  # fmt: skip
-    lame_duck = {"ZDD_WEB_DRAIN_DELAY": str(2 * seconds + 60), "ZDD_WEB_GRACE_PERIOD": str(2 * seconds + 120)}
-    with gunicorn(arguments, environ=lame_duck) as server, lazy_clients(server.port, clients, late):
-        time.sleep(2 * THINK)
-        before = time_requests(server.port, seconds)
-        os.kill(server.pid, signal.SIGTERM)
+    environ = {"ZDD_WEB_DRAIN_DELAY": str(seconds + 60), "ZDD_WEB_GRACE_PERIOD": str(seconds + 120)}
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(gunicorn(arguments, environ=environ)) for _ in range(2)]
+        for server in servers:
+            stack.enter_context(lazy_clients(server.port, clients, late))
+        os.kill(servers[1].pid, signal.SIGTERM)
+        # Until every client has met the lame duck.
         time.sleep(1 + 2 * THINK)
-        in_lame_duck = time_requests(server.port, seconds)
-        os.kill(server.pid, signal.SIGQUIT)
-        return before, in_lame_duck
+        serving, lame_duck = time_requests([server.port for server in servers], seconds)
+        os.kill(servers[1].pid, signal.SIGQUIT)
+        return serving, lame_duck
 
 
 @click.command()
 @click.option("--clients", default=120, show_default=True, type=click.IntRange(1), help="Lazy clients.")
 @click.option("--late", default=0.1, show_default=True, type=click.FloatRange(0), help="Seconds until they close.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(1), help="Of each phase.")
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(1), help="Of requests.")
 @click.option("--json", "json_file", type=click.File("w"), help="Write the figures to FILE ('-' for stdout) too.")
 def main(clients: int, late: float, seconds: float, json_file: TextIO | None) -> None:
-    """Time requests beside clients that close late, while serving and in a lame duck."""
+    """Time requests beside clients that close late, to a service that serves and to one in its lame duck."""
     click.echo(
         f"gunicorn {gunicorn_package.__version__}, 2 workers; {clients} clients that close {late:g} s late; times in ms"
     )
     rows, results = [], []
     try:
         for worker_class in WORKER_CLASSES:
-            before, after = phases(worker_class, clients, late, seconds)
+            before, after = compare(worker_class, clients, late, seconds)
             ratios = after.p50 / before.p50, after.p99 / before.p99
             figures = [before.p50, after.p50, ratios[0], before.p99, after.p99, ratios[1], after.longest]
             rows.append([worker_class, *(f"{figure:.2f}" for figure in figures)])
