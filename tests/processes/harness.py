@@ -527,6 +527,14 @@ def ask_unix(path: Path | str, target: str = "/", timeout: float = PATIENCE) -> 
         connection.close()
 
 
+def connections(pid: int) -> list[str]:
+    """Return the TCP connections that a process has accepted, or opened."""
+    table = Path("/proc/net/tcp").read_text()
+    established = {line.split()[9] for line in table.splitlines()[1:] if line.split()[3] == "01"}
+    sockets = [link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:")]
+    return [inode for inode in sockets if inode in established]
+
+
 class Held:
     """A request that a worker has in hand until the test finishes it: an upload of which the end is missing."""
 

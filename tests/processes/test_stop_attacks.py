@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import APP, Service, answered_from, ask_unix, successor, until
+from tests.processes.harness import APP, Service, answered_from, ask_unix, connections, successor, until
 from tests.processes.test_stop import may_close_the_door
 from zdd_web.cli.rehearse.load import Load, LoadThread
 
@@ -496,12 +496,9 @@ def test_a_client_that_says_nothing_does_not_make_the_stop_a_failure(service: Se
 
 
 def _taken(service: Service) -> bool:
-    """Whether a worker holds a connection: it has one socket more than the one it listens at."""
+    """Whether the worker holds a connection."""
     (worker,) = service.snapshot().workers
-    links = [os.readlink(path) for path in Path(f"/proc/{worker.pid}/fd").iterdir() if path.is_symlink()]
-    table = Path("/proc/net/tcp").read_text()
-    inodes = {line.split()[9] for line in table.splitlines()[1:] if line.split()[3] == "01"}
-    return any(link[8:-1] in inodes for link in links if link.startswith("socket:"))
+    return bool(connections(worker.pid))
 
 
 def test_a_request_whose_head_was_half_there_is_answered(service: Service):

@@ -269,12 +269,48 @@ def test_an_upload_in_hand_is_finished(service: Service):
         service.signal(signal.SIGTERM)
         service.wait_for("event=phase.draining")
         client.sendall(b"x" * 2000)
-        answer = b""
-        while data := client.recv(4096):
-            answer += data
+        answer = received(client)
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"connection: close" in answer.lower()
     service.ends()
+
+
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES[2:], indirect=True)
+def test_a_request_whose_head_was_half_there_is_answered_at_an_upgrade_and_a_stop(service: Service):
+    # On a new connection and on one that had a request before.
+    service.workers = 1
+    service.arguments = ["--keep-alive", "60"]
+    service.configure(grace_period=30).start()
+    with contextlib.ExitStack() as stack:
+        generations: list[list[socket.socket]] = []
+        for leave in (service.upgrade, lambda: service.signal(signal.SIGTERM)):
+            clients = [stack.enter_context(connect(service)) for _ in range(2)]
+            ask(clients[1])
+            for client in clients:
+                client.sendall(b"GET / HTTP/1.1\r\nHo")
+            generations.append(clients)
+            # Answered after the halves were read, by the only worker.
+            ask(stack.enter_context(connect(service)))
+            leave()
+        service.wait_for("event=phase.draining")
+        # Longer than an idle connection is kept.
+        with contextlib.suppress(AssertionError):
+            until("nothing", lambda: None, patience=3)
+        for generation, clients in enumerate(generations, 1):
+            for client in clients:
+                client.sendall(b"st: x\r\n\r\n")
+                reply = received(client)
+                assert reply.startswith(b"HTTP/1.1 200"), service.log()
+                assert b"connection: close" in reply.lower()
+                assert reply.partition(b"\r\n\r\n")[2].startswith(b"1 %d " % generation)
+    service.ends()
+
+
+def received(client: socket.socket) -> bytes:
+    found = b""
+    while data := client.recv(4096):
+        found += data
+    return found
 
 
 def test_idle_connections_do_not_hold_a_stop_up(service: Service):

@@ -27,6 +27,7 @@ from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, wa
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
 from zdd_web.gunicorn import app_forks, bootlog, compat, process_exit, sources, worker_classes
+from zdd_web.gunicorn.adapter import gthread, sync
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.orders import Once, Orders
 from zdd_web.gunicorn.rotation import reopening
@@ -98,6 +99,8 @@ class WorkerSide:
         compat.look_before_closing(worker)
         compat.end_by_signal_alone(worker)
         compat.remember_names(worker)
+        gthread.adapt(worker, self.process)
+        sync.adapt(worker, self.process)
         self.family = worker_classes.family_of(self)
         self._beat = self.family.beat
         self._load: Callable[[], None] = worker.load_wsgi

@@ -12,6 +12,7 @@ import gevent
 from gevent import getcurrent
 from gevent.server import StreamServer
 from gevent.socket import socket as GeventSocket  # noqa: N812 - a class
+from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers import ggevent
 from gunicorn.workers.base import Worker
 
@@ -32,7 +33,7 @@ class Greenlets(Family):
         # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
         self.beat = on_board(functools.partial(Worker.notify, self.worker), side.slot)
         self._servers: list[Any] = []
-        self._idle: set[_Idle] = set()
+        self._idle: dict[Any, _Idle] = {}
         self._main: Any = None
 
     def enter(self) -> None:
@@ -69,6 +70,7 @@ class Greenlets(Family):
         # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
         worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
+        self._note_heads()
         worker.handle_exit = self._in_a_greenlet(side.handle_exit)
         worker.handle_quit = self._in_a_greenlet(side.handle_quit)
 
@@ -79,6 +81,19 @@ class Greenlets(Family):
         worker.sockets = [each for each in worker.sockets if each not in queues]
         type(worker).patch(worker)
         worker.sockets += queues
+
+    def _note_heads(self) -> None:
+        unreader: Any = SocketUnreader
+        read = unreader.chunk
+
+        def read_and_note(self_: Any, *arguments: Any) -> Any:
+            data = read(self_, *arguments)
+            idle = self._idle.get(getcurrent())
+            if idle is not None and not data.isspace():
+                idle.is_reading = True
+            return data
+
+        unreader.chunk = read_and_note
 
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
@@ -134,7 +149,7 @@ class Greenlets(Family):
         return {id(each): each.gr_frame for each in greenlets if each.gr_frame is not None}
 
     def _close_idle(self) -> None:
-        for idle in list(self._idle):
+        for idle in list(self._idle.values()):
             gevent.get_hub().loop.run_callback(idle.end)
 
     def end_now(self, status: int) -> NoReturn:
@@ -154,24 +169,26 @@ class _Named:
 
 
 class _Idle(gevent.Timeout):  # type: ignore[misc]
-    """The wait for a request on a connection, which can be ended before its time."""
+    """The wait for a request on a connection, which can be ended before its time, unless the request has begun."""
 
-    def __init__(self, seconds: float, waiting: set[_Idle]) -> None:
+    def __init__(self, seconds: float, waiting: dict[Any, _Idle]) -> None:
         super().__init__(seconds, False)
         self._waiting = waiting
         self._greenlet: Any = None
+        #: A part of the request's head has arrived.
+        self.is_reading = False
 
     def __enter__(self) -> _Idle:
         self._greenlet = getcurrent()
-        self._waiting.add(self)
+        self._waiting[self._greenlet] = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> Any:
-        self._waiting.discard(self)
+        self._waiting.pop(self._greenlet, None)
         return super().__exit__(*error)
 
     def end(self) -> None:
         """Run in the hub, where nothing can come in between."""
-        if self in self._waiting:
+        if self._waiting.get(self._greenlet) is self and not self.is_reading:
             self._greenlet.throw(self)

@@ -23,6 +23,7 @@ from gunicorn.workers.base import Worker
 
 from zdd_web import clock
 from zdd_web.board import WorkerState
+from zdd_web.gunicorn.adapter import heads
 from zdd_web.gunicorn.warmup import warm_up_asgi
 from zdd_web.gunicorn.worker_classes.accepting import QueuesServer
 from zdd_web.gunicorn.worker_classes.asgi_app import Counted
@@ -215,6 +216,15 @@ class Loop(Family):
     def in_a_child_of_the_app(self) -> None:
         """See `Family`: asyncio's loop does not run there."""
 
+    def is_reading_a_head(self) -> bool:
+        """Tell whether a part of a request's head has arrived on a connection; such a connection is not idle."""
+        # Not any(): each of them is kept from its own timeout.
+        return bool([each for each in list(self.connections) if self.reads_a_head(each)])
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """Tell it of one connection."""
+        raise NotImplementedError
+
     def end_now(self, status: int) -> NoReturn:
         """See `Family`: SystemExit would be taken for an error of the app that happens to run (h11_impl.py:414)."""
         try:
@@ -242,6 +252,8 @@ class _Drain:
             if family.has_cut:
                 side.give_up_background()
             return family.has_cut
+        if family.is_reading_a_head() and not clock.passed(side.process.deadline_ns):
+            return False
         # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
         if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
             return False
@@ -266,6 +278,7 @@ class AsgiLoop(Loop):
         from gunicorn.asgi.protocol import ASGIProtocol
 
         protocol: Any = ASGIProtocol
+        heads.note_heads(protocol)
         if not hasattr(protocol, "_will_close"):
             # 25 and 26 have no place where it is decided; the header has the client close.
             return
@@ -293,6 +306,10 @@ class AsgiLoop(Loop):
             await shutdown()
 
         worker._serve, worker._shutdown = then_serve, shutdown_when_drained
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """See `Loop`."""
+        return heads.gunicorn_reads_a_head(connection)
 
     def stop_accepting(self) -> None:
         """See `Loop`."""
@@ -351,6 +368,10 @@ class UvicornLoop(Loop):
         await server.serve(sockets=self.worker.sockets)
         if not server.started:
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """See `Loop`."""
+        return heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:
         """See `Family`; uvicorn closes what is idle, and websockets with 1012 (server.py:291 of uvicorn 0.54)."""

@@ -1,0 +1,65 @@
+"""Connections on which a part of a request's head has arrived: their request is in hand, although no app knows it yet.
+
+gunicorn's `asgi` worker and uvicorn call the app when the head is complete. Until then nothing but the parser tells
+such a connection from an idle one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def note_heads(protocol: Any) -> None:
+    """Have connections of gunicorn's `ASGIProtocol` note whether a head was begun; its C parser cannot be asked."""
+    # What is pipelined is fed again by 26 and later, and not received again (protocol.py:1445).
+    feed = "_feed_callback_parser" if hasattr(protocol, "_feed_callback_parser") else "data_received"
+    feed_parser = getattr(protocol, feed)
+    headers_complete, message_complete = protocol._on_headers_complete, protocol._on_message_complete
+
+    def feed_and_note(connection: Any, data: bytes) -> Any:
+        # Some clients send an empty line after a body.
+        if not data.isspace():
+            connection.head_begun = True
+        return feed_parser(connection, data)
+
+    def headers_are_complete(connection: Any) -> Any:
+        connection.head_begun = False
+        return headers_complete(connection)
+
+    def message_is_complete(connection: Any) -> Any:
+        # The last bytes of a body were noted too.
+        connection.head_begun = False
+        return message_complete(connection)
+
+    protocol.head_begun = False
+    setattr(protocol, feed, feed_and_note)
+    protocol._on_headers_complete, protocol._on_message_complete = headers_are_complete, message_is_complete
+
+
+def gunicorn_reads_a_head(connection: Any) -> bool:
+    """Tell whether a connection of `ASGIProtocol` has a part of a head, and keep it past gunicorn's `keepalive`.
+
+    gunicorn's timer for an idle connection runs on while a head arrives (protocol.py:1347).
+    """
+    ready = connection._request_ready
+    # None in HTTP/2, and set from the end of a head to the end of its reply.
+    if ready is None or ready.is_set() or connection.reader or not connection.head_begun:
+        return False
+    connection._cancel_keepalive_timer()
+    return not connection.transport.is_closing()
+
+
+def uvicorn_reads_a_head(connection: Any) -> bool:
+    """Tell whether a connection of either of uvicorn's HTTP protocols has a part of a head, and keep it as above."""
+    if connection.transport is None or connection.transport.is_closing():
+        return False
+    h11 = getattr(connection, "conn", None)
+    if h11 is not None:
+        begun = h11.their_state.__name__ == "IDLE" and bool(h11.trailing_data[0].strip())
+    else:
+        # httptools: a scope is made at a request's first byte, and has a method when the head is complete.
+        scope = getattr(connection, "scope", None)
+        begun = scope is not None and "method" not in scope
+    if begun:
+        connection._unset_keepalive_if_required()
+    return begun
