@@ -27,6 +27,7 @@ from tests.processes.harness import (
     seen_from_here,
     until,
 )  # fmt: skip
+from tests.processes.test_commit_window import AFTER_THE_GATE
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners import passing
 
@@ -285,6 +286,19 @@ def test_a_newcomer_that_is_killed_in_the_commit_window_costs_nothing(make_servi
     process.send_signal(signal.SIGKILL)
     assert "in the commit window" in old.wait_for(r"event=upgrade\.failed")
     new.ends(-signal.SIGKILL)
+    serves_on(old)
+    old.stop()
+
+
+def test_a_newcomer_whose_workers_crash_in_the_commit_window_is_rejected(make_service, old: Service):
+    configure(old, WIDE).start()
+    new = another(make_service, old)
+    new.deploy("2", at_import=AFTER_THE_GATE.format(do="os.kill(os.getpid(), signal.SIGSEGV)", seconds=0.1))
+    new.spawn()
+    reason = old.wait_for(r"event=upgrade\.failed")
+    assert re.search(r"worker \d+ ended in the commit window: killed by SIGSEGV", reason)
+    new.wait_for(r"event=upgrade\.given_up")
+    new.ends(status=None)
     serves_on(old)
     old.stop()
 
