@@ -33,16 +33,17 @@ def look(board: Board) -> Health:
         if state not in (WorkerState.FREE, WorkerState.LEAVING) or alone:
             seen = tuple(_check(slot.check(index), now) for index in range(slot.checks))
             workers.append(WorkerSeen(state == WorkerState.SERVING or alone, seen))
+    phase = one_of(Phase, header.phase, Phase.STOPPED)
     successor = one_of(Phase, header.successor_phase, Phase.STOPPED) if header.successor_phase else None
     return Health(
-        phase=Phase(header.phase),
+        phase=phase,
         successor=successor,
         successor_trouble=header.successor_trouble,
         wanted=None if alone else header.workers_wanted,
         workers=tuple(workers),
         silence=max(0.0, pauses.since(beat_at)),
         worker_timeout=limit / 1e9 if limit else None,
-        master_stalled=stalled_for(Phase(header.phase), header.tick_at, now),
+        master_stalled=stalled_for(phase, header.tick_at, now),
     )
 
 

@@ -154,8 +154,6 @@ def test_logger_class_without_a_standard_logger(make_service: Callable[..., Serv
     good = (service.directory / "app.py").read_text()
     assert service.get("/").status == 200
     service.get("/ready")
-    # From the probe port's process, whose descriptors are closed but for those of logs.
-    service.wait_for("probes.listening")
     (service.directory / "app.py").write_text(good + "\nraise RuntimeError('a bad release')\n")
     failed = service.run("upgrade", "--name", service.name)
     assert failed.returncode == 1

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zdd_web.gunicorn.bootlog import BootLog
 from zdd_web.gunicorn.handover import Channel
 from zdd_web.gunicorn.rotation import Rotation, reopening
 from zdd_web.gunicorn.upgrade import Upgrade
@@ -90,7 +91,8 @@ def test_rotation_after_one_of_a_clock_that_is_ahead_is_passed_on() -> None:
 
 def test_rotation_waits_on_the_channel_for_a_successor_that_boots() -> None:
     ours, theirs = Channel.pair()
-    upgrade = Upgrade(os.getpid(), ours, -1, 60)
+    boot_log = BootLog()
+    upgrade = Upgrade(os.getpid(), ours, boot_log, 60, 0)
     upgrade.reopen(7)
     message = theirs.receive()
     assert message is not None
@@ -99,6 +101,7 @@ def test_rotation_waits_on_the_channel_for_a_successor_that_boots() -> None:
         theirs.send("reopen", number=number)
     assert upgrade.poll() is None
     assert upgrade.reopen_number == 9
+    boot_log.close()
     theirs.close()
     ours.close()
 

@@ -693,10 +693,6 @@ SERVES = """
             "board.header.lost_pid, board.header.lost_status, board.header.workers_lost = 4711, 11, 1",
             "worker 4711 ended in the commit window: killed by SIGSEGV",
         ),
-        (
-            "board.header.phase, slot.checks, slot.check(0).kind = Phase.SERVING, 1, 99",
-            "its board holds what no worker of this version writes: 99 is not a valid Kind",
-        ),
     ],
 )
 def test_successor_whose_workers_fail_in_the_commit_window_has_failed(bench: Bench, then: str, reason: str) -> None:

@@ -148,7 +148,7 @@ class CommitWindow:
         self._before = self._look()
 
     def judge(self) -> Judgement:
-        """Look, and judge. Raises `ValueError` for a board that holds what cannot be."""
+        """Look, and judge."""
         before, self._before = self._before, self._look()
         return judge(before, self._before, self.window)
 

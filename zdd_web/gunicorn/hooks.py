@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat, logger_class, sources, takeover
+from zdd_web.gunicorn import compat, logger_class, sources, takeover, termination
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.master import Master
 from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.gunicorn.termination import StartMessage
 from zdd_web.gunicorn.worker import WorkerSide
 from zdd_web.settings import Settings
 from zdd_web.system import escaping, masking, stdio
@@ -38,6 +39,8 @@ class State:
     master: Master | None = None
     worker: WorkerSide | None = None
     users: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    #: As far as it is known before the settings are, or when one of them cannot work.
+    termination_log: str = ""
 
 
 state: State | None = None
@@ -55,7 +58,12 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         stdio.fill_closed_descriptors()
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
+<<<<<<< HEAD
         state = State(launch=Launch.record(heir.passed_on if heir else None), heir=heir)
+=======
+        state = State(launch=Launch.record(), heir=heir)
+        state.termination_log = termination.path(settings, os.environ)
+>>>>>>> wt-logs
     compat.check_version()
     sources.take(settings)
     state.users = {
@@ -74,6 +82,7 @@ def _then_users(name: str) -> Callable[..., Any] | None:
 def fail(error: ZddError, server: Any = None) -> NoReturn:
     """End a start that cannot work: the reason on stderr and in the log, exit status 1, no traceback, no pid file."""
     logged = False
+    _start_message().failed(str(error))
     if server is not None:
         log.emit("settings.invalid", logging.CRITICAL, error=str(error))
         if server.pidfile is not None:
@@ -84,6 +93,15 @@ def fail(error: ZddError, server: Any = None) -> NoReturn:
         stdio.print_error(escaping.printable(masking.urls(f"zdd_web: {error}")))
     stdio.flush_streams()
     raise SystemExit(1)
+
+
+def _start_message() -> StartMessage:
+    """Return the termination message of the start that is under way; none in a reload, or in an upgrade."""
+    if state is None or (state.heir is not None and not state.heir.taken):
+        return StartMessage("")
+    if state.master is not None:
+        return state.master.start_message
+    return StartMessage(state.termination_log)
 
 
 def check(server: Any) -> None:
@@ -121,6 +139,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         log.use_gunicorn(server.log)
         try:
             state.settings = sources.settle(server.cfg)
+            state.termination_log = state.settings.termination_log
             check(server)
         except SettingsError as error:
             # There is no `pidfile` attribute yet (arbiter.py:86), hence none to remove.
@@ -143,6 +162,8 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             fail(error, server)
         if state.master.succession is not None:
             state.master.succession.hide_pid_file()
+        if server.cfg.preload_app:
+            _report_preloading(server.app, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
         state.settings = sources.settle(server.cfg)
@@ -152,6 +173,15 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         serves = state.master is not None and state.master.gate.opened
         call = guarded("nworkers_changed", hook) if serves else hook
         call(server, new_value, old_value)
+
+
+def _report_preloading(app: Any, message: StartMessage) -> None:
+    def wsgi() -> Any:
+        del app.wsgi
+        with message.reporting():
+            return app.wsgi()
+
+    app.wsgi = wsgi
 
 
 def on_starting(server: Any) -> None:
@@ -173,8 +203,10 @@ def on_starting(server: Any) -> None:
             succession.fail(str(error))
         fail(error, server)
     except BaseException as error:
+        reason = f"on_starting: {type(error).__name__}: {error}"
+        state.master.start_message.failed(reason)
         if succession is not None:
-            succession.fail(f"on_starting: {type(error).__name__}: {error}")
+            succession.fail(reason)
         # gunicorn creates the pid file before this hook and leaves it behind (arbiter.py:180-186).
         if server.pidfile is not None:
             server.pidfile.unlink()
@@ -190,8 +222,10 @@ def when_ready(server: Any) -> None:
     try:
         hook(server)
     except BaseException as error:
+        reason = f"when_ready: {type(error).__name__}: {error}"
+        state.master.start_message.failed(reason)
         if state.master.succession is not None:
-            state.master.succession.fail(f"when_ready: {type(error).__name__}: {error}")
+            state.master.succession.fail(reason)
         raise
 
 

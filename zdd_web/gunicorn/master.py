@@ -32,11 +32,16 @@ from typing import Any, NoReturn
 from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
+<<<<<<< HEAD
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import compat, process_exit, sources
 from zdd_web.gunicorn.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.bootlog import StderrRelay
+=======
+from zdd_web.board import Board, WorkerState
+from zdd_web.gunicorn import compat, sources, termination
+>>>>>>> wt-logs
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
@@ -52,6 +57,7 @@ from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
+from zdd_web.gunicorn.termination import StartMessage
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.settings import IN_KUBERNETES, Settings
 from zdd_web.system import pauses
@@ -92,6 +98,11 @@ class Master:
         self.header.master_start = proc.start_time(os.getpid())
         self.header.started_at = self.header.phase_since = clock.now_ns()
         self.header.master_pid = os.getpid()
+        was_started = heir is None or heir.taken
+        self.start_message = StartMessage(settings.termination_log if was_started else "")
+        self.start_message.doing("importing the app (preload_app)" if server.cfg.preload_app else "starting")
+        #: Why a start that was ended by a signal has come to nothing.
+        self._ended_booting = ""
         self.gate = Gate()
         self.once = Once()
         self.roster = Roster(server, self.board)
@@ -168,6 +179,7 @@ class Master:
             self.listening.take()
             self.offer.open()
         self.probes.start(self.succession)
+        self.start_message.doing("its workers booted")
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
                  grace_period=self.settings.grace_period, drain_delay=self.settings.drain_delay,
@@ -199,11 +211,23 @@ class Master:
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
         self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
+<<<<<<< HEAD
         self.header.worker_uid = self.server.cfg.uid + 1
         if self.succession is not None and self.succession.follow():
             self.succession = None
         if self.phase is Phase.BOOTING:
             self._follow_boot()
+=======
+        try:
+            if self.succession is not None and self.succession.follow():
+                self.succession = None
+            if self.phase is Phase.BOOTING:
+                self._follow_boot()
+        except HaltServer as halt:
+            # No other error ends the start from here: the loop goes on.
+            self.start_message.failed(str(halt.reason))
+            raise
+>>>>>>> wt-logs
         self.deploy.follow()
         if self.succession is None or self.succession.in_office or self.succession.alone:
             # The predecessor does it until then.
@@ -257,6 +281,7 @@ class Master:
                 raise HaltServer(log.one_line(reason), gone.exit_status)
             if self.phase in lifecycle.SPAWNING:
                 wait = self.roster.boot_failed()
+                self.start_message.doing(f"its workers booted; {reason}")
                 log.emit(
                     "worker.boot_failed",
                     logging.ERROR,
@@ -285,6 +310,7 @@ class Master:
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
+        self.start_message.served()
 
     @property
     def kept(self) -> bool:
@@ -318,6 +344,7 @@ class Master:
         if self.phase is Phase.RETIRING:
             self._stop_retiring()
             return
+        guarded("termination message", self._note_end)(signal.SIGTERM)
         guarded("cancel", self._cancel)(signal.SIGTERM)
         guarded("release_predecessor", self.release_predecessor)()
         # A takeover in its commit window has just been committed.
@@ -353,13 +380,34 @@ class Master:
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
-        self._prepare_to_end(signal.SIGINT)
-        self._gunicorn_int()
+        self._end_now(signal.SIGINT, self._gunicorn_int)
 
     def handle_quit(self) -> None:
         """SIGQUIT keeps gunicorn's meaning: stop now."""
-        self._prepare_to_end(signal.SIGQUIT)
-        self._gunicorn_quit()
+        self._end_now(signal.SIGQUIT, self._gunicorn_quit)
+
+    def _end_now(self, sig: signal.Signals, end: Callable[[], None]) -> None:
+        guarded("termination message", self._note_end)(sig)
+        self._prepare_to_end(sig)
+        try:
+            end()
+        except StopIteration:
+            self._halt_if_ended_booting()
+            raise
+
+    def _note_end(self, sig: signal.Signals) -> None:
+        """Have a start that a signal ends be a failed one, whose message says how far it had come."""
+        if self.phase is not Phase.BOOTING or self._ended_booting:
+            return
+        seconds = clock.since(self.header.started_at)
+        self._ended_booting = (
+            f"ended by {sig.name} while it booted, after {seconds:.1f} s: {termination.progress(self.board.snapshot())}"
+        )
+        self.start_message.failed(self._ended_booting)
+
+    def _halt_if_ended_booting(self) -> None:
+        if self._ended_booting:
+            raise HaltServer(log.one_line(self._ended_booting), termination.ENDED_WHILE_BOOTING)
 
     def _prepare_to_end(self, sig: signal.Signals) -> None:
         guarded("cancel", self._cancel)(sig)
@@ -486,7 +534,8 @@ class Master:
             guarded("manage_workers", self.manage_workers)()
             return
         try:
-            self.manage_workers()
+            with self.start_message.reporting():
+                self.manage_workers()
         except Exception as error:
             if self.succession is not None and not isinstance(error, StopIteration):
                 self.succession.fail(f"{type(error).__name__}: {error}")
@@ -598,6 +647,7 @@ class Master:
             self._become_keeper()
         if abandoned:
             raise HaltServer("work was abandoned at the deadline", self.settings.abandon_status)
+        self._halt_if_ended_booting()
         raise StopIteration
 
     def _end_with_the_service(self) -> None:

@@ -70,7 +70,7 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase, room: int = SLOTS
 
     >>> serving = WorkerState.SERVING
     >>> plan([Member(1, 1, serving, outdated=True), Member(2, 2, serving)], wanted=1, phase=Phase.SERVING)
-    Plan(spawn=0, retire=(1,))
+    Plan(spawn=0, retire=(1,), without_room=0)
     """
     if phase not in SPAWNING:
         return Plan(retire=tuple(member.pid for member in members if not member.told))

@@ -166,10 +166,7 @@ class Upgrade:
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
             return Verdict(ready=False, reason=reason)
         if self.stage is Stage.COMMITTING and self._window is not None:
-            try:
-                self._judgement = self._window.judge()
-            except ValueError as error:
-                self._judgement = Judgement(f"its board holds what no worker of this version writes: {error}")
+            self._judgement = self._window.judge()
             if self._judgement.reason:
                 return Verdict(ready=False, reason=self._judgement.reason)
         return None
