@@ -58,12 +58,8 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         stdio.fill_closed_descriptors()
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
-<<<<<<< HEAD
         state = State(launch=Launch.record(heir.passed_on if heir else None), heir=heir)
-=======
-        state = State(launch=Launch.record(), heir=heir)
         state.termination_log = termination.path(settings, os.environ)
->>>>>>> wt-logs
     compat.check_version()
     sources.take(settings)
     state.users = {

@@ -32,16 +32,11 @@ from typing import Any, NoReturn
 from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
-<<<<<<< HEAD
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import compat, process_exit, sources
+from zdd_web.gunicorn import compat, process_exit, sources, termination
 from zdd_web.gunicorn.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.bootlog import StderrRelay
-=======
-from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn import compat, sources, termination
->>>>>>> wt-logs
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
 from zdd_web.gunicorn.gate import Gate
@@ -211,13 +206,7 @@ class Master:
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
         self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
-<<<<<<< HEAD
         self.header.worker_uid = self.server.cfg.uid + 1
-        if self.succession is not None and self.succession.follow():
-            self.succession = None
-        if self.phase is Phase.BOOTING:
-            self._follow_boot()
-=======
         try:
             if self.succession is not None and self.succession.follow():
                 self.succession = None
@@ -227,7 +216,6 @@ class Master:
             # No other error ends the start from here: the loop goes on.
             self.start_message.failed(str(halt.reason))
             raise
->>>>>>> wt-logs
         self.deploy.follow()
         if self.succession is None or self.succession.in_office or self.succession.alone:
             # The predecessor does it until then.
