@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import Service, descriptors, until
+from zdd_web.board import WorkerState
 
 #: A configuration file that prints a quarter of a gigabyte, then ends with the reason.
 CHATTY = """
@@ -115,3 +117,51 @@ def test_generations_have_as_many_descriptors_and_helpers_keep_their_stderr(make
     # The pipe of the helper, once more than in the generation that has started it.
     assert len(set(counts)) == 1, counts
     assert len(service.matches("the helper was started")) == 1
+
+
+def test_a_reload_without_descriptors_is_refused_and_leaves_no_child(make_service):
+    service = make_service("gthread", workers=1).start()
+    master, limits = service.pid, resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+    taken = descriptors(master)
+    free = [fd for fd in range(256) if fd not in taken]
+    for times, spare in enumerate((0, 1), 1):
+        # The kernel gives the lowest that is free, and none from the limit on.
+        resource.prlimit(master, resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+        service.signal(signal.SIGHUP, master)
+        assert "limit of open files (nofile)" in service.wait_for(r"event=refused signal=HUP", times)
+    resource.prlimit(master, resource.RLIMIT_NOFILE, limits)
+    assert len(service.processes()) == 2
+    service.signal(signal.SIGHUP, master)
+    service.wait_for(r"event=reload\.done")
+    assert not service.matches("internal.error")
+
+
+FEW_SLOTS = "import zdd_web.board as board\nboard.Board.create.__func__.__kwdefaults__['slots'] = 4\n"
+
+
+def test_a_reload_works_with_the_slots_there_are_and_more_workers_than_slots_are_refused(make_service):
+    service = make_service("gthread", workers=3).configure(FEW_SLOTS).start()
+    master, before = service.pid, {worker.pid for worker in service.snapshot().workers}
+
+    def pids() -> set[int]:
+        return {worker.pid for worker in service.snapshot().workers}
+
+    with service.under_load(clients=4):
+        service.signal(signal.SIGHUP)
+        service.wait_for(r"event=reload\.done")
+        until("three others", lambda: len(pids()) == 3 and not pids() & before, service)
+    service.signal(signal.SIGTTIN)
+    until("a fourth", lambda: len(pids()) == 4, service)
+    service.signal(signal.SIGTTIN)
+    assert "workers = 5: the board has 4 slots" in service.wait_for(r"event=refused signal=TTIN")
+    until("it to serve", lambda: {each.state for each in service.snapshot().workers} == {WorkerState.SERVING}, service)
+    service.signal(signal.SIGHUP)
+    assert "all 4 slots of the board are taken" in service.wait_for(r"event=refused signal=HUP")
+    assert len(service.matches("event=refused")) == 2
+    assert not service.matches("internal.error")
+    assert service.pid == master
+    service.stop()
+    more = make_service("gthread", workers=5).configure(FEW_SLOTS)
+    more.spawn()
+    more.ends(1)
+    assert "workers = 5: the board has 4 slots" in more.matches(r"event=settings\.invalid")[0]

@@ -68,6 +68,34 @@ def test_plan_while_workers_are_wanted(members: list[Member], wanted: int, expec
     assert plan(members, wanted, phase) == expected
 
 
+@pytest.mark.parametrize(
+    ("members", "room", "expected"),
+    [
+        pytest.param([], 1, Plan(spawn=1, without_room=1), id="the others later"),
+        pytest.param([old(1), old(2)], 1, Plan(spawn=1, without_room=1), id="reload: one at a time"),
+        pytest.param([old(1), old(2)], 0, Plan(without_room=2), id="reload: none can come, none goes"),
+        pytest.param([old(1), old(2), new(3)], 0, Plan(retire=(1,), without_room=1), id="reload: one makes room"),
+        pytest.param([new(1), new(2)], 0, Plan(), id="all are here"),
+    ],
+)
+def test_no_more_are_spawned_than_there_is_room_for(members: list[Member], room: int, expected: Plan) -> None:
+    assert plan(members, 2, Phase.SERVING, room) == expected
+
+
+@pytest.mark.parametrize(("wanted", "slots"), [(1, 2), (3, 4), (4, 5), (5, 8), (300, 512), (511, 512)])
+def test_all_are_replaced_with_the_slots_there_are_and_capacity_never_falls(wanted: int, slots: int) -> None:
+    members, pid = [old(pid) for pid in range(1, wanted + 1)], wanted
+    while any(member.outdated for member in members):
+        decision = plan(members, wanted, Phase.SERVING, slots - len(members))
+        assert decision.spawn or decision.retire, "stuck"
+        members = [member for member in members if member.pid not in decision.retire]
+        for _ in range(decision.spawn):
+            pid += 1
+            members.append(new(pid))
+        assert wanted <= len(members) <= slots
+    assert plan(members, wanted, Phase.SERVING, slots - len(members)).spawn == 0
+
+
 @pytest.mark.parametrize("phase", sorted(set(Phase) - SPAWNING))
 def test_plan_on_the_way_out_tells_everybody_once(phase: Phase) -> None:
     members = [new(1), old(2), new(3, BOOTING), new(4, READY), new(5, LEAVING), new(6, told=True)]

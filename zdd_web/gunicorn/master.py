@@ -32,6 +32,7 @@ from gunicorn.errors import HaltServer
 
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, WorkerState
+from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
@@ -42,8 +43,8 @@ from zdd_web.gunicorn.launch import Launch
 from zdd_web.gunicorn.listening import Listening
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
-from zdd_web.gunicorn.reload import Reload
-from zdd_web.gunicorn.roster import LateArrivals, Roster, plan
+from zdd_web.gunicorn.reload import Reload, too_many_workers
+from zdd_web.gunicorn.roster import LateArrivals, Plan, Roster, plan
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
@@ -70,6 +71,10 @@ class Master:
         self.server, self.settings = server, settings
         self.board = Board.create(name)
         self.header = self.board.header
+        too_many = too_many_workers(server.num_workers, self.header.slot_count)
+        if too_many:
+            self.board.close()
+            raise SettingsError(too_many)
         self.header.generation = heir.generation if heir else 1
         self.header.predecessor_pid = heir.predecessor if heir else 0
         self.header.master_start = proc.start_time(os.getpid())
@@ -87,6 +92,7 @@ class Master:
         self._lame_duck_ends = clock.NEVER
         self._abandoned = 0
         self._cut = 0
+        self._has_room = True
         self._killed_at_work = False
         self._late = LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
@@ -111,6 +117,7 @@ class Master:
         self._gunicorn_int: Callable[[], None] = server.handle_int
         self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
+        self._gunicorn_ttin: Callable[[], None] = server.handle_ttin
         self._gunicorn_stop: Callable[[bool], None] = server.stop
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
@@ -128,6 +135,7 @@ class Master:
         server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
         compat.set_wait(server, self._interval)
         server.handle_winch = guarded("handle_winch", self.handle_winch)
+        server.handle_ttin = guarded("handle_ttin", self.handle_ttin)
         if self.settings.keep_pid:
             # Grandchildren whose master retired become ours, and the keeper's after us.
             proc.become_subreaper()
@@ -165,6 +173,10 @@ class Master:
     def tick(self) -> None:
         """One round of the loop: hear what others said, then move the phase."""
         self.header.tick_at = clock.now_ns()
+        if self.server.num_workers > self.header.slot_count:
+            # By gunicorn's control socket (`worker add`), which asks no handler of ours.
+            self._refuse_workers(self.server.num_workers, request="workers")
+            self.server.num_workers = self.header.slot_count
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
@@ -337,6 +349,18 @@ class Master:
             return
         self._gunicorn_winch()
 
+    def handle_ttin(self) -> None:
+        """SIGTTIN: one more worker, if the board has a slot for it."""
+        wanted = self.server.num_workers + 1
+        if wanted > self.header.slot_count:
+            self._refuse_workers(wanted, signal="TTIN")
+            return
+        self._gunicorn_ttin()
+
+    def _refuse_workers(self, wanted: int, **by: Any) -> None:
+        reason = too_many_workers(wanted, self.header.slot_count)
+        log.emit("refused", logging.WARNING, **by, reason=reason, remedy="start another service beside this one")
+
     def not_now(self) -> str:
         """Say why the workers are not to be touched just now; "" when nothing is under way."""
         if self.phase is not Phase.SERVING:
@@ -376,7 +400,8 @@ class Master:
                 self._end_when_nobody_is_left()
             else:
                 self._end_at_the_deadline()
-        decision = plan(self.roster.members(), self.server.num_workers, self.phase)
+        decision = plan(self.roster.members(), self.server.num_workers, self.phase, self.roster.room)
+        self._note_room(decision)
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self.server.spawn_worker()
@@ -385,6 +410,18 @@ class Master:
             deadline = clock.after_ns(self.settings.recycle_timeout)
         self.roster.retire(decision.retire, deadline)
         self.roster.repeat()
+
+    def _note_room(self, decision: Plan) -> None:
+        # Those that retire or leave make room by themselves.
+        stuck = bool(decision.without_room) and not (decision.spawn or decision.retire or self._any_leaves())
+        if stuck and self._has_room:
+            log.emit("refused", logging.WARNING, request="replacement", workers=decision.without_room,
+                     reason=f"all {self.header.slot_count} slots of the board are taken; the old workers serve on",
+                     remedy="run fewer workers (SIGTTOU)")  # fmt: skip
+        self._has_room = not stuck
+
+    def _any_leaves(self) -> bool:
+        return any(member.told or member.state is not WorkerState.SERVING for member in self.roster.members())
 
     def _manage_workers_guarded(self) -> None:
         # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.

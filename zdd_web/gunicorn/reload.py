@@ -53,7 +53,7 @@ class Proof:
         self.status: int | None = None
 
     @classmethod
-    def begin(cls, server: Any, settings: Settings) -> Proof:
+    def begin(cls, server: Any, settings: Settings, slots: int) -> Proof:
         """Fork the child. Raises OSError when there can be no fork, or no descriptor is left."""
         output = CapturedOutput()
         try:
@@ -62,7 +62,7 @@ class Proof:
             output.close()
             raise
         if pid == 0:
-            _try(server, settings, output.writer)
+            _try(server, settings, slots, output.writer)
         # Nothing from here on can fail: the child would be tracked by no object, and its outcome reach no log.
         output.close_writer()
         return cls(pid, output, settings.upgrade_timeout)
@@ -125,8 +125,14 @@ class Reload:
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
+        if not self._master.roster.room:
+            slots = self._master.header.slot_count
+            reason = f"all {slots} slots of the board are taken, and a new worker starts before an old one retires"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), or send SIGTTOU before")
+            return
         try:
-            self.proof = Proof.begin(self._server, self._master.settings)
+            self.proof = Proof.begin(self._server, self._master.settings, self._master.header.slot_count)
         except OSError as error:
             reason = f"config and app cannot be tried in a child process: {error.strerror}"
             guarded("systemd", self._master.supervisor.refused)("reload", reason)
@@ -166,12 +172,25 @@ class Reload:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 
+def too_many_workers(workers: int, slots: int) -> str:
+    """Return why there cannot be so many workers, or "".
+
+    >>> too_many_workers(512, 512)
+    ''
+    >>> too_many_workers(600, 512)
+    'workers = 600: the board has 512 slots, one for each worker: run fewer'
+    """
+    return (
+        f"workers = {workers}: the board has {slots} slots, one for each worker: run fewer" if workers > slots else ""
+    )
+
+
 def _remedy(reason: str) -> str:
     # The child that tries it can hand over no more than its last line.
     return "use an upgrade" if TAKES_AN_UPGRADE in reason else "mend it and send SIGHUP again"
 
 
-def _try(server: Any, settings: Settings, output: int) -> None:
+def _try(server: Any, settings: Settings, slots: int, output: int) -> None:
     """Load config and app, in the forked child; never returns."""
     status = 1
     try:
@@ -187,6 +206,9 @@ def _try(server: Any, settings: Settings, output: int) -> None:
         os.environ.update(server.app.cfg.env)
         with _no_traceback():
             _refuse_unchangeable(before, server.app.cfg)
+            too_many = too_many_workers(server.app.cfg.workers, slots)
+            if too_many:
+                raise ZddError(too_many)
             sources.refuse_changes(server.app.cfg)
         server.app.callable = None
         server.app.wsgi()

@@ -16,7 +16,7 @@ from typing import Any
 from gunicorn.arbiter import Arbiter
 
 from zdd_web import clock, proc
-from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.board import SLOTS, Board, Slot, WorkerState
 from zdd_web.lifecycle import SPAWNING, Phase
 
 #: The kernel may drop a SIGTERM that arrives between a worker's fork and its handlers (gunicorn #1910): say it again.
@@ -43,22 +43,24 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many workers to spawn, and the pids to retire."""
+    """How many workers to spawn, and the pids to retire; how many more there should be, for which there is no room."""
 
     spawn: int = 0
     retire: tuple[int, ...] = ()
+    without_room: int = 0
 
 
-def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
+def plan(members: Sequence[Member], wanted: int, phase: Phase, room: int = SLOTS) -> Plan:
     """Decide who comes and who goes.
 
     Capacity never falls by our own doing: a serving worker is retired only when `wanted` others serve. Workers from
     before a reload, and those that have answered `max_requests`, are `outdated`: they are replaced, oldest first, as
-    others pass the gate.
+    others pass the gate. No more are spawned at a time than there is `room` for on the board: where more than half of
+    its slots are taken, the others follow as the replaced ones end.
 
     >>> serving = WorkerState.SERVING
     >>> plan([Member(1, 1, serving, outdated=True), Member(2, 2, serving)], wanted=1, phase=Phase.SERVING)
-    Plan(spawn=0, retire=(1,))
+    Plan(spawn=0, retire=(1,), without_room=0)
     """
     if phase not in SPAWNING:
         return Plan(retire=tuple(member.pid for member in members if not member.told))
@@ -71,7 +73,8 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase) -> Plan:
     retire = [member.pid for member in serving[: max(0, len(serving) - wanted)]]
     # One that has not promised anything yet costs nothing.
     retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
-    return Plan(spawn=max(0, wanted - len(current)), retire=tuple(retire))
+    missing = max(0, wanted - len(current))
+    return Plan(spawn=min(missing, room), retire=tuple(retire), without_room=max(0, missing - room))
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,11 @@ class Roster:
         slot = self._board.claim(worker.age)
         self._places.append(_Place(worker, slot, since=clock.now_ns()))
         return slot
+
+    @property
+    def room(self) -> int:
+        """How many more workers can be given a slot."""
+        return max(0, self._board.header.slot_count - len(self._places))
 
     def slot_of(self, worker: Any) -> Slot:
         """Return the slot of a worker that was given one."""
