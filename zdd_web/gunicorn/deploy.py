@@ -99,6 +99,7 @@ class Deploy:
             inheritance = self._inheritance(boot_log)
             self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
         except (ZddError, OSError) as error:
+            self._close_unused_pipe()
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
@@ -128,6 +129,7 @@ class Deploy:
                 end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
             )
         except (ZddError, OSError) as error:
+            self._close_unused_pipe()
             with contextlib.suppress(OSError):
                 passing.send(end, {"kind": "refused", "reason": str(error)})
             end.close()
@@ -164,6 +166,10 @@ class Deploy:
         self._boot_log = BootLog()
         self._header.boot_log_fd = self._boot_log.fd
         return self._boot_log
+
+    def _close_unused_pipe(self) -> None:
+        if self.upgrade is None and self._boot_log is not None:
+            self._boot_log.output.close()
 
     def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
