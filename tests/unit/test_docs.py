@@ -18,8 +18,8 @@ from zdd_web.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("example_*/README.md")),
-         *sorted(DOCS.rglob("*.md"))]  # fmt: skip
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md",
+         *sorted(ROOT.glob("example_*/README.md")), *sorted(DOCS.rglob("*.md"))]  # fmt: skip
 REFERENCE = DOCS / "reference"
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import select
+import signal
 import socket
 import sys
 import threading
@@ -278,6 +279,12 @@ def call_pre_exec(server: Any) -> tuple[dict[str, str], set[str]]:
     before = dict(environ)
     server.cfg.pre_exec(server)
     return {key: value for key, value in environ.items() if before.get(key) != value}, before.keys() - environ.keys()
+
+
+def ignore_signals(server: Any) -> None:
+    """Have a master that has ended its loop ignore the signals that gunicorn would queue for it."""
+    for sig in server.SIGNALS:
+        signal.signal(sig, signal.SIG_IGN)
 
 
 def take_queued_signals(server: Any) -> list[int]:

@@ -331,7 +331,10 @@ class Master:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
         if self.phase is Phase.RETIRING:
             self._stop_retiring()
-            return
+        else:
+            self._begin_to_stop()
+
+    def _begin_to_stop(self) -> None:
         guarded("termination message", self._note_end)(signal.SIGTERM)
         guarded("cancel", self._cancel)(signal.SIGTERM)
         guarded("release_predecessor", self.release_predecessor)()
@@ -553,6 +556,8 @@ class Master:
         try:
             self._gunicorn_halt(reason, exit_status)
         finally:
+            # Python restores the default actions as it ends: a late signal would change the exit status.
+            compat.ignore_signals(self.server)
             threads = process_exit.wait(process_exit.waited_for, lambda: until, lambda: None)
             if threads:
                 process_exit.name(threads)
