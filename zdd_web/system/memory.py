@@ -17,7 +17,6 @@ Kernels before 5.1 do not know F_SEAL_FUTURE_WRITE. There the pages are read-onl
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 
@@ -30,6 +29,8 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 def create(name: str, size: int) -> tuple[int, mmap.mmap]:
     """Make a sealed memfd of `size` bytes; return its descriptor and the only writable mapping. Raises OSError."""
+    import fcntl  # which Windows does not have; nor does it have memfds
+
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)

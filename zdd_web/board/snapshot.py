@@ -1,0 +1,74 @@
+"""What a reader gets of a board: its state at an instant, immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zdd_web.board.layout import UpgradeState, WorkerState
+from zdd_web.lifecycle import Phase
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """One worker as the board had it at an instant."""
+
+    pid: int
+    start: int
+    age: int
+    state: WorkerState
+    retiring: bool
+    in_flight: int
+    requests: int
+    tasks: int
+    error: str
+
+
+@dataclass(frozen=True)
+class ListenerView:
+    """One listener as the board had it: connections that wait, how many may, and how many were accepted from it.
+
+    `accepted` is counted where there are several on a port (LISTENER = "reuseport"), and 0 elsewhere.
+    """
+
+    name: str
+    length: int
+    limit: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The board as it was at an instant: what probes, commands and tests decide upon."""
+
+    name: str
+    generation: int
+    phase: Phase
+    phase_since: int
+    deadline: int
+    master_pid: int
+    master_start: int
+    workers_wanted: int
+    started_at: int
+    ready_at: int
+    tick_at: int
+    predecessor_pid: int
+    successor_pid: int
+    successor_phase: Phase | None
+    upgrade_number: int
+    upgrade_state: UpgradeState
+    upgrade_reason: str
+    boot_log_fd: int
+    upgrades_done: int
+    upgrades_failed: int
+    workers: tuple[WorkerView, ...]
+    listeners: tuple[ListenerView, ...]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in hand in all workers."""
+        return sum(worker.in_flight for worker in self.workers)
+
+    @property
+    def tasks(self) -> int:
+        """Background tasks in hand in all workers."""
+        return sum(worker.tasks for worker in self.workers)
