@@ -364,3 +364,17 @@ def test_adaptor_needs_its_own_framework_only(module: str, missing: str) -> None
 
 def test_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_apps_run_without_gunicorn_where_there_is_no_unix() -> None:
+    script = "\n".join(
+        [
+            "import sys",
+            "for module in ('fcntl', 'grp', 'pwd', 'resource'):",
+            "    sys.modules[module] = None",
+            "import zdd_web, zdd_web.asgi, zdd_web.flask, zdd_web.wsgi",
+            "with zdd_web.background.track():",
+            "    assert zdd_web.phase().label == 'serving'",
+        ]
+    )
+    subprocess.run([sys.executable, "-Ic", script], check=True, timeout=60)

@@ -497,13 +497,13 @@ def test_look_up_ends_in_time_and_says_that_it_is_not_complete(
 def test_others_cannot_use_the_time_up_for_this_users_own_services(
     masters: Masters, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its pid is the lower one.
-    other, own = masters.start(name, uid=NOBODY_UID), masters.start(name)
+    # Two of them: whichever is looked at first, there is one more.
+    others, own = [masters.start(name, uid=NOBODY_UID) for _ in range(2)], masters.start(name)
     now = [0.0]
     look = lookup.generation_of
 
     def look_for_long(pid: int, note: lookup.Note) -> lookup.Generation | None:
-        if pid == other or proc.owner(pid) not in (0, -1):
+        if pid in others or proc.owner(pid) not in (0, -1):
             now[0] += 60
         return look(pid, note)
 

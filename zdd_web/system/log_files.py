@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import stat
@@ -51,6 +50,8 @@ def discard_failed(before: Iterable[logging.FileHandler]) -> None:
 
 def descriptors() -> set[int]:
     """Return the descriptors of files with a name that are open for nothing but writing: what a logger may write to."""
+    import fcntl  # which Windows does not have; apps that run there without gunicorn import this module
+
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
