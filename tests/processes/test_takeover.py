@@ -254,11 +254,13 @@ def test_a_newcomer_that_wants_other_listeners_says_so_and_ends(make_service, ol
     reason = "LISTENER is 'reuseport' in the new configuration and 'fd' in the running one"
     assert reason in old.wait_for(r"event=upgrade\.failed")
     assert reason in fails(new)
-    # Nor does it come as far as that with a pid file that is somebody else's.
+    # Nor does it come as far as that with a pid file of another service.
+    third = make_service("sync").start()
     new = another(make_service, old)
-    new.pid_file.write_text(f"{os.getpid()}\n")
+    new.pid_file.write_text(f"{third.pid}\n")
     new.spawn()
-    new.wait_for(f"names process {os.getpid()}, which runs")
+    new.wait_for(f"names process {third.pid}, which runs")
+    third.stop()
     new.ends(1)
     serves_on(old)
     old.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from zdd_web.metrics import Collector, exposition
@@ -14,6 +15,12 @@ FORMATS = 4
 ACCEPT_CHARACTERS = 1024
 
 PLAIN = ""
+
+
+def load_library() -> None:
+    """Import what makes an answer, if it is installed: the first scrape would hold up every probe meanwhile."""
+    with contextlib.suppress(ImportError):
+        import prometheus_client.exposition  # noqa: F401
 
 
 class Scrapes:

@@ -20,6 +20,7 @@ from zdd_web.health import Reply
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.probe_server.answers import Answers, Asked, Verdicts
 from zdd_web.probe_server.connection import Connection
+from zdd_web.probe_server.scrapes import load_library
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
 from zdd_web.system import log_files, pauses
@@ -74,6 +75,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until this process is replaced, or its master is gone, and nobody is left."""
+        load_library()
         self._listener.setblocking(False)
         loop = self._loop = asyncio.SelectorEventLoop()
         loop.set_exception_handler(self._complain)
