@@ -229,12 +229,16 @@ def no_effect(scene: Scene, sig: signal.Signals) -> None:
         scene.gone(scene.master)
 
 
-def ends_in_3_s_at_most(scene: Scene, sig: signal.Signals) -> None:
+def ends_in_3_s_at_most_status_1(scene: Scene, sig: signal.Signals) -> None:
     scene.send(sig)
     scene.gone(scene.master)
-    scene.service.ends(status=None)
-    # Nothing was promised and nothing is lost: no reason for a supervisor to call it a failure.
-    assert scene.service.process.wait() == 0, scene.service.log()
+    # Nothing was served, so nothing was completed.
+    scene.service.ends(status=1)
+
+
+def ends_now_status_1(scene: Scene, sig: signal.Signals) -> None:
+    scene.send(sig)
+    scene.service.ends(status=1)
 
 
 def ends_now(scene: Scene, sig: signal.Signals) -> None:
@@ -395,7 +399,8 @@ def _counts(scene: Scene, sig: signal.Signals, count: int) -> None:
 OUTCOMES: dict[str, Callable[[Scene, signal.Signals], None]] = {
     "refused": refused,
     "no effect": no_effect,
-    "ends in 3 s at most": ends_in_3_s_at_most,
+    "ends in 3 s at most, status 1": ends_in_3_s_at_most_status_1,
+    "ends now, status 1": ends_now_status_1,
     "ends now": ends_now,
     "ends; the old one serves": ends_and_the_old_one_serves,
     "lame duck, drain, end": lame_duck_drain_end,
