@@ -83,7 +83,8 @@ def test_a_stop_under_load_resets_nobody(service: Service):
         until("a refusal", lambda: any(each.outcome is Outcome.REFUSED for each in list(load.samples)), service)
     found = Counter(sample.outcome for sample in load.samples)
     assert set(found) <= {Outcome.OK, Outcome.STALE, Outcome.REFUSED}, found
-    assert service.matches(r"event=phase\.stopped .*late=\d+ late_by=[\d.]+ late_peer=127\.0\.0\.1:\d+ remedy=")
+    line = service.wait_for(r"event=phase\.stopped .*late=\d+ late_by=[\d.]+ late_peer=127\.0\.0\.1:\d+ late_new=\d+")
+    assert "[WARNING]" in line and 'remedy="DRAIN_DELAY = 5, GRACE_PERIOD = ' in line
 
 
 def test_requests_that_come_in_a_lame_duck_are_late_and_need_no_longer_one(service: Service):

@@ -1,4 +1,4 @@
-"""A random walk through signals, kills, standstills and deploys, under load.
+"""A random walk through signals, kills, standstills, deploys and attacks (attacks.py), under load.
 
     python -m tests.soak.random_walk --sequences 200 --seed 1 [--start 17] [--worker-class gthread]
 
@@ -12,8 +12,9 @@ waits until the service has settled, and looks:
 - one generation, serving, with all its workers; the pid file names its master; `zdd-web status --json` agrees
 - every process with the service's marker is that master or a worker on its board
 - every command `zdd-web upgrade` has ended
-- no request was lost, except those that a worker had when it was killed or ended at once, and those that were begun
-  while the service was meant to be down
+- no request was lost, except those that a worker had when it was killed, ended at once or taken over, and those that
+  were begun while the service was meant to be down
+- nothing has ended a process that is not the service's, and gunicorn's `timeout` no worker that had not stood still
 
 The first violation prints the seed, the steps and the log, and ends the walk with status 1.
 """
@@ -32,14 +33,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.processes.harness import Service, lost
+from tests.processes.harness import APP, Service, lost
+from tests.soak.attacks import ATTACKS, HOSTILE_VIEWS, Bystander, timed_out
 from zdd_web import proc
 from zdd_web import service as finder
 from zdd_web.board import UpgradeState, WorkerState
@@ -52,6 +56,8 @@ ANSWER_WITHIN = 20.0
 SETTLE_WITHIN = 45.0
 #: A connection is counted to what happened to its server this many seconds around it.
 SLACK = 0.3
+#: So much of a log is printed with a violation, characters.
+LOG_SHOWN = 200_000
 
 CODE = {
     "good": "",
@@ -83,6 +89,8 @@ class Window:
 class Walk:
     """One sequence of steps on one service."""
 
+    grace_period = 8.0
+
     def __init__(self, directory: Path, dice: random.Random, worker_class: str) -> None:
         self.dice = dice
         self.steps: list[str] = []
@@ -92,13 +100,16 @@ class Walk:
         self.down_since: float | None = None
         self.begun_only = False
         self.stopped: dict[int, float] = {}
-        self.commands: list[subprocess.Popen[str]] = []
+        self.ever_stopped: set[int] = set()
+        self.bystander = Bystander()
+        self.forgers: list[subprocess.Popen[Any]] = []
+        self.commands: list[subprocess.Popen[Any]] = []
         self.watching: list[threading.Thread] = []
         self.pool = ThreadPoolExecutor(8)
         self.starts = 0
         self.service = Service(
-            directory, worker_class, upgrade_timeout=2, grace_period=8, recycle_timeout=3,
-            generation_header="X-Zdd-Generation",
+            directory, worker_class, upgrade_timeout=2, grace_period=self.grace_period, recycle_timeout=3,
+            drain_delay=dice.choice((0, 0, 1)), generation_header="X-Zdd-Generation", probe_bind="127.0.0.1:0",
         )  # fmt: skip
         self.service.write_conf("from zdd_web.gunicorn import install\ninstall(globals(), {settings})")
         self.service.port = free_port()
@@ -161,8 +172,15 @@ class Walk:
 
     def deploy(self, kind: str) -> None:
         self.version += 1
-        self.kind, text = kind, CODE[kind]
-        self.service.deploy(str(self.version), at_import=text)
+        self.kind = kind
+        self.deploy_text(CODE[kind])
+
+    def deploy_text(self, at_import: str) -> None:
+        """Put an app on disk that runs these statements at import, in one step: a worker may load it at any moment."""
+        text = textwrap.dedent(APP).replace('VERSION = "1"', f'VERSION = "{self.version}"\n{at_import}\n')
+        new = self.service.directory / "app.new"
+        new.write_text(text + HOSTILE_VIEWS)
+        new.replace(self.service.directory / "app.py")
 
     # -- who is there
 
@@ -192,6 +210,24 @@ class Walk:
             return None
         workers = [(each.pid, each.start) for each in chosen[1].snapshot().workers if each.pid]
         return self.dice.choice(workers) if workers else None
+
+    def idle_office(self) -> finder.Generation | None:
+        """The master in office once no upgrade is under way; None if that does not come soon."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            masters = self.masters()
+            office = masters.get("office")
+            under_way = (UpgradeState.BOOTING, UpgradeState.COMMITTING)
+            if office and "successor" not in masters and office.board.header.upgrade_state not in under_way:
+                return office
+            time.sleep(0.02)
+        return None
+
+    def violated(self, text: str) -> None:
+        raise Violation(text)
+
+    def excuse(self, why: str, began: float, ended: float) -> None:
+        self.windows.append(Window(why, began, ended))
 
     def can_answer(self) -> bool:
         """Whether any worker serves that is not stopped."""
@@ -268,6 +304,10 @@ class Walk:
         self.status_agrees(office)
         if self.service.matches("event=internal.error"):
             raise Violation("an internal error was logged")
+        if not self.bystander.lives:
+            raise Violation("a process that is not the service's was ended")
+        if wrongly := set(timed_out(self)) - self.ever_stopped:
+            raise Violation(f"gunicorn's timeout has ended workers that had not stood still: {wrongly}")
 
     def _restarted_if_down(self) -> bool:
         if self.may_be_down and not self.service.processes():
@@ -287,7 +327,8 @@ class Walk:
         if snapshot.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING):
             return False
         # Whoever else carries the marker is an orphan, a proof of a reload, or on its way out.
-        known = {snapshot.master_pid, *(worker.pid for worker in snapshot.workers)}
+        header = masters["office"].board.header
+        known = {snapshot.master_pid, header.probe_pid, *(worker.pid for worker in snapshot.workers)}
         return set(self.service.processes()) - self._helpers() == known
 
     def _helpers(self) -> set[int]:
@@ -336,9 +377,10 @@ class Walk:
         for pid in list(self.stopped):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        for command in self.commands:
+        for command in [*self.commands, *self.forgers]:
             command.kill()
             command.wait()
+        self.bystander.close()
         self.service.clean_up()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -463,6 +505,7 @@ def stop_a_worker(walk: Walk) -> None:
     pid, start = worker
     if not proc.kill(pid, start, signal.SIGSTOP):
         return
+    walk.ever_stopped.add(pid)
     began = time.monotonic()
     seconds = walk.dice.choice((0.2, 1.0, None))
     walk.say(f"SIGSTOP to worker {pid} for {seconds}")
@@ -529,6 +572,7 @@ STEPS: list[tuple[int, Callable[[Walk], None]]] = [
     (3, slow_request),
     (1, background_job),
     (2, pass_the_commit_window),
+    *ATTACKS,
 ]
 
 
@@ -590,7 +634,7 @@ def main() -> int:
             print(f"--- violation: seed {options.seed} sequence {number}: {verdict}\n--- steps")
             print("\n".join(walk.steps))
             for log in sorted(walk.service.directory.glob("log*"), key=lambda path: int(re.sub(r"\D", "", path.name))):
-                print(f"--- {log.name}\n{log.read_text(errors='replace')}")
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-LOG_SHOWN:]}")
             print(f"repeat: python -m tests.soak.random_walk --seed {options.seed} --start {number} --sequences 1")
         shutil.rmtree(walk.service.directory, ignore_errors=True)
         if number % 10 == 0 or verdict:

@@ -6,8 +6,11 @@ import mmap
 import os
 import signal
 import socket
+import sys
+import time
+from types import SimpleNamespace
 
-from tests.unit.forks import in_child, spawn, status_of
+from tests.unit.forks import PATIENCE, in_child, spawn, status_of
 from zdd_web.board import Board
 from zdd_web.gunicorn import app_forks
 from zdd_web.record import WORD
@@ -107,3 +110,30 @@ def test_a_closed_copy_leaves_the_parents_listener_open_and_later_files_alone() 
         socket.create_connection(server.getsockname()).close()
         for fd in (reader, writer, number):
             os.close(fd)
+
+
+def test_a_signal_that_reaches_a_child_before_its_handlers_are_replaced_is_not_lost() -> None:
+    def worker() -> list[int]:
+        board = Board.private("test-app-forks")
+        signal.signal(signal.SIGTERM, app_forks.OwnHandler(lambda sig, frame: None))
+        family = SimpleNamespace(in_a_child_of_the_app=lambda: None)
+        app_forks._side = SimpleNamespace(slot=board.slot(0), worker=SimpleNamespace(), family=family)  # type: ignore[assignment]
+        ended = []
+        for _ in range(20):
+            child = spawn(lambda: time.sleep(PATIENCE))
+            # At once: the child has hardly begun.
+            os.kill(child, signal.SIGTERM)
+            ends = time.monotonic() + 1
+            while not (status := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
+                time.sleep(0.001)
+            if status[0]:
+                ended.append(os.waitstatus_to_exitcode(status[1]))
+            else:
+                os.kill(child, signal.SIGKILL)
+                ended.append(status_of(child))
+        # The mask is what it was, here and in a child.
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+        assert status_of(spawn(lambda: sys.exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))) == 0
+        return ended
+
+    assert in_child(worker) == [-signal.SIGTERM] * 20

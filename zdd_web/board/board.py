@@ -205,7 +205,9 @@ class Board:
                 slot.beat_at = beat_at
                 self.header.slots_used = max(self.header.slots_used, index + 1)
                 slot.error = slot.late_peer = ""
-                slot.server_errors = slot.oldest_task = slot.heartbeat = 0
+                slot.server_errors = slot.oldest_task = slot.heartbeat = slot.late_new_by = 0
+                for quarter in Slot.LATE_QUARTERS:
+                    words[slot.base + quarter.index] = 0
                 slot.state = WorkerState.BOOTING
                 order.pid = order.start = order.retire = order.retire_deadline = 0
                 order.age = age

@@ -239,6 +239,9 @@ class Slot(Record):
     oldest_task = Word(96)
     #: A `Heartbeat`.
     heartbeat = Word(97)
+    #: Of the late requests those that came on new connections, by quarter of the lame duck; and `late_by` of those.
+    LATE_QUARTERS = (Count(98), Count(99), Count(100), Count(101))
+    late_new_by = Count(102)
     CHECKS_AT = 104
     #: Connections accepted from each listener, by all workers that have had this slot.
     ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
@@ -257,6 +260,15 @@ class Slot(Record):
     def retire_deadline(self) -> int:
         """Until when it may take."""
         return self.order.retire_deadline
+
+    @property
+    def late_quarters(self) -> tuple[int, ...]:
+        """Return how many requests came on new connections in each quarter of the lame duck."""
+        return tuple(count.__get__(self, Slot) for count in self.LATE_QUARTERS)
+
+    def count_late_quarter(self, index: int) -> None:
+        """Count a request on a new connection in that quarter of the lame duck, from 0; the worker's call."""
+        self.words[self.base + self.LATE_QUARTERS[index].index] += 1
 
     def count_accept(self, index: int) -> None:
         """Count a connection accepted from the listener with that index; the worker's call."""

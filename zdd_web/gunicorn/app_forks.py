@@ -11,6 +11,9 @@ So in each child of a worker, before any code of the app runs there:
     listeners   the child's copies are closed
     greenlets   under gevent they are copied too: what accepts and beats is ended
 
+While the app forks, signals with such a handler are blocked: one that reaches the child before its handlers are
+replaced would find the worker's, which does nothing there, and be lost.
+
 A child that was forked past Python (by an extension in C) runs none of this. There the handlers look at the pid.
 """
 
@@ -21,6 +24,7 @@ import ctypes
 import mmap
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +38,8 @@ HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle
 MAP_FIXED = 0x10
 
 _side: WorkerSide | None = None
+#: The signals that a thread which forks had blocked before.
+_blocked = threading.local()
 _inodes: dict[int, int] = {}
 
 
@@ -67,7 +73,25 @@ def attach(side: WorkerSide) -> None:
     _inodes = {fd: os.fstat(fd).st_ino for fd in side.listeners}
 
 
+def _before() -> None:
+    if _side is not None:
+        _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, own_signals())
+
+
+def _unblock() -> None:
+    before, _blocked.before = getattr(_blocked, "before", None), None
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _in_child() -> None:
+    try:
+        _leave_the_worker()
+    finally:
+        _unblock()
+
+
+def _leave_the_worker() -> None:
     global _side
     side, _side = _side, None
     if side is None:
@@ -81,13 +105,17 @@ def _in_child() -> None:
     side.family.in_a_child_of_the_app()
 
 
+def own_signals() -> list[int]:
+    """Return the signals that have a handler of the worker's."""
+    return [sig for sig in signal.valid_signals() if isinstance(signal.getsignal(sig), OwnHandler)]
+
+
 def reset_handlers() -> None:
     """Give every signal that has a handler of the worker's its default action."""
     # Not Python's own handler for SIGINT: KeyboardInterrupt would unwind through the view into gunicorn's main loop,
     # which takes it for the order to stop the service (arbiter.py:275).
-    for sig in signal.valid_signals():
-        if isinstance(signal.getsignal(sig), OwnHandler):
-            signal.signal(sig, signal.SIG_DFL)
+    for sig in own_signals():
+        signal.signal(sig, signal.SIG_DFL)
     # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.
     signal.set_wakeup_fd(-1)
 
@@ -125,4 +153,4 @@ def close_copies(inodes: Mapping[int, int]) -> None:
     os.close(null)
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before, after_in_parent=_unblock, after_in_child=_in_child)

@@ -34,7 +34,7 @@ from gunicorn.errors import HaltServer
 from zdd_web import clock, keeper, lifecycle, log, proc, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import compat, process_exit, sources, termination
+from zdd_web.gunicorn import compat, late_arrivals, process_exit, sources, termination
 from zdd_web.gunicorn.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
@@ -47,7 +47,7 @@ from zdd_web.gunicorn.orders import Once
 from zdd_web.gunicorn.pidfile import PidFile
 from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload, too_many_workers
-from zdd_web.gunicorn.roster import LateArrivals, Plan, Roster, plan
+from zdd_web.gunicorn.roster import Plan, Roster, plan
 from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
@@ -115,7 +115,7 @@ class Master:
         self._has_room = True
         self._killed_at_work = False
         self._ends_now = False
-        self._late = LateArrivals()
+        self._late = late_arrivals.LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
@@ -234,7 +234,7 @@ class Master:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
 
-    def move(self, event: Event, **fields: Any) -> None:
+    def move(self, event: Event, level: int = logging.INFO, **fields: Any) -> None:
         """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
         since, before = self.header.phase_since, self.phase
         phase = lifecycle.after(before, event)
@@ -242,7 +242,7 @@ class Master:
             return
         self.header.phase_since = clock.now_ns()
         self.header.phase = phase
-        log.emit(f"phase.{phase.label}", after=round(clock.since(since), 3), workers=len(self.roster), **fields)
+        log.emit(f"phase.{phase.label}", level, after=round(clock.since(since), 3), workers=len(self.roster), **fields)
         guarded("systemd", self.supervisor.moved)(before, phase)
 
     def _bury_workers(self) -> None:
@@ -573,12 +573,14 @@ class Master:
             self.server.reexec_pid = self.header.successor_pid
         seconds = self._leaving_for()
         self.header.drain_took = int(seconds * 1e9)
-        said = self._late.fields(self.settings.drain_delay) if self.header.stop_since else {}
+        said: dict[str, Any] = {}
+        if self.header.stop_since:
+            said = self._late.fields(self.settings.drain_delay, self.settings.grace_period, self._cut)
         if self.listening.is_left_to_others:
-            # Nobody was turned away: they have gone to whoever stays on the port.
+            # Nothing was refused: connections have gone to the others on the port.
             said.pop("remedy", None)
         late = bool(self._abandoned or self._cut) and clock.passed(self._ends_at)
-        self.move(Event.FINISHED, seconds=seconds, **said)
+        self.move(Event.FINISHED, late_arrivals.level(said), seconds=seconds, **said)
         abandoned = late or self._killed_at_work
         if abandoned:
             self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned, seconds=seconds)

@@ -10,7 +10,6 @@ worker that says it leaves, and stays, is told to leave, which gives it a deadli
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from collections.abc import Sequence
@@ -32,10 +31,6 @@ LINGERS_AFTER = 1.0
 
 #: After a failed boot the next one waits, longer each time, seconds.
 BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.5, 1.5, 30.0
-
-
-#: Late arrivals in the last part of a lame duck mean that it is too short. Load balancers take five seconds at least.
-LATE_FRACTION, LEAST_DELAY = 0.8, 5
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,8 @@ class Gone:
     late: int = 0
     late_by: float = 0.0
     late_peer: str = ""
+    late_quarters: tuple[int, ...] = (0, 0, 0, 0)
+    late_new_by: float = 0.0
     requests: int = 0
     server_errors: int = 0
 
@@ -134,38 +131,6 @@ class Gone:
     def could_not_boot(self) -> bool:
         """Whether it ended in the way in which gunicorn's workers end when they cannot boot, or not load the app."""
         return self.exit_status in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR)
-
-
-@dataclass
-class LateArrivals:
-    """Requests that came after a stop had begun: from a load balancer that has not heard of it yet.
-
-    >>> late = LateArrivals(count=3, by=2.2, peer="10.0.0.7:51234")
-    >>> late.fields(drain_delay=0)
-    {'late': 3, 'late_by': 2.2, 'late_peer': '10.0.0.7:51234', 'remedy': 'DRAIN_DELAY = 5'}
-    >>> late.fields(drain_delay=10)
-    {'late': 3, 'late_by': 2.2, 'late_peer': '10.0.0.7:51234'}
-    """
-
-    count: int = 0
-    by: float = 0.0
-    peer: str = ""
-
-    def add(self, gone: Gone) -> None:
-        """Count in those of a worker."""
-        self.count += gone.late
-        if gone.late_by > self.by:
-            self.by, self.peer = gone.late_by, gone.late_peer
-
-    def fields(self, drain_delay: float) -> dict[str, Any]:
-        """Return what the stop's last line says; with a remedy where they came until the lame duck was over."""
-        if not self.count:
-            return {}
-        said: dict[str, Any] = {"late": self.count, "late_by": self.by, "late_peer": self.peer}
-        if self.by > drain_delay * LATE_FRACTION:
-            # Nobody was heard after the door had closed: more than was seen, twice as much is a guess with a margin.
-            said["remedy"] = f"DRAIN_DELAY = {max(LEAST_DELAY, math.ceil(2 * self.by))}"
-        return said
 
 
 @dataclass
@@ -271,6 +236,8 @@ class Roster:
                     late=slot.late,
                     late_by=slot.late_by / 1e9,
                     late_peer=slot.late_peer,
+                    late_quarters=slot.late_quarters,
+                    late_new_by=slot.late_new_by / 1e9,
                     requests=slot.requests,
                     server_errors=slot.server_errors,
                 )

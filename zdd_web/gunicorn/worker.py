@@ -29,6 +29,7 @@ from zdd_web.door import SHUT, Door
 from zdd_web.gunicorn import app_forks, bootlog, compat, process_exit, sources, worker_classes
 from zdd_web.gunicorn.adapter import gthread, sync
 from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.late_arrivals import LateCounter
 from zdd_web.gunicorn.orders import Once, Orders
 from zdd_web.gunicorn.rotation import reopening
 from zdd_web.gunicorn.worker_classes.family import Leaving
@@ -94,6 +95,7 @@ class WorkerSide:
         self.last_word: Callable[[], None] = self.exit
         self._limit = compat.take_max_requests(worker)
         self._words, self._seldom_lock = board.header.words, threading.Lock()
+        self._late = LateCounter(slot, settings.drain_delay, worker.cfg.forwarded_allow_ips)
         self._count_in, self._count_out = self.process.request_counters()
         compat.close_connections_when(self.process.is_leaving)
         compat.look_before_closing(worker)
@@ -481,19 +483,10 @@ class WorkerSide:
         """Count a request in."""
         self._count_in()
         waitgroup.current_request.set(request)
-        if self._words[_PHASE] in STOPPING:
-            self._count_late(request)
-
-    def _count_late(self, request: Any) -> None:
-        if self._is_probe(request):
-            return  # whoever probes does so to the end, and knows
-        peer = request.peer_addr
-        slot, by = self.slot, clock.now_ns() - self.board.header.stop_since
-        with self._seldom_lock:
-            slot.late += 1
-            if by > slot.late_by:
-                slot.late_by = by
-                slot.late_peer = ":".join(map(str, peer[:2])) if isinstance(peer, tuple) else str(peer or "unix")
+        # Probes are sent to the end, by those that act on them.
+        if self._words[_PHASE] in STOPPING and not self._is_probe(request):
+            by = clock.now_ns() - self.board.header.stop_since
+            self._late.count(request, by, is_new=self.family.is_on_new_connection(request))
 
     def _is_probe(self, request: Any) -> bool:
         # At the end: an app may be mounted somewhere.

@@ -18,6 +18,8 @@ class _Asked(NamedTuple):
     peer_addr: Any
     method: str
     path: str
+    headers: Any
+    receive: Any
 
 
 class _Noted:
@@ -43,7 +45,7 @@ class Counted:
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            asked = _Asked(scope.get("client"), scope["method"], scope["path"])
+            asked = _Asked(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
             noted = _Noted()
             self._side.request_started(None, asked)
             try:

@@ -117,6 +117,12 @@ class Family:
             self.side.accepts_no_more()
         self.wake()
 
+    def is_on_new_connection(self, request: Any) -> bool:
+        """Tell whether a request that came after a stop had begun is on a connection that did so too."""
+        # A reply in a lame duck is a connection's last one: a later request is on one from before.
+        first: bool = request.req_number == 1
+        return first
+
     def in_a_child_of_the_app(self) -> None:
         """Called in a process that the app has forked, which has what this worker had in memory."""
         # A child that comes back from the view is in gunicorn's loop, and is to leave it.

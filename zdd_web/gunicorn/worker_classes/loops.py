@@ -57,7 +57,9 @@ class Loop(Family):
         super().__init__(side)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.servers: list[asyncio.Server | QueuesServer] = []
-        self.connections: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: When each was accepted, monotonic nanoseconds.
+        self.connections: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._peers_before_the_stop: set[Any] | None = None
         self.app: Counted | None = None
         self.accepting = True
         self._at_gate = False
@@ -115,7 +117,7 @@ class Loop(Family):
 
             def connection() -> Any:
                 protocol = factory()
-                self.connections.add(protocol)
+                self.connections[protocol] = clock.now_ns()
                 return protocol
 
             server: asyncio.Server | QueuesServer
@@ -216,6 +218,17 @@ class Loop(Family):
     def in_a_child_of_the_app(self) -> None:
         """See `Family`: asyncio's loop does not run there."""
 
+    def is_on_new_connection(self, request: Any) -> bool:
+        """See `Family`: a scope does not tell; connections that were open before the stop are known by their peers."""
+        if self._peers_before_the_stop is None:
+            since = self.side.board.header.stop_since
+            before = [each for each, at in list(self.connections.items()) if at < since and each.transport is not None]
+            self._peers_before_the_stop = {_peer(each.transport.get_extra_info("peername")) for each in before}
+        # uvicorn has put a forwarded address into the scope.
+        transport = getattr(getattr(request.receive, "__self__", None), "transport", None)
+        peer = transport.get_extra_info("peername") if transport is not None else request.peer_addr
+        return _peer(peer) not in self._peers_before_the_stop
+
     def is_reading_a_head(self) -> bool:
         """Tell whether a part of a request's head has arrived on a connection; such a connection is not idle."""
         # Not any(): each of them is kept from its own timeout.
@@ -231,6 +244,11 @@ class Loop(Family):
             self.side.last_word()
         finally:
             os._exit(status)
+
+
+def _peer(address: Any) -> Any:
+    # The scope of an IPv6 client has two of the address's four parts. Unix sockets have no name, or "".
+    return tuple(address[:2]) if address and not isinstance(address, (str, bytes)) else None
 
 
 class _Drain:
