@@ -84,6 +84,8 @@ EVENTS = {
     "drain.abandoned": "workers were killed at the deadline with work in hand",
     "notify.failed": "systemd did not take a message; said once, until it takes one again",
     "watchdog.withheld": "the service does not live, and systemd's watchdog is not told that it does",
+    "settings.slow": "Django's settings module is still being imported; a start waits for it up to UPGRADE_TIMEOUT",
+    "settings.unread": "Django's settings module was not imported in time; the start goes on without its ZDD_WEB",
     "settings.invalid": "a setting cannot work; the service does not start",
     "internal.error": "zdd_web itself raised; the service goes on",
 }
