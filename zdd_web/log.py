@@ -51,6 +51,8 @@ EVENTS = {
     "listener.dropped": "the new configuration does not bind this any more; it is drained once the upgrade is through",
     "listener.closed": "a listener that the successor does not want is empty and closed",
     "listener.lost": "a listener that the successor did not want cannot be bound again, now that the successor is gone",
+    "listener.rebound": "the file of a Unix socket was gone, or led to another socket: the path is bound again",
+    "listener.unreachable": "the file of a Unix socket that was passed to gunicorn is gone, or leads to another socket",
     "listener.queues": "the number of workers has changed, and with it the number of queues on a port",
     "listener.shared": "others listen on this port too; `unknown` of them are no service of ours (`ss -ltnp`)",
     "listener.steered": "others listen on this port too: new connections go to them, what waits here is finished",
