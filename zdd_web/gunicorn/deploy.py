@@ -191,7 +191,8 @@ class Deploy:
                 "first; restart the service, or move them into a service of their own"
             )
         if forks and not self._settings.keep_pid:
-            obstacle = Parentage.of_this_process().obstacle()
+            parentage = Parentage.of_this_process(adopted=not self._was_started)
+            obstacle = parentage.obstacle(parent_stays=self._settings.parent_stays)
             if obstacle:
                 raise UpgradeError(obstacle)
 
