@@ -29,6 +29,7 @@ from zdd_web.system import escaping, log_files, masking
 
 EVENTS = {
     "boot.started": "a master begins to boot its workers",
+    "boot.slow": "a worker has been in one step of its boot for ten seconds; its stack follows",
     "boot.failed": "a worker could not load the app; error says why",
     "phase.serving": "the generation serves: its gate is open",
     "phase.lame_duck": "a stop began: readiness is 503, everything is still accepted",
