@@ -29,6 +29,7 @@ from zdd_web.system import escaping, log_files, masking
 
 EVENTS = {
     "boot.started": "a master begins to boot its workers",
+    "boot.slow": "a worker has been in one step of its boot for ten seconds; its stack follows",
     "boot.failed": "a worker could not load the app; error says why",
     "phase.serving": "the generation serves: its gate is open",
     "phase.lame_duck": "a stop began: readiness is 503, everything is still accepted",
@@ -51,6 +52,8 @@ EVENTS = {
     "listener.dropped": "the new configuration does not bind this any more; it is drained once the upgrade is through",
     "listener.closed": "a listener that the successor does not want is empty and closed",
     "listener.lost": "a listener that the successor did not want cannot be bound again, now that the successor is gone",
+    "listener.rebound": "the file of a Unix socket was gone, or led to another socket: the path is bound again",
+    "listener.unreachable": "the file of a Unix socket that was passed to gunicorn is gone, or leads to another socket",
     "listener.queues": "the number of workers has changed, and with it the number of queues on a port",
     "listener.shared": "others listen on this port too; `unknown` of them are no service of ours (`ss -ltnp`)",
     "listener.steered": "others listen on this port too: new connections go to them, what waits here is finished",
@@ -84,6 +87,8 @@ EVENTS = {
     "drain.abandoned": "workers were killed at the deadline with work in hand",
     "notify.failed": "systemd did not take a message; said once, until it takes one again",
     "watchdog.withheld": "the service does not live, and systemd's watchdog is not told that it does",
+    "settings.slow": "Django's settings module is still being imported; a start waits for it up to UPGRADE_TIMEOUT",
+    "settings.unread": "Django's settings module was not imported in time; the start goes on without its ZDD_WEB",
     "settings.invalid": "a setting cannot work; the service does not start",
     "internal.error": "zdd_web itself raised; the service goes on",
 }

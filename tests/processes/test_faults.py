@@ -201,6 +201,27 @@ def test_a_successor_that_is_left_alone_with_code_that_hangs_serves_when_the_cod
     service.stop(status=None)
 
 
+@pytest.mark.parametrize(
+    ("fault", "step", "where"),
+    [
+        ({"at_import": "time.sleep(3600)"}, "importing the app", "app.py"),
+        ({"at_import": "zdd_web.check('database', timeout=60)(lambda: time.sleep(3600))"},
+         "waiting for its checks (database)", "in <lambda>"),
+    ],
+)  # fmt: skip
+def test_a_boot_that_hangs_is_named_with_its_step_and_its_stack(service: Service, fault, step: str, where: str):
+    conf = "from zdd_web.gunicorn import boot_watch\nboot_watch.SLOW_AFTER = 0.5\n"
+    service.configure(conf, upgrade_timeout=4).start()
+    service.deploy("2", **fault)
+    line = service.upgrade(expect="upgrade.failed")
+    assert f"not ready within UPGRADE_TIMEOUT = 4 s: workers: 2 booting; {step}; generation 1 first booted in " in line
+    assert "raise UPGRADE_TIMEOUT if more is needed" in line
+    assert len(service.matches(rf'WARNING.* generation=2 event=boot.slow pid=\d+ step="{re.escape(step)}"')) == 2
+    assert where in service.log().partition("event=boot.slow")[2]
+    assert service.get().version == "1"
+    service.stop()
+
+
 CHECKS = {
     "raises": ("raise ConnectionRefusedError('no database')", "check 'database' failed: ConnectionRefusedError"),
     "hangs": ("time.sleep(3600)", "check 'database' failed: no answer within 0.5 s"),

@@ -55,11 +55,12 @@ FLASK = """
     two = make("two", {two})
 """
 
-#: A conf whose reading of Django's settings is given up sooner than after ten seconds.
-IMPATIENT = """
-    from zdd_web.gunicorn import install, sources
-    sources.READ_TIMEOUT = 0.5
-    install(globals(), {settings})
+#: Settings that only the process hangs in that reads them for the master, with a grandchild that holds what it has
+#: inherited.
+SLOW_FOR_THE_MASTER = """
+import subprocess, sys
+if "gunicorn.arbiter" not in sys.modules:
+    subprocess.run(["sleep", "1000"])
 """
 
 
@@ -231,12 +232,19 @@ def test_settings_module_that_raises_ends_the_start(make_django: Callable[..., S
     assert f"(python -c 'import mysite.settings' in {service.directory} shows where), or unset the variable" in line
 
 
-def test_settings_module_that_hangs_ends_the_start_and_is_killed(make_django: Callable[..., Service]) -> None:
-    service = make_django("{}", master=True)
-    # With a grandchild, which holds what it has inherited.
-    set_django(service, "{}", "import subprocess\nsubprocess.run(['sleep', '1000'])\n")
-    service.write_conf(IMPATIENT)
-    assert "it is still being imported after 0.5 s" in refused_start(service)
+def test_settings_module_that_is_slow_does_not_end_the_start(make_django: Callable[..., Service]) -> None:
+    service = make_django("{}", master=True, upgrade_timeout=1)
+    set_django(service, "{}", SLOW_FOR_THE_MASTER)
+    service.start()
+    assert "module=mysite.settings seconds=1 " in service.wait_for("event=settings.unread")
+    service.until_alone()
+    service.stop()
+
+
+def test_slow_settings_module_that_contradicts_the_master_ends_the_start(make_django: Callable[..., Service]) -> None:
+    service = make_django("{}", master=True, upgrade_timeout=1)
+    set_django(service, "{'GRACE_PERIOD': 20}", SLOW_FOR_THE_MASTER)
+    assert "GRACE_PERIOD = 20 contradicts the default GRACE_PERIOD = 30" in end_of_start(service, status=3)
 
 
 def test_settings_module_may_print_and_leave_threads(make_django: Callable[..., Service]) -> None:
@@ -362,13 +370,10 @@ def test_successor_reads_its_own(make_django: Callable[..., Service]) -> None:
 
 
 def test_hanging_settings_module_fails_the_upgrade_and_leaves_no_process(make_django: Callable[..., Service]) -> None:
-    service = make_django("{}", master=True)
-    service.write_conf(IMPATIENT.replace("0.5", "30"))
-    service.start()
-    service.write_conf(IMPATIENT)
+    service = make_django("{}", master=True, upgrade_timeout=3).start()
     set_django(service, "{}", "import time\ntime.sleep(1000)\n")
     before = len(service.processes())
-    assert "still being imported after 0.5 s" in service.upgrade(expect="upgrade.failed")
+    assert "not ready within UPGRADE_TIMEOUT = 3 s" in service.upgrade(expect="upgrade.failed")
     until("the end of what was tried", lambda: len(service.processes()) == before, service)
     service.stop()
 

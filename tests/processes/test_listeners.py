@@ -298,6 +298,47 @@ def test_a_unix_socket_keeps_its_file_mode_and_owner(service: Service, tmp_path:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("how", ["removed", "stale"])
+def test_a_unix_socket_whose_file_is_gone_is_bound_again(service: Service, tmp_path: Path, how: str):
+    path = tmp_path / "app.sock"
+    start(bound_to(service, f"unix:{path}"))
+    waiting = socket.socket(socket.AF_UNIX)
+    waiting.connect(str(path))
+    path.unlink()
+    if how == "stale":
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+    service.signal(signal.SIGHUP)
+    line = service.wait_for("event=refused signal=HUP")
+    assert f"the file of a Unix socket is gone, or leads to another socket: {path}" in line
+    assert "use an upgrade" in line
+    # The second one finds two sockets of this bind, of which one is reached.
+    for generation in (2, 3, 4):
+        service.upgrade()
+        assert ask_unix(path).generation == generation
+        service.wait_for(rf"generation={generation - 1} event=phase\.stopped")
+        assert ask_unix(path).generation == generation
+    assert len(service.snapshot().listeners) == 1
+    waiting.close()
+    assert len(service.matches("event=listener.rebound")) == 1
+    assert not service.matches("event=listener.dropped")
+    service.stop()
+    assert not path.exists()
+
+
+def test_a_unix_socket_in_whose_place_another_serves_fails_the_upgrade_and_stays(service: Service, tmp_path: Path):
+    path = tmp_path / "app.sock"
+    start(bound_to(service, f"unix:{path}"))
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        service.deploy("2")
+        assert "somebody else serves there" in service.upgrade(expect="upgrade.failed")
+        service.stop()
+        assert path.exists()
+
+
 def test_an_abstract_unix_socket_is_handed_over(service: Service):
     name = f"\0{service.name}"
     start(bound_to(service, f"unix:{name}"))

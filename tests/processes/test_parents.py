@@ -31,10 +31,26 @@ from tests.processes.harness import (
 from zdd_web import proc
 from zdd_web.board import MEMFD_PREFIX, Board
 
+#: Runs the rest of its command line, or `./run`, and ends with it.
+SUPERVISE = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:] or ['./run']))"
+
 #: How each parent starts `./run`, which execs gunicorn. The first word must be on PATH or beside this interpreter.
 STARTED_BY = {
     "PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "./run"],
     "shell at PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", "./run; exit"],
+    "python script at PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "python", "-c", SUPERVISE],
+    "python script": [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "python",
+        "-c",
+        SUPERVISE,
+        "python",
+        "-c",
+        SUPERVISE,
+    ],
     "tini": ["tini", "-s", "--", "./run"],
     "dumb-init": ["dumb-init", "./run"],
     "supervisord": ["supervisord", "--nodaemon", "--configuration", "supervisord.conf"],
@@ -106,6 +122,8 @@ REMEDY = "set KEEP_PID = True, which leaves a keeper with this pid, or "
 REFUSALS = {
     "PID 1": ["this master is PID 1, whose exit ends the container", REMEDY + "replace the container"],
     "shell at PID 1": ["a shell at PID 1 (sh)", REMEDY + "replace the container"],
+    "python script at PID 1": ["the parent is python at PID 1", REMEDY + "PARENT_STAYS = True if it stays"],
+    "python script": ["the parent is python, the child of python at PID 1", REMEDY],
     "tini": ["the parent tini", REMEDY + "restart by tini"],
     "dumb-init": ["the parent dumb-init", REMEDY + "restart by dumb-init"],
     "supervisord": ["the parent supervisord", REMEDY + "restart by supervisord"],
@@ -131,6 +149,26 @@ def test_a_master_whose_end_is_the_services_end_is_not_replaced(make_service, pa
     assert service.get().generation == 1
     service.signal(signal.SIGTERM, pid)
     service.wait_for(r"event=phase\.stopped")
+
+
+@pytest.mark.parametrize(
+    ("pid_1", "settings"),
+    [
+        # PID 1 has not forked the service, as with `docker exec`, and does not wait for it.
+        ('setsid sh -c "./run &"; sleep 1000; exit', {}),
+        # This shell has, but the service's owner says that it stays.
+        ("./run; sleep 1000; exit", {"parent_stays": True}),
+    ],
+)
+def test_a_master_whose_parent_at_pid_1_stays_is_replaced_again_and_again(make_service, pid_1, settings, monkeypatch):
+    monkeypatch.setitem(STARTED_BY, "PID 1", ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", pid_1])
+    service = start_under(make_service(**settings), "PID 1")
+    for generation in (1, 2):
+        service.signal(signal.SIGUSR2, master(service, generation))
+        service.wait_for(r"event=upgrade\.committed|event=refused", generation)
+        service.wait_for(rf"generation={generation} event=phase\.stopped")
+        assert service.get().generation == generation + 1
+    assert not service.matches("event=refused")
 
 
 def test_a_main_process_in_a_pid_namespace_of_others_is_not_replaced(make_service):

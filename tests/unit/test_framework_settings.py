@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_settings import IMPOSSIBLE, NAMES, VALUES, WRONG_TYPE
 from zdd_web import process
-from zdd_web.errors import SettingsError
+from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn import sources
 from zdd_web.gunicorn.sources import join, read_django
 from zdd_web.settings import APP_SETTINGS, FrameworkSettings, Settings, Sourced, merge, of_app, resolve
@@ -261,9 +261,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert "site_settings" not in sys.modules
 
 
-def read(text: str) -> FrameworkSettings | None:
+def read(text: str, timeout: float = 60.0) -> FrameworkSettings | None:
     Path("lib/site_settings.py").write_text(textwrap.dedent(text))
-    return read_django({**os.environ, "DJANGO_SETTINGS_MODULE": "site_settings"})
+    return read_django({**os.environ, "DJANGO_SETTINGS_MODULE": "site_settings"}, timeout)
 
 
 @pytest.mark.usefixtures("project")
@@ -282,8 +282,8 @@ def test_module_without_the_dictionary_says_nothing() -> None:
 
 
 def test_no_module_is_no_question() -> None:
-    assert read_django({}) is None
-    assert read_django({"DJANGO_SETTINGS_MODULE": ""}) is None
+    assert read_django({}, 60.0) is None
+    assert read_django({"DJANGO_SETTINGS_MODULE": ""}, 60.0) is None
 
 
 @pytest.mark.usefixtures("project")
@@ -306,11 +306,56 @@ def test_module_that_cannot_be_imported_is_named_with_its_error_and_the_remedy(p
     )
 
 
+def test_module_that_is_not_imported_in_time_is_left_out_with_a_warning(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sources, "SLOW_AFTER", 0.05)
+    assert read("import time\ntime.sleep(1000)", timeout=0.2) is None
+    slow, unread = caplog.records
+    assert slow.levelname == unread.levelname == "WARNING"
+    assert slow.getMessage().startswith("event=settings.slow module=site_settings seconds=0.")
+    assert unread.getMessage() == (
+        'event=settings.unread module=site_settings seconds=0.2 remedy="the start goes on without its ZDD_WEB, if it '
+        "has one: pass those settings to install(), unset DJANGO_SETTINGS_MODULE for gunicorn's master, or find out "
+        f"what is slow (python -X importtime -c 'import site_settings' in {project})\""
+    )
+
+
 @pytest.mark.usefixtures("project")
-def test_module_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "READ_TIMEOUT", 0.2)
-    with pytest.raises(SettingsError, match=r"it is still being imported after 0\.2 s"):
-        read("import time\ntime.sleep(1000)")
+@pytest.mark.parametrize(
+    ("environ", "installed", "seconds"),
+    [
+        ({}, {}, 60.0),
+        ({}, {"upgrade_timeout": 90}, 90.0),
+        ({"ZDD_WEB_UPGRADE_TIMEOUT": "120"}, {"upgrade_timeout": 90}, 120.0),
+    ],
+)
+def test_a_start_waits_for_the_module_as_long_as_an_upgrade_may_take(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], installed: dict[str, float], seconds: float
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(sources, "_installed", installed)
+    monkeypatch.setattr(sources, "_settled", False)
+    monkeypatch.setattr(sources, "_in_force", None)
+    monkeypatch.setattr(sources, "read_django", lambda environ, timeout: waited.append(timeout))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    sources.settle(SimpleNamespace(env={}))
+    assert waited == [seconds]
+
+
+@pytest.mark.usefixtures("project")
+def test_reload_that_cannot_read_the_module_in_time_keeps_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = merge({}, {}, FrameworkSettings.read("Django", {"GRACE_PERIOD": 20}, "site_settings"))
+    monkeypatch.setattr(sources, "_installed", {})
+    monkeypatch.setattr(sources, "_settled", True)
+    monkeypatch.setattr(sources, "_in_force", before)
+    monkeypatch.setattr(sources, "read_django", lambda environ, timeout: None)
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "site_settings")
+    sources.refuse_changes(SimpleNamespace(env={}))
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE")
+    with pytest.raises(NeedsUpgrade, match="GRACE_PERIOD changed from 20"):
+        sources.refuse_changes(SimpleNamespace(env={}))
 
 
 @pytest.mark.usefixtures("project")

@@ -23,6 +23,15 @@ from zdd_web.gunicorn.parentage import Parentage
 print(json.dumps(dataclasses.asdict(Parentage.of_this_process())))
 """
 
+#: The parent needs a moment from the fork to its wait.
+SAY_ONCE_WAITED_FOR = f"""
+import os, time
+from zdd_web.gunicorn.process_tree import waits_for
+give_up = time.monotonic() + 20
+while not waits_for(os.getppid(), os.getpid()) and time.monotonic() < give_up:
+    time.sleep(0.01)
+{SAY}"""
+
 
 def say(*argv: str, **environ: str) -> dict[str, Any]:
     """Start a process that says whose child it is; `SAY` in `argv` stands for it."""
@@ -94,6 +103,49 @@ def test_process_that_a_unit_merely_holds_may_be_replaced() -> None:
     assert Parentage(pid=7, parent=1, name="systemd", unit=False, notify=False).obstacle() is None
 
 
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ({"parent": 1, "name": "python"}, "the parent is python at PID 1, with which the container ends"),
+        ({"parent": 1, "name": "agent", "through": ("python",)}, "the parent is python, the child of agent at PID 1"),
+        ({"parent": 1, "name": ""}, "the parent is a process at PID 1"),
+    ],
+)
+def test_child_of_an_unknown_pid_1_may_be_replaced_on_a_machine_and_not_in_a_container(
+    seen: dict[str, Any], words: str
+) -> None:
+    assert Parentage(pid=7, **seen).obstacle() is None
+    inside = Parentage(pid=7, container=True, **seen)
+    obstacle = inside.obstacle()
+    assert obstacle is not None
+    assert obstacle.startswith(words)
+    assert obstacle.endswith(f"may end with this master: {KEEP}, or PARENT_STAYS = True if it stays, or {POD}")
+    assert inside.obstacle(parent_stays=True) is None
+
+
+@pytest.mark.parametrize("name", ["python", "sh", "su", "nginx"])
+def test_process_that_pid_1_has_adopted_may_be_replaced(name: str) -> None:
+    assert Parentage(pid=7, parent=1, name=name, container=True, adopted=True).obstacle() is None
+
+
+@pytest.mark.parametrize("parent", ["pytest", "sshd", "bash", "cron", "tmux: server"])
+def test_child_of_one_that_does_not_wait_may_be_replaced_in_a_container(parent: str) -> None:
+    assert Parentage(pid=7, parent=99, name=parent, container=True).obstacle() is None
+
+
+@pytest.mark.parametrize(
+    "seen", [{"parent": 3, "name": "tini"}, {"parent": 0, "name": ""}, {"parent": 1, "name": "sh"}]
+)
+def test_parent_that_stays_by_its_owners_word_is_no_obstacle(seen: dict[str, Any]) -> None:
+    assert Parentage(pid=7, **seen).obstacle() is not None
+    assert Parentage(pid=7, **seen).obstacle(parent_stays=True) is None
+
+
+def test_owners_word_on_the_parent_changes_nothing_for_pid_1_and_a_units_main_process() -> None:
+    assert Parentage(pid=1, parent=0, name="").obstacle(parent_stays=True) is not None
+    assert Parentage(pid=7, parent=1, name="systemd", unit=True).obstacle(parent_stays=True) is not None
+
+
 # -- what is seen
 
 
@@ -123,6 +175,20 @@ def test_shell_that_gives_its_commands_their_own_group_goes_on_without_them() ->
     said = say("bash", "-c", 'set -m; "$PYTHON" -c "$SAY" & wait')
     assert said["through"] == []
     assert said["name"] == "bash"
+
+
+def test_process_that_waits_for_its_child_is_looked_through() -> None:
+    if not Path("/proc/self/wchan").read_text():
+        pytest.skip("the kernel does not tell what a process waits for")
+    wait = "import subprocess, sys; subprocess.call([sys.executable, '-c', sys.argv[1]])"
+    said = say(sys.executable, "-c", wait, SAY_ONCE_WAITED_FOR)
+    assert (said["parent"], len(said["through"])) == (os.getpid(), 1)
+
+
+def test_process_that_has_other_things_to_do_than_to_wait_is_not_looked_through() -> None:
+    read = "import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', sys.argv[1]], text=True))"
+    said = say(sys.executable, "-c", read, SAY)
+    assert (said["parent"] != os.getpid(), said["through"]) == (True, [])
 
 
 def test_main_process_of_a_unit_is_recognised_also_behind_a_shell() -> None:

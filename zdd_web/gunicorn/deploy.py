@@ -30,6 +30,7 @@ from zdd_web.gunicorn.newcomer import Newcomer
 from zdd_web.gunicorn.office import Office
 from zdd_web.gunicorn.orphans import Orphans
 from zdd_web.gunicorn.parentage import Parentage
+from zdd_web.gunicorn.termination import first_boot
 from zdd_web.gunicorn.upgrade import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import STOPPING, Event, Phase
@@ -106,6 +107,7 @@ class Deploy:
             guarded("systemd", master.supervisor.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
+        self.upgrade.hint = first_boot(self._header)
         guarded("systemd", master.supervisor.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
@@ -136,6 +138,7 @@ class Deploy:
             self._header.upgrades_refused += 1
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
+        self.upgrade.hint = first_boot(self._header)
         self._outcome(UpgradeState.BOOTING, "")
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
@@ -191,7 +194,8 @@ class Deploy:
                 "first; restart the service, or move them into a service of their own"
             )
         if forks and not self._settings.keep_pid:
-            obstacle = Parentage.of_this_process().obstacle()
+            parentage = Parentage.of_this_process(adopted=not self._was_started)
+            obstacle = parentage.obstacle(parent_stays=self._settings.parent_stays)
             if obstacle:
                 raise UpgradeError(obstacle)
 

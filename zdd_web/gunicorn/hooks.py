@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import compat, logger_class, sources, takeover, termination
+from zdd_web.gunicorn import boot_watch, compat, logger_class, sources, takeover, termination
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
@@ -174,7 +174,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
 def _report_preloading(app: Any, message: StartMessage) -> None:
     def wsgi() -> Any:
         del app.wsgi
-        with message.reporting():
+        with message.reporting(), boot_watch.watched("importing the app (preload_app)"):
             return app.wsgi()
 
     app.wsgi = wsgi
@@ -254,6 +254,7 @@ def post_fork(server: Any, worker: Any) -> None:
     hook = _then_users("post_fork")
     if hook is not None:
         with state.worker.boot_step():
+            state.worker.boot.step("post_fork")
             hook(server, worker)
 
 

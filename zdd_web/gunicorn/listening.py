@@ -115,6 +115,12 @@ class Listening:
         """Paths that this generation has made beside a predecessor's, which removes them if this one fails."""
         return paths_added(self._all)
 
+    def unreachable_paths(self) -> list[str]:
+        """Return the paths of Unix sockets of ours by which no client reaches this service."""
+        ours = [each for each in self._all if each.is_open and each.listens and not each.is_lent]
+        reached = {each.path for each in ours if each.is_reachable}
+        return sorted({each.path for each in ours} - reached)
+
     def open(self) -> None:
         """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
         for port in self._ports:
@@ -247,6 +253,7 @@ class Listening:
         backlog = self._server.cfg.backlog
         if not each.is_open:
             each.sock = compat.bind_listener(self._server, each.address, shared=self._shares)
+            each.note_file()
             if each.listens:
                 each.listen(backlog)
         elif each.listens:
@@ -322,7 +329,10 @@ class Listening:
         self._server.LISTENERS = []
 
     def _close(self, each: Listener, *, for_good: bool) -> None:
-        path = each.path
+        if for_good:
+            # A file that is left behind is in nobody's way; the other listeners are still to be closed.
+            with contextlib.suppress(OSError):
+                each.unlink()
         if for_good and self._shares and each.is_open and each.listens:
             # Whoever still has a copy, such as a child of the app's, would keep those waiting whom the kernel sends
             # there, beside the next master on the port.
@@ -330,10 +340,6 @@ class Listening:
                 each.stop_listening()
         # gunicorn's own sets `sock` to None, and does nothing the second time.
         each.sock.close()
-        if for_good and path:
-            # A file that is left behind is in nobody's way; the other listeners are still to be closed.
-            with contextlib.suppress(OSError):
-                os.unlink(path)
 
 
 def _neighbours() -> list[Neighbour]:

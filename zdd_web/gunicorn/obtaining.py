@@ -7,6 +7,7 @@ and listens when the gate opens: before that nobody accepts from it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import socket
@@ -19,7 +20,7 @@ from zdd_web.errors import ListenerError, UpgradeError
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.port import LEAST_QUEUES, Listener, how_many
-from zdd_web.listeners import activation, reuseport
+from zdd_web.listeners import activation, reuseport, socket_file
 from zdd_web.listeners.binding import make_way, refuse_mixed, why_not
 from zdd_web.listeners.matching import Address, Place, match, same_bind
 from zdd_web.settings import Settings
@@ -116,6 +117,8 @@ class Obtaining:
             raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
         each = Listener(bind, address, slot, sock, self._header.listener(index), index, listens=False)
         self.listeners.append(each)
+        if each.is_reachable:
+            each.note_file()
         if reuseport.listens(each.socket):
             each.note_that_it_listens()
         return each
@@ -149,7 +152,9 @@ class Obtaining:
         if self._shares and place.slot == 0:
             # Once for all of them: the kernel's table of connections may be long.
             self._refuse_overlap(place.bind, sock)
-        return self._add(place.bind, place.address, sock, place.slot)
+        each = self._add(place.bind, place.address, sock, place.slot)
+        each.note_file()
+        return each
 
     @staticmethod
     def _refuse_overlap(bind: str, sock: Any) -> None:
@@ -192,6 +197,7 @@ class Obtaining:
         for at, place in enumerate(wanted):
             if at in kept:
                 sock = compat.adopt_listener(server, heir.listeners[kept[at]], shared=self._shares)
+                self._rebind_unless_reached(place, sock)
                 self._add(place.bind, place.address, sock, place.slot)
             elif isinstance(place.address, int):
                 raise UpgradeError(
@@ -203,9 +209,31 @@ class Obtaining:
         had = {each.bind for each in given}
         for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):
             log.emit("listener.added", bind=bind)
+        bound = {place.bind for place in wanted}
         for bind in dict.fromkeys(given[index].bind or str(given[index].address) for index in found.dropped):
-            log.emit("listener.dropped", bind=bind)
+            if bind not in bound:
+                log.emit("listener.dropped", bind=bind)
         return found.dropped
+
+    def _rebind_unless_reached(self, place: Place, sock: Any) -> None:
+        """Bind a path again whose file is gone, or leads to another socket."""
+        name = sock.sock.getsockname()
+        if sock.FAMILY != socket.AF_UNIX or not isinstance(name, str) or not name:
+            return
+        # A relative path is that of the new release's directory.
+        path = place.address if isinstance(place.address, str) else name
+        if socket_file.leads_to(path, sock.sock):
+            return
+        if place.bind.startswith(("fd://", "systemd:")):
+            # It may be reached by a path of another mount namespace.
+            log.emit("listener.unreachable", logging.WARNING, bind=place.bind, path=path,
+                     remedy="if clients use this path: have it bound again by what has made it (systemd: restart the "
+                     "socket unit)")  # fmt: skip
+            return
+        # Before the inherited one, which is kept for those who wait in its queue: the next upgrade, which wants one of
+        # the two, takes the first.
+        self._bind(place).added = True
+        log.emit("listener.rebound", logging.WARNING, bind=place.bind, path=path)
 
     @staticmethod
     def _close_given(fds: Iterable[int]) -> None:

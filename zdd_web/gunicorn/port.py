@@ -17,6 +17,7 @@ closed any more.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ from typing import Any
 from zdd_web import clock, log
 from zdd_web.board import ListenerRecord, Slot
 from zdd_web.door import Door
-from zdd_web.listeners import reuseport
+from zdd_web.listeners import reuseport, socket_file
 from zdd_web.listeners.arrivals import Arrivals
 from zdd_web.listeners.backlog import is_empty
 from zdd_web.listeners.matching import Address
@@ -61,6 +62,8 @@ class Listener:
     added: bool = False
     #: This generation's alone: a successor does not want it.
     dropped: bool = False
+    #: Device and inode of the file of a Unix socket; None where the path does not lead to it.
+    file: tuple[int, int] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -77,6 +80,20 @@ class Listener:
         """The path of a Unix socket that has one."""
         name = "" if not self.is_open or self.sock.FAMILY != socket.AF_UNIX else self.sock.getsockname()
         return name if isinstance(name, str) else ""
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether clients reach it by its path, if it is a Unix socket that has one."""
+        return not self.path or socket_file.leads_to(self.path, self.socket)
+
+    def note_file(self) -> None:
+        """Note to which file its path leads, which is its own."""
+        self.file = socket_file.identity(self.path) if self.path else None
+
+    def unlink(self) -> None:
+        """Remove its file; another one that is in its place stays. Raises OSError."""
+        if self.file is not None and socket_file.identity(self.path) == self.file:
+            os.unlink(self.path)
 
     @property
     def socket(self) -> socket.socket:

@@ -137,6 +137,12 @@ class Reload:
             guarded("systemd", self._master.supervisor.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), or send SIGTTOU before")
             return
+        unreachable = self._master.listening.unreachable_paths()
+        if unreachable:
+            reason = f"the file of a Unix socket is gone, or leads to another socket: {', '.join(unreachable)}"
+            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), which binds it again")
+            return
         try:
             self.proof = Proof.begin(self._server, self._master.settings, self._master.header.slot_count)
         except OSError as error:

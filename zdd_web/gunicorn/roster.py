@@ -20,6 +20,7 @@ from gunicorn.arbiter import Arbiter
 
 from zdd_web import clock, proc
 from zdd_web.board import SLOTS, Board, Slot, WorkerState
+from zdd_web.gunicorn.termination import first_boot
 from zdd_web.lifecycle import SPAWNING, Phase
 from zdd_web.system import pauses
 
@@ -277,7 +278,8 @@ class Roster:
             if late and not place.given_up:
                 place.given_up = True
                 # What it said last, such as a check that fails, is why.
-                said = [f"not ready within UPGRADE_TIMEOUT = {timeout:g} s", place.slot.error]
+                late_by = f"not ready within UPGRADE_TIMEOUT = {timeout:g} s"
+                said = [late_by, place.slot.error, first_boot(self._board.header)]
                 place.slot.error = "; ".join(filter(None, said))
                 self._server.kill_worker(place.worker.pid, signal.SIGKILL)
 

@@ -3,6 +3,8 @@
 The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names one in its environment), `install()` and
 the environment. The module is read by a child process, since the master imports no app. It is read at the first hook
 that sees gunicorn's whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
+A module that is not imported within `UPGRADE_TIMEOUT` is left out: most hold no `ZDD_WEB`, and if this one does, and
+contradicts what the master runs with, its workers find that.
 
 A worker then hears what its apps bring. Their app settings (the paths of the probes) are taken. For a master setting it
 is too late: one that differs from what is in force, and that the master has not weighed itself, ends the worker's boot.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import shlex
 import signal
@@ -25,11 +28,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zdd_web import proc, process
+from zdd_web import log, proc, process
 from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn import bootlog
 from zdd_web.settings import (
     APP_SETTINGS,
+    DEFAULT_UPGRADE_TIMEOUT,
     PROBE_SETTINGS,
     FrameworkSettings,
     Settings,
@@ -42,8 +46,9 @@ from zdd_web.settings import (
 )
 from zdd_web.system.captured_output import CapturedOutput, last_line
 
-#: A settings module of a big project imports in two or three seconds on a busy machine.
-READ_TIMEOUT = 10.0
+#: A settings module of a big project imports in two or three seconds on a busy machine; seconds until a longer import
+#: is reported.
+SLOW_AFTER = 10.0
 
 MODULE = "DJANGO_SETTINGS_MODULE"
 
@@ -74,7 +79,7 @@ def settle(cfg: Any) -> Settings:
     if not _settled:
         environ = {**os.environ, **cfg.env}
         # After a reload, whose proof has found that nothing of the master's has changed there.
-        django = _in_force.django if _in_force is not None else read_django(environ)
+        django = _in_force.django if _in_force is not None else read_django(environ, _upgrade_timeout(environ))
         _in_force, _settled = merge(_installed, environ, django), True
     assert _in_force is not None
     return _in_force.settings
@@ -90,7 +95,11 @@ def refuse_changes(cfg: Any) -> None:
     if before is None:
         return
     environ = {**os.environ, **cfg.env}
-    after = merge(_installed, environ, read_django(environ))
+    django = read_django(environ, before.settings.upgrade_timeout)
+    if django is None and environ.get(MODULE):
+        # Not read in time. If it has changed since the master read it, the app that is tried next contradicts it.
+        django = before.django
+    after = merge(_installed, environ, django)
     for field in dataclasses.fields(Settings):
         name = field.name
         old, new = getattr(before.settings, name), getattr(after.settings, name)
@@ -103,15 +112,26 @@ def refuse_changes(cfg: Any) -> None:
     _in_force, _settled = after, True
 
 
-def read_django(environ: Mapping[str, str]) -> FrameworkSettings | None:
+def _upgrade_timeout(environ: Mapping[str, str]) -> float:
+    values, _ = collect(_installed, environ)
+    timeout: float = values.get("upgrade_timeout", DEFAULT_UPGRADE_TIMEOUT)
+    return timeout
+
+
+def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings | None:
     """Return what Django's settings module says, as a child process reads it; None when the environment names none.
 
-    Raises `SettingsError` when it cannot be read within `READ_TIMEOUT`, or when it holds what cannot work.
+    Also None, after a WARNING, when its import takes longer than `timeout` seconds. Raises `SettingsError` when it
+    cannot be imported, or when it holds what cannot work.
     """
     module = environ.get(MODULE, "")
     if not module:
         return None
-    answer = _ask(environ)
+    try:
+        answer = _ask(environ, timeout)
+    except subprocess.TimeoutExpired:
+        log.emit("settings.unread", logging.WARNING, module=module, seconds=timeout, remedy=_remedy_unread(module))
+        return None
     source = django_source(module)
     if "refused" in answer:
         raise SettingsError(f"{source}: {answer['refused']}")
@@ -124,7 +144,19 @@ def read_django(environ: Mapping[str, str]) -> FrameworkSettings | None:
     )
 
 
-def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
+def _remedy_unread(module: str) -> str:
+    return (
+        f"the start goes on without its ZDD_WEB, if it has one: pass those settings to install(), unset {MODULE} for "
+        f"gunicorn's master, or find out what is slow ({_import_command(module)})"
+    )
+
+
+def _import_command(module: str) -> str:
+    return f"{shlex.join(['python', '-X', 'importtime', '-c', f'import {module}'])} in {os.getcwd()}"
+
+
+def _ask(environ: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    # Raises TimeoutExpired.
     there = json.dumps({"path": sys.path, "argv": sys.argv})
     # A file, not a pipe: what the module may have started would hold that open after the child's end.
     answer = bootlog.create()
@@ -143,14 +175,12 @@ def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
         )  # fmt: skip
         try:
             output.close_writer()
-            status = _wait(child, output)
-        except BaseException as error:
+            status = _wait(child, output, timeout, environ[MODULE])
+        except BaseException:
             # Also Ctrl-C, which does not reach a group of its own.
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return {"raised": f"it is still being imported after {READ_TIMEOUT:g} s"}
+            raise
         said = os.pread(answer, os.fstat(answer).st_size, 0)
         if said:
             found: dict[str, Any] = json.loads(said)
@@ -163,16 +193,20 @@ def _ask(environ: Mapping[str, str]) -> dict[str, Any]:
         output.close()
 
 
-def _wait(child: subprocess.Popen[bytes], output: CapturedOutput) -> int:
+def _wait(child: subprocess.Popen[bytes], output: CapturedOutput, timeout: float, module: str) -> int:
     # By the child's end, not the pipe's. Raises TimeoutExpired as `Popen.wait()` does.
-    deadline = time.monotonic() + READ_TIMEOUT
+    began, reported = time.monotonic(), False
     while True:
         output.drain()
         try:
             return child.wait(0.02)
         except subprocess.TimeoutExpired:
-            if time.monotonic() > deadline:
+            seconds = time.monotonic() - began
+            if seconds > timeout:
                 raise
+            if seconds > SLOW_AFTER and not reported:
+                reported = True
+                log.emit("settings.slow", logging.WARNING, module=module, seconds=seconds, timeout=timeout)
 
 
 # -- in a worker

@@ -41,6 +41,9 @@ from zdd_web.system import descriptors, pauses, stdio
 #: How long the commit window waits for workers that are late, also when UPGRADE_TIMEOUT is nearly over, seconds.
 LATE_AT_LEAST = 8.0
 
+#: How many of the workers' errors, or steps, a reason quotes.
+MOST_ERRORS = 3
+
 #: A master in its loop ticks at least once a second; one that has not for so long is stopped or stuck.
 STALE_AFTER = 5.0
 STALE_AFTER_OFFICE = 15.0
@@ -93,6 +96,8 @@ class Upgrade:
         self._user = proc.owner(pid)
         self._window: CommitWindow | None = None
         self._judgement = Judgement()
+        #: What to compare its boot with, if it takes too long.
+        self.hint = ""
 
     @classmethod
     def begin(
@@ -160,7 +165,8 @@ class Upgrade:
         if self.stage is Stage.BOOTING and pauses.since(self.began) > self.timeout:
             return Verdict(
                 ready=False,
-                reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: {self._how_far()}",
+                reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: "
+                + "; ".join(filter(None, [self._how_far(), self.hint])),
             )
         if self.stands_still():
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
@@ -317,7 +323,7 @@ class Upgrade:
             # The last thing that a broken configuration file had printed.
             return [line for line in [self.boot_log.last_line()] if line]
         try:
-            return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:1]
+            return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:MOST_ERRORS]
         except BoardError:
             return []
 

@@ -20,8 +20,13 @@ from zdd_web.errors import UpgradeError
 from zdd_web.system.stdio import TolerantStream
 
 
-def warm_up(app: Callable[..., Any], paths: Sequence[str], beat: Callable[[], None]) -> None:
-    """GET each path from the app in this process, calling `beat()` between them.
+def warm_up(
+    app: Callable[..., Any],
+    paths: Sequence[str],
+    beat: Callable[[], None],
+    step: Callable[[str], None] = lambda what: None,
+) -> None:
+    """GET each path from the app in this process, calling `beat()` between them, and `step()` with what is next.
 
     A path may be written as a URL, for an app that answers to its own host alone (Django's ALLOWED_HOSTS) or redirects
     http to https. Raises what the app raises, and `UpgradeError` for an answer of 500 or more. An answer below is one
@@ -31,12 +36,16 @@ def warm_up(app: Callable[..., Any], paths: Sequence[str], beat: Callable[[], No
     """
     for path in paths:
         beat()
+        step(f"warming up ({path})")
         _judge(path, _get(app, path))
 
 
-async def warm_up_asgi(app: Callable[..., Any], paths: Sequence[str]) -> None:
+async def warm_up_asgi(
+    app: Callable[..., Any], paths: Sequence[str], step: Callable[[str], None] = lambda what: None
+) -> None:
     """As `warm_up()`, for an ASGI app, whose loop beats meanwhile."""
     for path in paths:
+        step(f"warming up ({path})")
         _judge(path, await _get_asgi(app, path))
 
 

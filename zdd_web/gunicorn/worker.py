@@ -26,7 +26,7 @@ from gunicorn.errors import AppImportError
 from zdd_web import access_log, checks, clock, log, proc, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.door import SHUT, Door
-from zdd_web.gunicorn import app_forks, bootlog, compat, process_exit, sources, worker_classes
+from zdd_web.gunicorn import app_forks, boot_watch, bootlog, compat, process_exit, sources, worker_classes
 from zdd_web.gunicorn.adapter import gthread, sync
 from zdd_web.gunicorn.gate import Gate
 from zdd_web.gunicorn.late_arrivals import LateCounter
@@ -78,6 +78,8 @@ class WorkerSide:
         self.process = process.attach(board, slot, settings)
         self.pid = os.getpid()
         self._at_gate = False
+        self.boot_has_failed = False
+        self.boot = boot_watch.BootWatch(self._note_step, boot_log.fd if boot_log is not None else 2)
         self._left = False
         self._emptying = False
         self._signalled_at = 0.0
@@ -135,8 +137,10 @@ class WorkerSide:
             # SIGUSR1 came before this process had its handler.
             self.worker.handle_usr1(signal.SIGUSR1, None)
         with self.boot_step():
+            self.boot.step("importing the app")
             self.family.before_load()
             self._load()
+            self.boot.step("starting up (lifespan, post_worker_init)")
 
     @contextlib.contextmanager
     def boot_step(self) -> Iterator[None]:
@@ -148,7 +152,13 @@ class WorkerSide:
                 self._boot_failed(error)
             raise
 
+    def _note_step(self, what: str) -> None:
+        if not self.boot_has_failed and os.getpid() == self.pid:
+            self.slot.error = what
+
     def _boot_failed(self, error: BaseException) -> None:
+        self.boot_has_failed = True
+        self.boot.over()
         self.slot.error = f"{type(error).__name__}: {error}"
         if self.boot_log is not None and isinstance(error, (SystemExit, AppImportError)):
             # gunicorn logs these at debug only, or not at all (arbiter.py:754-757); the others it logs itself.
@@ -181,15 +191,20 @@ class WorkerSide:
         `loop` is the event loop in which async checks are to run.
         """
 
-        def say(why: str) -> None:
-            self.slot.error = why
-
         self._checks = self.process.checks_runner(loop)
+        names = ", ".join(state.check.name for state in self._checks.states if state.check.critical)
+        step = f"waiting for its checks ({names})" if names else "starting its checks"
+        self.boot.step(step)
+
+        def say(why: str) -> None:
+            self.slot.error = why or step
+
         checks.pass_all(self._checks, beat, say)
 
     def arrive_at_gate(self) -> None:
         """Say that this worker is ready. Ends one that is not wanted any more."""
         self._at_gate = True
+        self.boot.over()
         if not self.worker.alive or self._left or self.slot.retire:
             sys.exit(0)
         self.process.say(WorkerState.READY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zdd_web.settings.model import APP_SETTINGS, PROBE_SETTINGS, Settings, StopBudget
+from zdd_web.settings.model import APP_SETTINGS, DEFAULT_UPGRADE_TIMEOUT, PROBE_SETTINGS, Settings, StopBudget
 from zdd_web.settings.sources import (
     ENV_PREFIX,
     HANDOVER,
@@ -21,6 +21,7 @@ from zdd_web.settings.values import DETAILS, LISTENERS, CheckSetting, spelled
 
 __all__ = [
     "APP_SETTINGS",
+    "DEFAULT_UPGRADE_TIMEOUT",
     "DETAILS",
     "ENV_PREFIX",
     "HANDOVER",

@@ -48,6 +48,7 @@ class Settings:
     warmup: tuple[str, ...] = ()
     max_generations: int = 4
     keep_pid: bool = False
+    parent_stays: bool = False
     takeover: bool = False
     takeover_socket: str = ""
     release_dir: str = ""

@@ -205,6 +205,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "warmup": _paths,
     "max_generations": _generations,
     "keep_pid": _switch,
+    "parent_stays": _switch,
     "takeover": _switch,
     "takeover_socket": _socket_path,
     "release_dir": _absolute,

@@ -80,7 +80,7 @@ class Family:
             header, generation = side.settings.generation_header, side.board.header.generation
             if header:
                 self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
-            warm_up(self.worker.wsgi, side.settings.warmup, self.beat)
+            warm_up(self.worker.wsgi, side.settings.warmup, self.beat, side.boot.step)
             side.pass_checks(self.beat)
         side.arrive_at_gate()
         side.gate.wait(side.board, side.turn, self.interval)

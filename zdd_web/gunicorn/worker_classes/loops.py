@@ -95,7 +95,7 @@ class Loop(Family):
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
 
     def _could_not_boot(self) -> None:
-        if not self.side.slot.error:
+        if not self.side.boot_has_failed:
             with contextlib.suppress(RuntimeError), self.side.boot_step():
                 self._raise_startup_error("see the log")
 
@@ -159,7 +159,7 @@ class Loop(Family):
             with side.boot_step():
                 # gunicorn up to 26 serves such an app.
                 self._raise_startup_error(None)
-                await warm_up_asgi(self.app.app, side.settings.warmup)
+                await warm_up_asgi(self.app.app, side.settings.warmup, side.boot.step)
                 # The loop goes on beating.
                 await asyncio.to_thread(side.pass_checks, lambda: None, self.loop)
         except Exception:
