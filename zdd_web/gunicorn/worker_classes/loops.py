@@ -282,6 +282,9 @@ class _Drain:
         return True
 
     def _is_connected(self) -> bool:
+        # uvicorn gives a websocket's transport to another protocol: the one that accepted it may be collected already.
+        if self._family.app is not None and self._family.app.websockets:
+            return True
         transports = (each.transport for each in list(self._family.connections))
         # None while it is being made, and in its TLS handshake.
         return any(transport is None or not transport.is_closing() for transport in transports)

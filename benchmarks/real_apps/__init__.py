@@ -1,0 +1,1 @@
+"""Rehearsals of real applications from PyPI: a Wagtail site and a Channels app; see ../README.md."""
