@@ -730,7 +730,7 @@ INSIDE = {
     "tick": ("master.deploy", "follow", signal.SIGWINCH),
     "manage_workers": ("master.roster", "repeat", signal.SIGWINCH),
     "reap_workers": ("master", "_gunicorn_reap", signal.SIGCHLD),
-    "handle_term": ("master", "_begin_to_stop", signal.SIGTERM),
+    "handle_term": ("master.stop", "_begin", signal.SIGTERM),
     "handle_usr2": ("master.deploy", "_refuse_unless_possible", signal.SIGUSR2),
     "handle_hup": ("master", "not_now", signal.SIGHUP),
 }

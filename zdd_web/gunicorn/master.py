@@ -14,8 +14,8 @@ A handful of the arbiter's methods are replaced on the *instance* when `on_start
 Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
 
-The master's roles each have a room of their own, and move the phase through `Master.move()`: `Succession` (it has a
-predecessor), `Deploy` (it has a successor), `Reload`, `Roster` (its workers).
+The master's roles each have a module of their own, and move the phase through `Master.move()`: `Succession` (it has a
+predecessor), `Deploy` (it has a successor), `Reload`, `Roster` (its workers), `Stop` (its end).
 
 While something is under way the loop is made to turn fifty times a second instead of once.
 """
@@ -25,17 +25,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import clock, keeper, lifecycle, log, proc, process
+from zdd_web import clock, lifecycle, log, proc, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import compat, late_arrivals, process_exit, sources, termination
-from zdd_web.gunicorn.ancestors import deadline_of_the_stop
+from zdd_web.gunicorn import compat, sources
 from zdd_web.gunicorn.bootlog import StderrRelay
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.deploy import Deploy
@@ -49,6 +47,7 @@ from zdd_web.gunicorn.probe_port import ProbePort
 from zdd_web.gunicorn.reload import Reload, too_many_workers
 from zdd_web.gunicorn.roster import Plan, Roster, plan
 from zdd_web.gunicorn.rotation import AdjacentGeneration, Rotation
+from zdd_web.gunicorn.stop import Stop
 from zdd_web.gunicorn.succession import Succession
 from zdd_web.gunicorn.supervisor import Supervisor
 from zdd_web.gunicorn.takeover import Offer
@@ -61,18 +60,8 @@ from zdd_web.system import pauses
 BUSY_TICK = 0.02
 IDLE_TICK = 1.0
 
-#: A generation that is stopped before it served has promised nothing.
-BOOT_STOP_BUDGET = 2.0
-
 #: How long after its deadline a worker that was told to leave is killed, seconds, beside what naming its work takes.
 OVERDUE_SLACK = 5.0
-
-#: After "stop now" a worker that does not even hear the signal is killed, seconds.
-STOP_NOW_WITHIN = 2
-
-#: How long the end of workers that were killed is waited for, before it is left to gunicorn, and how often it is
-#: looked for, seconds. The kernel takes a moment to free what a large process had.
-REAP_WITHIN, REAP_EVERY = 0.3, 0.005
 
 NO_EXIT_STATUS = -1
 
@@ -96,8 +85,6 @@ class Master:
         was_started = heir is None or heir.taken
         self.start_message = StartMessage(settings.termination_log if was_started else "")
         self.start_message.doing("importing the app (preload_app)" if server.cfg.preload_app else "starting")
-        #: Why a start that was ended by a signal has come to nothing.
-        self._ended_booting = ""
         self.gate = Gate()
         self.once = Once()
         self.roster = Roster(server, self.board)
@@ -109,13 +96,8 @@ class Master:
         self.offer = Offer(self)
         self.reload = Reload(self)
         self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
-        self._lame_duck_ends = clock.NEVER
-        self._abandoned = 0
-        self._cut = 0
+        self.stop = Stop(self)
         self._has_room = True
-        self._killed_at_work = False
-        self._ends_now = False
-        self._late = late_arrivals.LateArrivals()
         self.listening = Listening(server, self.board, settings, heir)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
@@ -135,13 +117,10 @@ class Master:
         """Replace the arbiter's methods on this instance; called from `on_starting`."""
         server = self.server
         self._gunicorn_reap: Callable[[], None] = server.reap_workers
-        self._gunicorn_int: Callable[[], None] = server.handle_int
-        self._gunicorn_quit: Callable[[], None] = server.handle_quit
         self._gunicorn_winch: Callable[[], None] = server.handle_winch
         self._gunicorn_ttin: Callable[[], None] = server.handle_ttin
         self._gunicorn_stop: Callable[[bool], None] = server.stop
         self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
-        self._gunicorn_halt: Callable[[str | None, int], None] = server.halt
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
@@ -150,10 +129,8 @@ class Master:
         server.maybe_promote_master = guarded("tick", self.tick)
         server.manage_workers = self._manage_workers_guarded
         server.reap_workers = guarded("reap_workers", self.reap_workers)
-        server.handle_term = guarded("handle_term", self.handle_term)
-        server.stop, server.halt = self._stop, self._halt
-        server.handle_int = self.handle_int
-        server.handle_quit = self.handle_quit
+        server.stop = self._stop
+        self.stop.take_over()
         server.handle_hup = guarded("handle_hup", self.reload.request)
         server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
         server.handle_usr1 = self.rotation.request
@@ -224,8 +201,7 @@ class Master:
         self.reload.follow()
         self.rotation.follow()
         guarded("probe port", self.probes.follow)(self)
-        if self.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
-            self.move(Event.LAME_DUCK_OVER)
+        self.stop.follow()
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
@@ -247,17 +223,13 @@ class Master:
 
     def _bury_workers(self) -> None:
         for gone in self.roster.reconcile():
-            self._late.add(gone)
+            self.stop.count(gone)
             self.header.requests_gone += gone.requests
             self.header.server_errors_gone += gone.server_errors
             self.header.late_gone += gone.late
             if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
                 self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
             self.header.workers_lost += gone.lost
-            if self.phase in lifecycle.WORKERS_LEAVE:
-                self._abandoned += gone.abandoned
-                self._killed_at_work |= gone.killed and bool(gone.abandoned or gone.in_flight)
-                self._cut += gone.in_flight
             if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
                 continue
             why = "; ".join(part for part in (gone.ended, gone.error) if part) or "no reason given"
@@ -325,98 +297,7 @@ class Master:
         self.header.reload_number += 1
         guarded("probe port", lambda: self.probes.renew(sources.settle(self.server.cfg)))()
 
-    # -- stop
-
-    def handle_term(self) -> None:
-        """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
-        if self.phase is Phase.RETIRING:
-            self._stop_retiring()
-        else:
-            self._begin_to_stop()
-
-    def _begin_to_stop(self) -> None:
-        guarded("termination message", self._note_end)(signal.SIGTERM)
-        guarded("cancel", self._cancel)(signal.SIGTERM)
-        guarded("release_predecessor", self.release_predecessor)()
-        # A takeover in its commit window has just been committed.
-        phase = self.phase
-        if phase is Phase.BOOTING:
-            self.header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self.settings.stop_budget().work))
-        elif not self.header.deadline:
-            budget = self.settings.stop_budget()
-            lame_duck = budget.lame_duck if phase is Phase.SERVING else 0.0
-            self._lame_duck_ends = clock.after_ns(lame_duck)
-            self.header.deadline = clock.after_ns(lame_duck + budget.work)
-        elif phase is Phase.LAME_DUCK:
-            self.header.deadline = clock.after_ns(self.settings.stop_budget().work)
-        self.header.stop_since = self.header.stop_since or clock.now_ns()
-        self.move(Event.STOP)
-        self._stop_ancestors(signal.SIGTERM)
-
-    def _stop_retiring(self) -> None:
-        # One that does not stop yet was sent it by the master in office, which does: there is nothing to send back.
-        is_first = not self.header.deadline
-        if is_first:
-            budget = self.settings.stop_budget()
-            # The whole service ends: this generation's part of it has the same time.
-            own = clock.after_ns(budget.lame_duck + budget.work)
-            self.header.deadline = guarded("deadline", deadline_of_the_stop)(own) or own
-        if not guarded("forward", self.deploy.forwards)(signal.SIGTERM, unless_it_stops=is_first):
-            self.header.stop_since = self.header.stop_since or clock.now_ns()
-
-    def _stop_ancestors(self, sig: signal.Signals) -> None:
-        # The master in office speaks for the service; any other ends alone.
-        if self.phase is not Phase.RETIRING and not self.awaits_office:
-            guarded("forward", self.deploy.ancestors.tell)(sig)
-
-    def handle_int(self) -> None:
-        """SIGINT keeps gunicorn's meaning: stop now."""
-        self._end_now(signal.SIGINT, self._gunicorn_int)
-
-    def handle_quit(self) -> None:
-        """SIGQUIT keeps gunicorn's meaning: stop now."""
-        self._end_now(signal.SIGQUIT, self._gunicorn_quit)
-
-    def _end_now(self, sig: signal.Signals, end: Callable[[], None]) -> None:
-        guarded("termination message", self._note_end)(sig)
-        self._prepare_to_end(sig)
-        try:
-            end()
-        except StopIteration:
-            self._halt_if_ended_booting()
-            raise
-
-    def _note_end(self, sig: signal.Signals) -> None:
-        """Have a start that a signal ends be a failed one, whose message says how far it had come."""
-        if self.phase is not Phase.BOOTING or self._ended_booting:
-            return
-        seconds = clock.since(self.header.started_at)
-        self._ended_booting = (
-            f"ended by {sig.name} while it booted, after {seconds:.1f} s: {termination.progress(self.board.snapshot())}"
-        )
-        self.start_message.failed(self._ended_booting)
-
-    def _halt_if_ended_booting(self) -> None:
-        if self._ended_booting:
-            raise HaltServer(log.one_line(self._ended_booting), termination.ENDED_WHILE_BOOTING)
-
-    def _prepare_to_end(self, sig: signal.Signals) -> None:
-        guarded("cancel", self._cancel)(sig)
-        guarded("release_predecessor", self.release_predecessor)()
-        guarded("forward", self.deploy.forwards)(sig)
-        self._stop_ancestors(sig)
-        if self.succession is not None:
-            guarded("pid file", self.succession.unlink_pid_file)()
-        guarded("systemd", self.supervisor.ends_now)(STOP_NOW_WITHIN)
-        self._ends_now = True
-        # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
-        self.header.phase = Phase.STOPPED
-        # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
-        self.server.cfg.set("graceful_timeout", min(self.server.cfg.graceful_timeout, STOP_NOW_WITHIN))
-
-    def _cancel(self, sig: signal.Signals) -> None:
-        self.reload.cancel()
-        self.deploy.cancel(sig)
+    # -- what a person asks of it
 
     def handle_winch(self) -> None:
         """SIGWINCH to a daemon takes all workers away, until others are asked for; to anybody else it means nothing."""
@@ -478,15 +359,15 @@ class Master:
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             guarded("listeners", self.listening.follow)()
             if not self.server.WORKERS:
-                self._end_when_nobody_is_left()
+                self.stop.end_when_no_worker_is_left()
             else:
-                self._end_at_the_deadline()
+                self.stop.end_at_the_deadline()
         decision = plan(self.roster.members(), self.server.num_workers, self.phase, self.roster.room)
         self._note_room(decision)
         if self.roster.may_spawn():
             for _ in range(decision.spawn):
                 self._spawn()
-        deadline = self._ends_at
+        deadline = self.stop.ends_at
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
             slack = self.settings.stop_budget().last_words + OVERDUE_SLACK
@@ -545,118 +426,6 @@ class Master:
         guarded("takeover", self.deploy.end_given_up)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
-
-    def _halt(self, reason: str | None = None, exit_status: int = 0) -> None:
-        # With `preload_app` threads that the app starts at import are the master's. Not for one that is to end now, or
-        # has not served: it has promised nothing.
-        until = clock.now_ns()
-        if self.gate.opened and not self._ends_now:
-            is_stop = self.header.stop_since and self.header.deadline
-            until = self.header.deadline if is_stop else clock.after_ns(self.settings.recycle_timeout)
-        try:
-            self._gunicorn_halt(reason, exit_status)
-        finally:
-            # Python restores the default actions as it ends: a late signal would change the exit status.
-            compat.ignore_signals(self.server)
-            threads = process_exit.wait(process_exit.waited_for, lambda: until, lambda: None)
-            if threads:
-                process_exit.name(threads)
-                process_exit.end(exit_status)
-            process_exit.bound(until, lambda: None, exit_status)
-
-    def _end_when_nobody_is_left(self) -> None:
-        if self.deploy.waits_for_cancelled():
-            return
-        if self.header.successor_pid:
-            self.deploy.follow_last_accepts()
-            # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
-            self.server.reexec_pid = self.header.successor_pid
-        seconds = self._leaving_for()
-        self.header.drain_took = int(seconds * 1e9)
-        said: dict[str, Any] = {}
-        if self.header.stop_since:
-            said = self._late.fields(self.settings.drain_delay, self.settings.grace_period, self._cut)
-        if self.listening.is_left_to_others:
-            # Nothing was refused: connections have gone to the others on the port.
-            said.pop("remedy", None)
-        late = bool(self._abandoned or self._cut) and clock.passed(self._ends_at)
-        self.move(Event.FINISHED, late_arrivals.level(said), seconds=seconds, **said)
-        abandoned = late or self._killed_at_work
-        if abandoned:
-            self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned, seconds=seconds)
-        self._leave(abandoned=abandoned)
-
-    @property
-    def _ends_at(self) -> int:
-        """When what is in hand is cut off: at a stop's deadline, or when a retirement has taken too long."""
-        if self.phase is Phase.RETIRING and not self.header.deadline:
-            return self.header.phase_since + int(self.settings.retire_timeout * 1e9)
-        return self.header.deadline
-
-    def _end_at_the_deadline(self) -> None:
-        deadline = self._ends_at
-        if deadline == clock.NEVER or clock.since(deadline) < self.settings.stop_budget().last_words:
-            return
-        requests = self.board.snapshot().in_flight + self._cut
-        tasks = self.roster.unfinished() + self._abandoned
-        served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self.roster.members())
-        killed = self.roster.kill()
-        # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
-        abandoned = bool(requests or tasks)
-        if abandoned or served:
-            self._emit_abandoned(killed, requests, tasks, self._leaving_for())
-        self._reap_the_killed()
-        self._leave(abandoned=abandoned)
-
-    def _reap_the_killed(self) -> None:
-        # gunicorn's stop() looks ten times a second, and sleeps once more when all are reaped (arbiter.py:473): time
-        # that a service does not have at the end of its GRACE_PERIOD.
-        until = time.monotonic() + REAP_WITHIN
-        self.server.reap_workers()
-        while self.server.WORKERS and time.monotonic() < until:
-            time.sleep(REAP_EVERY)
-            self.server.reap_workers()
-
-    def _emit_abandoned(self, workers: int, requests: int, tasks: int, seconds: float) -> None:
-        said: dict[str, Any] = {"workers": workers, "requests": requests, "tasks": tasks, "seconds": seconds}
-        if not self.header.deadline:
-            # The service goes on, and has no termination to give a reason for.
-            limit = f"RETIRE_TIMEOUT = {self.settings.retire_timeout:g}"
-            log.emit("drain.abandoned", logging.ERROR, **said, limit=limit)
-            return
-        log.emit("drain.abandoned", logging.ERROR, **said)
-        log.leave_a_message(
-            self.settings.termination_log,
-            f"zdd_web: {requests} requests and {tasks} background tasks were abandoned after {seconds:.0f} s, when "
-            f"GRACE_PERIOD = {self.settings.grace_period:g} was over; see event=background.abandoned in the log",
-        )
-
-    def _leave(self, *, abandoned: bool) -> NoReturn:
-        if self.header.successor_pid and self.deploy.becomes_the_keeper:
-            self._end_with_the_service()
-            # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
-            compat.suspend_control_server(self.server)
-            self.server.stop()
-            # stop() reaps: nobody could ask the kernel again how a service went that ended meanwhile.
-            self._end_with_the_service()
-            self._become_keeper()
-        if abandoned:
-            raise HaltServer("work was abandoned at the deadline", self.settings.abandon_status)
-        self._halt_if_ended_booting()
-        raise StopIteration
-
-    def _end_with_the_service(self) -> None:
-        status = self.deploy.services_status()
-        if status is not None:
-            raise HaltServer("the service was stopped", status)
-
-    def _become_keeper(self) -> NoReturn:
-        self.server.cfg.on_exit(self.server)
-        log.emit("keeper.started", pid=os.getpid(), successor=self.header.successor_pid)
-        keeper.become(self.header.name, self.header.successor_pid, lambda: compat.take_queued_signals(self.server))
-
-    def _leaving_for(self) -> float:
-        return clock.since(self.header.stop_since or self.header.phase_since)
 
     def reap_workers(self) -> None:
         """Have gunicorn reap all but the probe port's process, which it does not know."""
