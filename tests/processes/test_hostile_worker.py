@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ user, group, preload_app, worker_tmp_dir = {NOBODY}, {NOBODY}, True, "/tmp"
 """
 
 APP = """
-import ctypes, fcntl, json, mmap, os, signal, sys, threading, time
+import ctypes, fcntl, json, mmap, os, signal, sys, time
 import zdd_web
 from zdd_web import process
 from zdd_web.board import Slot
@@ -124,15 +125,13 @@ def app(environ, start_response):
     elif path.startswith("/claim/"):
         claim(path[7:], query)
     elif path == "/beat":
-        # A worker that never leaves, and that never misses a heartbeat.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        # A worker that never leaves: it has its main thread, and obeys nothing.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         slot = process.current().slot
-        def beat():
-            while True:
-                slot.words[slot.base + 2] = 4
-                slot.beat_at = time.monotonic_ns()
-                time.sleep(0.05)
-        threading.Thread(target=beat, daemon=True).start()
+        while True:
+            slot.words[slot.base + 2] = 4
+            slot.beat_at = time.monotonic_ns()
+            time.sleep(0.05)
     body = f"{said}|{os.getuid()}|{os.getpid()}".encode()
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]
@@ -236,15 +235,22 @@ def test_the_keeper_signals_no_process_that_a_worker_names(make_service):
         service.ends(status=None)
 
 
+def leaving(service: Service) -> int:
+    """Return the pid of a worker that says it leaves, 0 for none."""
+    return next((each.pid for each in service.snapshot().workers if each.state is WorkerState.LEAVING), 0)
+
+
 def test_a_worker_that_only_says_that_it_leaves_is_replaced_and_killed(make_service):
     service = start(make_service("sync"), recycle_timeout=0.2, grace_period=6)
     before = {worker.pid for worker in service.snapshot().workers}
-    hostile = ask(service, "/beat")[1]
-    with service.under_load() as load:
-        line = service.wait_for("event=worker.overdue")
-        assert f"pid={hostile}" in line
-        until("its end", lambda: not proc.state(hostile).strip("Z"), service)
-        answered_from(load, 50)
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"GET /beat HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        hostile = until("a worker that leaves", lambda: leaving(service), service)
+        with service.under_load() as load:
+            line = service.wait_for("event=worker.overdue")
+            assert f"pid={hostile}" in line
+            until("its end", lambda: not proc.state(hostile).strip("Z"), service)
+            answered_from(load, 50)
     after = {worker.pid for worker in service.snapshot().workers}
     assert len(before & after) == 1
     service.stop()
