@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zdd_web.settings.model import APP_SETTINGS, PROBE_SETTINGS, Settings, StopBudget
+from zdd_web.settings.model import APP_SETTINGS, PROBE_SETTINGS, REQUEST_HEADER, Settings, StopBudget
 from zdd_web.settings.sources import (
     ENV_PREFIX,
     HANDOVER,
@@ -27,6 +27,7 @@ __all__ = [
     "IN_KUBERNETES",
     "LISTENERS",
     "PROBE_SETTINGS",
+    "REQUEST_HEADER",
     "CheckSetting",
     "FrameworkSettings",
     "Origin",
