@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -222,6 +223,21 @@ def test_what_a_rehearsal_cannot_hold_is_refused(make_service, text: str | None,
     done = rehearse(str(service.directory), "--", "app:app", *arguments)
     assert done.returncode == 2, done.stdout
     assert said in done.stderr
+
+
+def test_rehearsal_of_a_release_that_answers_404_is_not_ok(make_service):
+    service = make_service("gthread")
+    conf = service.directory / "gunicorn.conf.py"
+    conf.write_text(f"chdir = {str(service.directory)!r}\n{conf.read_text()}")
+    app = (service.directory / "app.py").read_text()
+    answer = 'start_response("404 Not Found" if zdd_web.generation() > 1 else "200 OK", [("Content-Length"'
+    (service.directory / "app.py").write_text(app.replace('start_response("200 OK", [("Content-Length"', answer))
+    done = rehearse(str(service.directory), "--upgrades", "1", "--clients", "4", "--", "app:app")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(
+        r"^0 of [\d,]+ requests lost, [\d,]+ replies DIFFERENT, in 1 upgrade and a stop$", done.stdout, re.M
+    )
+    assert "from generation 2: status 404, before the first upgrade 2xx" in done.stdout
 
 
 def test_rehearsal_reports_losses_with_status_1(make_service):

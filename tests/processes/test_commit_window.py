@@ -78,3 +78,16 @@ def test_workers_that_come_and_go_in_the_commit_window_are_no_failure(service: S
         service.signal(signal.SIGTTOU, successor)
         service.wait_for(r"event=upgrade\.committed")
         trial.answers()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_frozen_workers_of_a_rejected_release_do_not_outlive_a_stop(make_service, sig: signal.Signals):
+    service = make_service("gthread")
+    service.arguments = ["--timeout", "5"]
+    configure(service, grace_period=20).start()
+    service.deploy("2", at_import=AFTER_THE_GATE.format(do=FAULTS["freeze"][0], seconds=0))
+    # The stop comes before a sign that the workers stand still could be seen again.
+    service.upgrade(expect="upgrade.failed")
+    service.signal(sig)
+    service.ends(status=None)
+    service.leaves_no_trace()

@@ -296,6 +296,80 @@ def test_connection_reset_or_talked_on_while_idle_is_stale(bytes_first: bytes, d
     assert samples[1].detail == detail
 
 
+def number_of(request: bytes) -> int:
+    [line] = [line for line in request.split(b"\r\n") if line.startswith(b"X-Zdd-Request: ")]
+    return int(line.partition(b": ")[2])
+
+
+def numbered(number: int) -> bytes:
+    return OK.replace(b"X-Zdd-Generation", b"X-Zdd-Request: %d\r\nX-Zdd-Generation" % number)
+
+
+def test_the_reply_to_another_request_is_invalid() -> None:
+    def script(connection: socket.socket, number: int) -> None:
+        late = 0
+        while request := read_request(connection):
+            # Each reply after the first comes one request too late.
+            connection.sendall(numbered(late or number_of(request)))
+            late = number_of(request)
+
+    with Server(script) as server:
+        samples = get(server.port, times=3)
+    assert outcomes(samples) == [Outcome.OK, Outcome.INVALID, Outcome.OK]
+    assert samples[1].detail.startswith("the reply to request ")
+    assert samples[1].outcome.lost
+
+
+def test_numbers_of_requests_differ_and_their_own_replies_are_fine() -> None:
+    numbers: list[int] = []
+
+    def script(connection: socket.socket, number: int) -> None:
+        while request := read_request(connection):
+            numbers.append(number_of(request))
+            connection.sendall(numbered(numbers[-1]))
+
+    with Server(script) as server:
+        samples = [*get(server.port, times=3), *get(server.port, times=2, kind="new")]
+    assert set(outcomes(samples)) == {Outcome.OK}
+    assert len(set(numbers[:3])) == 3 and len(set(numbers[3:])) == 2
+
+
+def test_a_reply_that_comes_a_second_time_is_invalid() -> None:
+    answered = threading.Event()
+
+    def script(connection: socket.socket, number: int) -> None:
+        read_request(connection)
+        connection.sendall(OK)
+        assert answered.wait(PATIENCE)
+        connection.sendall(OK)
+        read_request(connection)
+
+    async def run(port: int) -> list[Sample]:
+        samples: list[Sample] = []
+        target = Target(socket.AF_INET, ("127.0.0.1", port), "host", PATIENCE)
+        with contextlib.closing(Client(target, 0, "thinking", samples)) as client:
+            await client.get("/")
+            answered.set()
+            assert client._connection is not None
+            readable, _, _ = select.select([client._connection.sock], [], [], PATIENCE)
+            assert readable
+            await client.get("/")
+        return samples
+
+    with Server(script) as server:
+        samples = asyncio.run(run(server.port))
+    assert outcomes(samples) == [Outcome.OK, Outcome.INVALID]
+    assert samples[1].detail == "a reply that was not asked for"
+
+
+def test_a_body_is_kept_as_length_and_digest_without_digits() -> None:
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\no1\r\n2\r\n2k\r\n0\r\n\r\n"
+    with Server(keep_answering(chunked)) as first, Server(keep_answering()) as second:
+        (one,), (other,) = get(first.port), get(second.port)
+    assert (one.length, one.digest) == (other.length, other.digest)
+    assert one.length == 2 and one.digest
+
+
 @pytest.mark.parametrize(
     ("end", "detail"), [(socket.socket.close, "end of file"), (reset, "ECONNRESET")], ids=["fin", "rst"]
 )

@@ -407,7 +407,12 @@ class Deploy:
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
     def waits_for_cancelled(self) -> bool:
-        """Tell whether a cancelled successor is still here; one that stands still, or takes too long, is killed."""
+        """Tell whether a cancelled successor, or workers of a failed one, are still here.
+
+        Those that stand still, or take too long, are killed.
+        """
+        if self._orphans and not clock.passed(self._header.deadline):
+            return True  # they finish what they have in hand
         if any(each.stage is Stage.BOOTING for each in self._given_up) and not clock.passed(self._header.deadline):
             return True  # it is to say why it ends, and has two seconds for it
         upgrade = self.cancelled

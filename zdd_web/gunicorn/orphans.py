@@ -1,7 +1,7 @@
 """Workers of a successor whose master was killed: they finish what they have, and one that is frozen is killed.
 
 Their own master would have done that, and cannot any more. Without it a worker that is stopped or stuck would be here
-for ever, with a copy of the listeners.
+for ever, with a copy of the listeners. A stop waits for them until its deadline; none outlives this master.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from collections.abc import Callable
 from zdd_web import clock, proc
 from zdd_web.board import Board
 from zdd_web.gunicorn.heartbeats import Heartbeats, frozen
-
-#: Two heartbeats, seconds: no time is left to wait for more.
-SILENT_AT_THE_END = 2.0
 
 
 class Orphans:
@@ -37,11 +34,9 @@ class Orphans:
         return False
 
     def end(self) -> None:
-        """Kill those that show no sign of life, as the last thing that this master does."""
-        for worker in self._heartbeats.look():
-            silent = not worker.occupied and worker.silence > SILENT_AT_THE_END
-            if (worker.pid, worker.start) in self._left and silent:
-                self._send(worker.pid, worker.start, signal.SIGKILL)
+        """Kill those that are left, as the last thing that this master does."""
+        for pid, start in self._left:
+            self._send(pid, start, signal.SIGKILL)
 
     def forget(self) -> None:
         """Unmap the board."""

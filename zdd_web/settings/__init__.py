@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from zdd_web.settings.model import APP_SETTINGS, DEFAULT_UPGRADE_TIMEOUT, PROBE_SETTINGS, Settings, StopBudget
+from zdd_web.settings.model import (
+    APP_SETTINGS,
+    DEFAULT_UPGRADE_TIMEOUT,
+    PROBE_SETTINGS,
+    REQUEST_HEADER,
+    Settings,
+    StopBudget,
+)
 from zdd_web.settings.sources import (
     ENV_PREFIX,
     HANDOVER,
@@ -28,6 +35,7 @@ __all__ = [
     "IN_KUBERNETES",
     "LISTENERS",
     "PROBE_SETTINGS",
+    "REQUEST_HEADER",
     "CheckSetting",
     "FrameworkSettings",
     "Origin",

@@ -24,6 +24,9 @@ DEFAULT_UPGRADE_TIMEOUT = 60.0
 #: Longer than any download or import takes, and short enough that endless streams do not pile up generations in a day.
 DEFAULT_RETIRE_TIMEOUT = 3600.0
 
+#: By this header a rehearsal numbers its requests; with `generation_header` replies repeat it.
+REQUEST_HEADER = "X-Zdd-Request"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

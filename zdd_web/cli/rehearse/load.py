@@ -16,18 +16,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import itertools
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import h11
 
+from zdd_web.cli.rehearse.replies import Body
 from zdd_web.cli.rehearse.report import Kind, Outcome, Sample
+from zdd_web.settings import REQUEST_HEADER
 
 __all__ = ["Client", "Load", "LoadThread", "Outcome", "Sample", "Target"]
 
@@ -42,6 +43,11 @@ _CONNECT_OUTCOMES = {
 # Seconds. A dead server refuses thousands of times a second, and one return is noticed soon enough.
 _PAUSE_AFTER_LOSS = 0.05
 _RECEIVE = 65536
+_UNASKED = "a reply that was not asked for"
+# A worker that names its generation names the request too, so that the reply to another one is found out.
+# Clients number theirs apart from each other.
+_NUMBERS_EACH = 10**9
+_NUMBER_HEADER = REQUEST_HEADER.lower().encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,9 @@ class _Exchange:
     status: int | None = None
     generation: int | None = None
     detail: str = ""
+    body: Body = field(default_factory=Body)
+    number: str = ""  # of the request
+    answers: str = ""  # the number that the reply names
 
 
 class Client:
@@ -80,6 +89,7 @@ class Client:
         self.number, self.kind, self.busy = number, kind, False
         self._target, self._samples = target, samples
         self._connection: _Connection | None = None
+        self._numbers = itertools.count(number * _NUMBERS_EACH + 1)
 
     async def get(self, path: str) -> Outcome:
         """Send one request, on a fresh connection if the kept one turns out stale."""
@@ -97,7 +107,7 @@ class Client:
             self._connection = None
 
     async def _get_once(self, path: str) -> Outcome:
-        exchange = _Exchange(fresh=self._connection is None)
+        exchange = _Exchange(fresh=self._connection is None, number=str(next(self._numbers)))
         started = time.monotonic()
         try:
             outcome = await asyncio.wait_for(self._attempt(path, exchange), self._target.timeout)
@@ -109,8 +119,13 @@ class Client:
         times = exchange.connection_opened, started, time.monotonic()
         if not outcome.answered:
             self.close()
-        status, generation = exchange.status, exchange.generation
-        self._samples.append(Sample(self.number, self.kind, path, *times, outcome, status, generation, exchange.detail))
+        status, generation, body = exchange.status, exchange.generation, exchange.body
+        self._samples.append(
+            Sample(
+                self.number, self.kind, path, *times, outcome, status, generation, exchange.detail,
+                body.length, body.digest if exchange.began else "",
+            )
+        )  # fmt: skip
         return outcome
 
     async def _attempt(self, path: str, exchange: _Exchange) -> Outcome:
@@ -124,8 +139,8 @@ class Client:
         exchange.connection_opened = connection.opened
         if not exchange.fresh and (gone := _closed_by_peer(connection.sock)):
             exchange.detail = gone
-            return Outcome.STALE
-        written = connection.http.send(_request(path, self._target.host, self.kind))
+            return Outcome.INVALID if gone == _UNASKED else Outcome.STALE
+        written = connection.http.send(_request(path, self._target.host, self.kind, exchange.number))
         connection.http.send(h11.EndOfMessage())
         assert written is not None  # None is what h11 says to a ConnectionClosed
         # Nothing is awaited between the look above and the first send() inside sock_sendall().
@@ -184,6 +199,9 @@ async def _read_reply(connection: _Connection, exchange: _Exchange) -> Outcome:
             if http.trailing_data[0]:
                 exchange.detail = "bytes after the reply"
                 return Outcome.INVALID
+            if exchange.answers not in ("", exchange.number):
+                exchange.detail = f"the reply to request {exchange.answers}, not to {exchange.number}"
+                return Outcome.INVALID
             failed = exchange.status is not None and exchange.status >= 500
             return Outcome.SERVER_ERROR if failed else Outcome.OK
 
@@ -196,6 +214,10 @@ def _feed(http: h11.Connection, data: bytes, exchange: _Exchange) -> bool:
             exchange.status = event.status_code
             marks = [value for name, value in event.headers if name == b"x-zdd-generation"]
             exchange.generation = int(marks[0]) if marks and marks[0].isdigit() else None
+            numbers = [value for name, value in event.headers if name == _NUMBER_HEADER]
+            exchange.answers = numbers[0].decode("latin-1") if numbers else ""
+        elif isinstance(event, h11.Data):
+            exchange.body.add(event.data)
         elif isinstance(event, h11.EndOfMessage):
             return True
     return False
@@ -214,18 +236,19 @@ def _no_reply(exchange: _Exchange) -> Outcome:
 def _closed_by_peer(sock: socket.socket) -> str:
     """Say how an idle connection was ended by its peer; empty if it is usable."""
     try:
-        data = sock.recv(1, socket.MSG_PEEK)
+        data = sock.recv(12, socket.MSG_PEEK)
     except BlockingIOError:
         return ""
     except OSError as exc:
         return _name(exc)
-    # Some servers say 408 to an idle connection before they close it.
+    # A reply that comes a second time. Some servers say 408 to an idle connection before they close it.
+    if data[:7] == b"HTTP/1." and data[9:12].isdigit() and data[9:12] != b"408":
+        return _UNASKED
     return "unsolicited bytes" if data else "end of file"
 
 
-@functools.cache
-def _request(path: str, host: str, kind: Kind) -> h11.Request:
-    headers = [("Host", host), ("User-Agent", "zdd-web-rehearse"), ("Accept", "*/*")]
+def _request(path: str, host: str, kind: Kind, number: str = "0") -> h11.Request:
+    headers = [("Host", host), ("User-Agent", "zdd-web-rehearse"), ("Accept", "*/*"), (REQUEST_HEADER, number)]
     if kind == "new":
         headers.append(("Connection", "close"))
     return h11.Request(method="GET", target=path, headers=headers)

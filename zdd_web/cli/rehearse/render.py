@@ -10,6 +10,7 @@ from zdd_web.cli.rehearse.report import Around, Outcome, Report
 
 # A server that died loses thousands; the first ones tell why. The JSON has them all.
 _LOSSES_SHOWN = 40
+_DIFFERENCES_SHOWN = 10
 _WIDTH = 100
 
 
@@ -30,6 +31,8 @@ def text(report: Report) -> str:
 def verdict(report: Report) -> str:
     """Say in one line how many requests were lost, and in what."""
     lost = f"{report.lost:,} of {report.requests:,} requests {'LOST' if report.lost else 'lost'}"
+    if report.different:
+        lost += f", {report.different:,} replies DIFFERENT,"
     count = len(report.handovers)
     events = [f"{count} upgrade{'' if count == 1 else 's'}"] if count or report.stop is None else []
     if report.stop is not None:
@@ -47,6 +50,13 @@ def _problems(report: Report) -> list[str]:
         if around.early_answers:
             answers = f"{around.early_answers:,} answers of generation {around.handover.to_generation}"
             found.append(f"TOO EARLY: {name}: {answers} before it was ready")
+    for difference in report.differences[:_DIFFERENCES_SHOWN]:
+        source = f" from generation {difference.generation}" if difference.generation is not None else ""
+        replies = f"{difference.count:,} repl{'y' if difference.count == 1 else 'ies'} to GET {difference.path}"
+        what = difference.what.replace("before", "before the first upgrade")
+        found.append(f"DIFFERENT: {replies}{source}: {what}")
+    if (more := len(report.differences) - _DIFFERENCES_SHOWN) > 0:
+        found.append(f"DIFFERENT: in {more:,} more ways, all of them in the JSON report")
     if report.stop is not None and not report.stop.ok:
         found.append(f"FAILED: the stop: {report.stop.reason or 'no reason known'}")
     if unsent := report.outcomes[Outcome.UNSENT]:

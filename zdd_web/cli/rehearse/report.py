@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from zdd_web.cli.rehearse.replies import Difference, compare
+
 FORMAT = 1
 NEAR = 1.0  # seconds
 WINDOWS = ("steady", "before", "around", "after")
@@ -43,7 +45,7 @@ class Outcome(str, enum.Enum):
     TIMEOUT = "timeout"
     SERVER_ERROR = "server_error"  # a complete reply with a 5xx status
     KEEPALIVE_RACE = "keepalive_race"  # written on a reused connection, then reset or closed without a byte
-    INVALID = "invalid"  # the bytes are no HTTP, or more than one reply
+    INVALID = "invalid"  # the bytes are no HTTP, more than one reply, or the reply to another request
 
     @property
     def lost(self) -> bool:
@@ -62,7 +64,8 @@ class Sample:
     One request.
 
     `started` is before connecting; `connection_opened` is None if there never was a connection; `generation`
-    is the reply's `X-Zdd-Generation`; `detail` an errno name or a few words.
+    is the reply's `X-Zdd-Generation`; `detail` an errno name or a few words. `length` and `digest` are those of the
+    reply's body, without digits: see replies.py.
     """
 
     client: int
@@ -75,6 +78,8 @@ class Sample:
     status: int | None = None
     generation: int | None = None
     detail: str = ""
+    length: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ class Report:
     latency: dict[str, Latency]
     handovers: tuple[Around, ...]
     losses: tuple[Loss, ...]
+    differences: tuple[Difference, ...]  # replies that are not what the first generation answered
     stop: StopResult | None
 
     @property
@@ -171,13 +177,18 @@ class Report:
         return sum(count for outcome, count in self.outcomes.items() if outcome.lost)
 
     @property
+    def different(self) -> int:
+        """Count the replies that are not what the first generation answered; they are not lost."""
+        return sum(difference.count for difference in self.differences)
+
+    @property
     def early_answers(self) -> int:
         return sum(around.early_answers for around in self.handovers)
 
     @property
     def ok(self) -> bool:
         """Tell whether the promise held; a rehearsal without a request has shown nothing."""
-        kept = self.requests > 0 and not self.lost and not self.early_answers
+        kept = self.requests > 0 and not self.lost and not self.early_answers and not self.different
         return kept and all(a.handover.ok for a in self.handovers) and (self.stop is None or self.stop.ok)
 
     @property
@@ -198,7 +209,8 @@ class Report:
         by generation, "unknown" for none; `latency_ms`: window -> `requests`, `p50`, `p99`, `max`;
         `seconds_to_handover`: `min`, `median`, `max`, or null; `longest_stall`: seconds; `handovers`: the
         fields of `Handover` and `Around` each; `losses`: the fields of `Sample`, then `at`, `event`,
-        `offset`, `where` each; `stop`: the fields of `StopResult`, or null.
+        `offset`, `where` each; `stop`: the fields of `StopResult`, or null; `different`: a count, and
+        `differences`: the fields of `Difference` each.
         """
         times = self.seconds_to_handover
         return {
@@ -215,6 +227,8 @@ class Report:
             "handovers": [_around_json(around) for around in self.handovers],
             "losses": [_loss_json(loss) for loss in self.losses],
             "stop": None if self.stop is None else asdict(self.stop),
+            "different": self.different,
+            "differences": [asdict(difference) for difference in self.differences],
         }
 
 
@@ -239,6 +253,7 @@ def build(samples: Sequence[Sample], handovers: Sequence[Handover], *, stop: Sto
     handovers = sorted(handovers, key=lambda handover: handover.at)
     requests = [s for s in samples if s.outcome is Outcome.OK or s.outcome.lost]
     counts = Counter(s.outcome for s in samples)
+    first_change = [*(h.requested_at for h in handovers), *([stop.requested_at] if stop else [])]
     generations = Counter(s.generation for s in requests)
     return Report(
         outcomes={outcome: counts[outcome] for outcome in Outcome},
@@ -246,6 +261,7 @@ def build(samples: Sequence[Sample], handovers: Sequence[Handover], *, stop: Sto
         latency=_latencies(requests, [handover.at for handover in handovers]),
         handovers=_around(requests, handovers),
         losses=_losses(requests, handovers, stop),
+        differences=compare(requests, until=min(first_change, default=math.inf)),
         stop=stop,
     )
 

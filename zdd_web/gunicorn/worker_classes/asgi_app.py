@@ -6,8 +6,13 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zdd_web.gunicorn.worker_classes.family import request_number
+from zdd_web.settings import REQUEST_HEADER
+
 if TYPE_CHECKING:
     from zdd_web.gunicorn.worker_classes.family import Family
+
+_NUMBER = REQUEST_HEADER.lower().encode()
 
 Send = Callable[[Any], Coroutine[Any, Any, None]]
 
@@ -49,7 +54,7 @@ class Counted:
             noted = _Noted()
             self._side.request_started(None, asked)
             try:
-                await self.app(scope, receive, self._noting(send, noted, http1=scope["http_version"].startswith("1")))
+                await self.app(scope, receive, self._noting(send, noted, scope))
             except Exception:
                 # The server answers 500; where the reply had begun its status was another, and it breaks off.
                 noted.error = True
@@ -77,11 +82,16 @@ class Counted:
 
         return note
 
-    def _noting(self, send: Send, noted: _Noted, *, http1: bool) -> Send:
+    def _noting(self, send: Send, noted: _Noted, scope: Any) -> Send:
+        http1, ours = scope["http_version"].startswith("1"), self._headers
+        if ours:
+            numbers = (request_number(value.decode("latin-1")) for name, value in scope["headers"] if name == _NUMBER)
+            ours = (*ours, *((_NUMBER, number.encode()) for number in numbers if number))
+
         async def note(message: Any) -> None:
             if message["type"] == "http.response.start":
                 noted.error = message["status"] >= 500
-                headers = [*message.get("headers", ()), *self._headers]
+                headers = [*message.get("headers", ()), *ours]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
                 if http1 and self._says_close and self._side.process.is_leaving():
                     headers = [each for each in headers if each[0].lower() != b"connection"]

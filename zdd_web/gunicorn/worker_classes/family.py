@@ -13,6 +13,7 @@ from zdd_web import clock, waitgroup
 from zdd_web.board import Heartbeat, Slot
 from zdd_web.gunicorn import compat
 from zdd_web.gunicorn.warmup import warm_up
+from zdd_web.settings import REQUEST_HEADER
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.worker import WorkerSide
@@ -37,6 +38,10 @@ def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
         words[at] = clock.now_ns()
 
     return beat_on_board
+
+
+#: More than any rehearsal counts to.
+MOST_DIGITS = 20
 
 
 class Family:
@@ -144,12 +149,25 @@ class Family:
         sys.exit(status)
 
 
+def request_number(value: str) -> str:
+    """Return the number that a rehearsal has given a request, which its reply repeats; "" for anything else.
+
+    >>> request_number("3000000017"), request_number("<script>")
+    ('3000000017', '')
+    """
+    return value if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else ""
+
+
 def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
     named = (header, str(generation))
+    key = f"HTTP_{REQUEST_HEADER.upper().replace('-', '_')}"
 
     def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
+        number = request_number(environ.get(key, ""))
+        ours = (named, (REQUEST_HEADER, number)) if number else (named,)
+
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, named], exc_info)
+            return start_response(status, [*headers, *ours], exc_info)
 
         return app(environ, start)
 
