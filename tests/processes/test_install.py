@@ -173,3 +173,57 @@ def test_a_warmup_path_that_fails_keeps_the_worker_from_serving(make_service):
     assert "WARMUP path '/' answered '500 no'" in line
     assert service.get().version == "1"
     service.stop()
+
+
+#: What a start refuses as well, but only by what systemd, or the app, brings.
+CHECKED = [case for case in REFUSED if "systemd" not in case]
+
+MORE_CHECKED = {
+    "a bind of reuseport": ("bind = 'unix:app.sock'\n", {"listener": "reuseport"}, "", "shares TCP ports"),
+    "workers": ("", {}, "", "workers = 600: the board has 512 slots"),
+    "an environment file": ("", {"env_file": "/nowhere/env"}, "", "ENV_FILE = '/nowhere/env'"),
+    "a certificate": ("certfile = '/nowhere/cert'\n", {}, "", "certfile = '/nowhere/cert'"),
+    "a check": ("", {"checks": ["app.database"]}, "", "CHECKS: "),
+    "an app": (
+        "", {},
+        "import flask\nfrom zdd_web.flask import ZddWeb\napp = flask.Flask('shop')\n"
+        "app.config['ZDD_WEB'] = {'GRACE_PERIOD': 20}\nZddWeb(app)\n",
+        "GRACE_PERIOD = 20 contradicts the default GRACE_PERIOD = 30",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_check_config_refuses_what_a_start_refuses(make_service, case: str):
+    text, said = REFUSED[case]
+    if case == "a worker class":
+        pytest.importorskip("gevent")
+    service = make_service("")
+    service.write_conf(text)
+    service.arguments = ["--check-config"]
+    end_of_start(service, said)
+
+
+@pytest.mark.parametrize("case", MORE_CHECKED)
+def test_check_config_finds_what_only_the_whole_configuration_or_the_app_tells(make_service, case: str):
+    before, settings, app, said = MORE_CHECKED[case]
+    service = make_service("")
+    service.bind = None
+    service.workers = 600 if case == "workers" else 1
+    service.configure(before, **settings)
+    if app:
+        pytest.importorskip("flask")
+        service.write_app(app)
+    service.arguments = ["--check-config"]
+    end_of_start(service, [said])
+
+
+def test_check_config_of_what_works_ends_with_0_and_leaves_the_termination_message(make_service, tmp_path):
+    message = tmp_path / "message"
+    message.write_text("that of the service that runs")
+    service = make_service("gthread", termination_log=str(message))
+    service.arguments = ["--check-config"]
+    assert service.spawn().wait(timeout=30) == 0, service.log()
+    service.configure("reuse_port = True\n", termination_log=str(message))
+    end_of_start(service, ["reuse_port = True"])
+    assert message.read_text() == "that of the service that runs"

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import boot_watch, compat, logger_class, sources, takeover, termination
+from zdd_web.gunicorn import boot_watch, compat, examination, logger_class, sources, takeover, termination
+from zdd_web.gunicorn.adapter import check_config
 from zdd_web.gunicorn.boundary import guarded
 from zdd_web.gunicorn.handover import Inheritance
 from zdd_web.gunicorn.launch import Launch
@@ -60,6 +61,7 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         heir = Inheritance.take(os.environ)
         state = State(launch=Launch.record(heir.passed_on if heir else None), heir=heir)
         state.termination_log = termination.path(settings, os.environ)
+        check_config.examine(_examine_configuration, _examine_app)
     compat.check_version()
     sources.take(settings)
     state.users = {
@@ -100,9 +102,8 @@ def _start_message() -> StartMessage:
     return StartMessage(state.termination_log)
 
 
-def check(server: Any) -> None:
+def check(cfg: Any) -> None:
     """Check what only the finished configuration can tell, command line included. Raises `SettingsError`."""
-    cfg = server.cfg
     for name, ours in _OURS.items():
         if getattr(cfg, name) is not ours:
             raise SettingsError(
@@ -117,6 +118,26 @@ def check(server: Any) -> None:
             "SIGUSR2: remove it"
         )
     compat.check_worker_class(cfg)
+
+
+def _examine_configuration(cfg: Any) -> None:
+    assert state is not None
+    # The service that runs in this container, if there is one, has a message of its own.
+    state.termination_log = ""
+    try:
+        state.settings = sources.settle(cfg)
+        check(cfg)
+        examination.examine_configuration(cfg, state.settings)
+    except ZddError as error:
+        fail(error)
+
+
+def _examine_app() -> None:
+    assert state is not None
+    try:
+        examination.examine_app(state.settings)
+    except ZddError as error:
+        fail(error)
 
 
 def service_name(settings: Settings, cfg: Any) -> str:
@@ -136,7 +157,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         try:
             state.settings = sources.settle(server.cfg)
             state.termination_log = state.settings.termination_log
-            check(server)
+            check(server.cfg)
         except SettingsError as error:
             # There is no `pidfile` attribute yet (arbiter.py:86), hence none to remove.
             server.pidfile = None

@@ -1,0 +1,35 @@
+"""gunicorn.app.base.Application: `--check-config`, which loads the app and calls no hook (app/base.py:199)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from gunicorn.app import base
+
+_Application: Any = base.Application
+
+
+def examine(before_load: Callable[[Any], None], after_load: Callable[[], None]) -> None:
+    """Have `--check-config` call the one with the finished configuration, and the other when the app is loaded.
+
+    Called from the configuration file, when the application that reads it is made and `run()` is still to come.
+    """
+    run = _Application.run
+
+    @functools.wraps(run)
+    def examining(application: Any) -> None:
+        if application.cfg.check_config:
+            load = application.load
+
+            def examined() -> Any:
+                before_load(application.cfg)
+                app = load()
+                after_load()
+                return app
+
+            application.load = examined
+        run(application)
+
+    _Application.run = examining
