@@ -32,6 +32,17 @@ def slow(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
     return plain(environ, start_response)
 
 
+def _echo(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer after 20 ms with what came: the body of a POST, the path of a GET."""
+    body = environ["wsgi.input"].read() or environ["PATH_INFO"].lstrip("/").encode("latin-1")
+    time.sleep(0.02)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+echoing = ProbeMiddleware(_echo)
+
+
 def _block(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     if environ["PATH_INFO"] == "/block":
         time.sleep(600)

@@ -32,7 +32,7 @@ EVENTS = {
     "boot.slow": "a worker has been in one step of its boot for ten seconds; its stack follows",
     "boot.failed": "a worker could not load the app; error says why",
     "phase.serving": "the generation serves: its gate is open",
-    "phase.lame_duck": "a stop began: readiness is 503, everything is still accepted",
+    "phase.lame_duck": "a stop began: readiness is 503 unless LAME_DUCK_READY, everything is still accepted",
     "phase.draining": "requests and background work in hand are finished, nothing new is begun",
     "phase.retiring": "the successor serves; this generation finishes what it has",
     "phase.stopped": "the generation is gone; seconds is how long it took to leave",

@@ -19,8 +19,8 @@ from zdd_web.settings import FrameworkSettings, Settings, of_app
 from zdd_web.system import pauses
 
 
-def look(board: Board) -> Health:
-    """Read what a generation says of itself."""
+def look(board: Board, *, lame_duck_ready: bool = False) -> Health:
+    """Read what a generation says of itself; `lame_duck_ready` is the setting of the process that answers."""
     header, now = board.header, clock.now_ns()
     alone = bool(header.alone)
     workers, beat_at, limit = [], header.ready_at, header.worker_timeout
@@ -44,6 +44,7 @@ def look(board: Board) -> Health:
         silence=max(0.0, pauses.since(beat_at)),
         worker_timeout=limit / 1e9 if limit else None,
         master_stalled=stalled_for(phase, header.tick_at, now),
+        lame_duck_ready=lame_duck_ready,
     )
 
 
@@ -142,7 +143,7 @@ class Probes:
             # heartbeat.
             here.slot.beat_at = clock.now_ns()
         results = here.results(self._checks)
-        health = look(here.board)
+        health = look(here.board, lame_duck_ready=settings.lame_duck_ready)
         if results is not here.board:
             health = dataclasses.replace(health, workers=look(results).workers)
         details = may_see(settings.details, peer, default="never")

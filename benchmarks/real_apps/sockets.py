@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+#: How the server ends the connections of each kind. Anything else is a loss.
+CLOSES = {"echo": 1012, "feed": 1012, "chat": 1001}
+
 #: Seconds without an answer after which a message is lost, and between two messages.
 TIMEOUT, PACE = 10.0, 0.02
 
@@ -27,7 +30,7 @@ class Tally:
     messages: int = 0
     #: Not answered when the server closed the connection; answered on the next one.
     sent_again: int = 0
-    #: Why a message was lost, each with how often: no answer in time, another's answer, a gap, no new connection.
+    #: Why something was lost, each with how often: no answer in time, another's answer, a gap, another close.
     lost: Counter[str] = field(default_factory=Counter)
     #: Codes of the server's close frames; 1006 is a connection that ended without one.
     closes: Counter[int] = field(default_factory=Counter)
@@ -78,6 +81,8 @@ class Sockets:
                 code = None
             if code is not None:
                 tally.closes[code] += 1
+                if code != CLOSES[kind]:
+                    tally.lost[f"closed with {code}"] += 1
             if self._is_last:
                 if unanswered and kind == "chat":
                     tally.lost["not answered at the last close"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -121,6 +122,25 @@ def test_a_stop_in_a_pod_begins_with_a_lame_duck(make_service):
     service.wait_for("event=phase.lame_duck")
     assert service.get("/readyz").status == 503
     assert service.get().status == 200
+    service.ends()
+
+
+def test_with_lame_duck_ready_a_lame_duck_is_ready_on_both_ports(make_service):
+    service = make_service("gthread")
+    service.configure(drain_delay=20, grace_period=30, lame_duck_ready=True, probe_bind="127.0.0.1:0").start()
+    probes = int(service.matches(r"event=probes\.listening address=127\.0\.0\.1:(\d+)")[0])
+
+    def readiness(port: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status
+
+    service.signal(signal.SIGTERM)
+    service.wait_for("event=phase.lame_duck")
+    assert [readiness(service.port), readiness(probes)] == [200, 200]
+    # The second one skips the rest.
+    service.signal(signal.SIGTERM)
     service.ends()
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import itertools
 import math
 import random
+import threading
+from pathlib import Path
 
 import pytest
 
+from benchmarks.balancers.proxies import PROXIES
+from benchmarks.balancers.traffic import ask
 from benchmarks.client import reply_length
 from benchmarks.handover import row
 from benchmarks.interval import Interval, median_interval, verdict
 from benchmarks.middleware import ADAPTORS, Cost, measure
 from benchmarks.middleware import table as cost_table
 from benchmarks.overhead import Pair, Run
+from benchmarks.real_apps.__main__ import channels_row, wagtail_row
+from benchmarks.servers import ROOT
 from zdd_web.cli.rehearse.report import Handover, Sample, build
 from zdd_web.cli.rehearse.report import Outcome as Result
 
@@ -104,3 +112,56 @@ def test_the_cost_of_an_adaptor_is_what_it_adds() -> None:
     cost = Cost("WSGI", bare=200.0, adapted=300.0)
     assert (cost.added, cost.ratio) == (100.0, 1.5)
     assert cost_table([cost]).splitlines()[-1].split() == ["WSGI", "200", "300", "100", "1.500"]
+
+
+def test_real_apps_rows_count_lost_messages_beside_lost_requests() -> None:
+    echo = {"messages": 20, "sent_again": 1, "lost": {}, "closes": {"1012": 2}}
+    chat = {"messages": 10, "sent_again": 0, "lost": {"another reply": 2}, "closes": {"1001": 2, "1006": 1}}
+    report = {"requests": 100, "lost": 3, "failures": [], "sockets": {"echo": echo, "chat": chat}}
+    codes = "echo: 1012 (2)\nchat: 1001 (2), 1006 (1)"
+    assert channels_row(report) == [100, 3, 30, 2, "echo 1, chat 0", codes, "none"]
+    handovers = [{"ok": True, "reason": ""}, {"ok": False, "reason": "boom"}]
+    stop = {"ok": False, "reason": "the service did not end in time"}
+    row_of_wagtail = wagtail_row({"requests": 7, "lost": 0, "handovers": handovers, "stop": stop})
+    assert (row_of_wagtail[:2], row_of_wagtail[-1]) == ([7, 0], "boom; the service did not end in time")
+
+
+def test_balancers_are_measured_with_the_settings_of_the_page() -> None:
+    page = (ROOT / "docs/how-to/load-balancers.md").read_text()
+    measured = "\n".join(proxy.configuration(Path("/tmp"), 80, (8001, 8002)) for proxy in PROXIES)
+    for setting in (
+        "max_fails=1 fail_timeout=1s",
+        "keepalive_timeout 60s;",
+        "proxy_next_upstream error timeout;",
+        "option httpchk GET /readyz",
+        "default-server check inter 1s fall 2 rise 2",
+        "common_lb_config: {healthy_panic_threshold: {value: 0}}",
+        "{timeout: 1s, interval: 1s, no_traffic_interval: 1s, unhealthy_threshold: 2, healthy_threshold: 1,",
+        "common_http_protocol_options: {idle_timeout: 60s}",
+    ):
+        assert setting in page
+        assert setting in measured
+
+
+def test_a_lost_request_is_one_without_its_own_answer() -> None:
+    class Reply(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(502 if self.path == "/fails" else 200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"own")
+
+        def log_message(self, *arguments: object) -> None:
+            """Nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Reply) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        seen = [ask(connection, "GET", number, keep=False) for number in ("own", "other", "fails")]
+        connection.close()
+        server.shutdown()
+        thread.join()
+    assert seen == ["", "another's reply", "502"]
+    refused = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    assert ask(refused, "GET", "own", keep=False) == "ConnectionRefusedError"

@@ -151,6 +151,21 @@ def test_rollout_takes_no_pod_away_before_there_is_another(manifest: Manifest) -
     assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
 
 
+def test_a_rollout_fails_some_time_after_a_pod_has_had_its_time_to_start(manifest: Manifest) -> None:
+    seconds = manifest.objects["Deployment"]["spec"]["progressDeadlineSeconds"]
+    # As much again and more: a node may have to pull the image first.
+    assert seconds >= 3 * seconds_until_failed(manifest.container["startupProbe"])
+
+
+def test_pods_are_spread_over_nodes_and_zones(manifest: Manifest) -> None:
+    constraints = manifest.pod["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in constraints] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    for each in constraints:
+        assert each["labelSelector"]["matchLabels"].items() <= manifest.template["metadata"]["labels"].items()
+        # One node shall still do, on a developer's machine too.
+        assert each["whenUnsatisfiable"] == "ScheduleAnyway"
+
+
 def test_disruption_budget_leaves_a_pod_and_lets_one_go(manifest: Manifest) -> None:
     allowed = manifest.objects["PodDisruptionBudget"]["spec"]["maxUnavailable"]
     assert 1 <= allowed < manifest.objects["Deployment"]["spec"]["replicas"]
@@ -171,6 +186,8 @@ def test_selectors_find_the_pods(manifest: Manifest) -> None:
 def test_container_has_no_more_rights_than_it_needs(manifest: Manifest) -> None:
     assert manifest.pod["securityContext"]["runAsNonRoot"] is True
     assert manifest.pod["securityContext"]["runAsUser"] > 0
+    assert manifest.pod["securityContext"]["runAsGroup"] > 0
+    assert manifest.pod["automountServiceAccountToken"] is False
     assert manifest.container["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -211,6 +228,11 @@ SPOILT: list[tuple[Callable[[Manifest], None], str, Any]] = [
     (test_readiness_falls_within_the_lame_duck, f"{WEB}.readinessProbe.failureThreshold", 5),
     (test_rollout_takes_no_pod_away_before_there_is_another,
      "Deployment.spec.strategy.rollingUpdate.maxUnavailable", 1),
+    (test_a_rollout_fails_some_time_after_a_pod_has_had_its_time_to_start, "Deployment.spec.progressDeadlineSeconds",
+     120),
+    (test_pods_are_spread_over_nodes_and_zones, f"{POD}.topologySpreadConstraints.0.topologyKey", "zone"),
+    (test_pods_are_spread_over_nodes_and_zones, f"{POD}.topologySpreadConstraints.1.labelSelector.matchLabels",
+     {"app": "shop"}),
     (test_disruption_budget_leaves_a_pod_and_lets_one_go, "PodDisruptionBudget.spec.maxUnavailable", 0),
     (test_disruption_budget_leaves_a_pod_and_lets_one_go, "Deployment.spec.replicas", 1),
     (test_selectors_find_the_pods, "Service.spec.selector", {"app": "shop"}),
@@ -218,6 +240,8 @@ SPOILT: list[tuple[Callable[[Manifest], None], str, Any]] = [
     (test_selectors_find_the_pods, "Deployment.spec.template.metadata.labels", {"app": "shop"}),
     (test_container_has_no_more_rights_than_it_needs, f"{WEB}.securityContext.allowPrivilegeEscalation", True),
     (test_container_has_no_more_rights_than_it_needs, f"{POD}.securityContext.runAsUser", 0),
+    (test_container_has_no_more_rights_than_it_needs, f"{POD}.securityContext.runAsGroup", 0),
+    (test_container_has_no_more_rights_than_it_needs, f"{POD}.automountServiceAccountToken", True),
     (test_what_is_written_is_written_to_a_volume, f"{WEB}.volumeMounts.0.mountPath", "/data"),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from typing import Any
@@ -67,6 +68,31 @@ def served_by(*workers: CheckSeen | list[CheckSeen], **changes: Any) -> Health:
 def test_readiness_is_that_of_the_phase(phase: Phase) -> None:
     reply = ask(Probe.READINESS, phase)
     assert (reply.status, reply.body) == READINESS[phase]
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_with_lame_duck_ready_a_lame_duck_is_ready_and_no_other_phase_of_a_stop(phase: Phase) -> None:
+    reply = answer(Probe.READINESS, Question(), Health(phase, lame_duck_ready=True))
+    expected = (200, b"ok\n") if phase is Phase.LAME_DUCK else READINESS[phase]
+    assert (reply.status, reply.body) == expected
+
+
+def test_a_ready_lame_duck_fails_as_a_serving_generation_does() -> None:
+    ill = dataclasses.replace(served_by(failed(), failed()), phase=Phase.LAME_DUCK, lame_duck_ready=True)
+    reply = answer(Probe.READINESS, DETAILS, ill)
+    assert (reply.status, reply.body.splitlines()[0]) == (503, b"[+]phase lame_duck")
+    assert b"readiness failed: database" in reply.body
+    without_workers = Health(Phase.LAME_DUCK, wanted=2, lame_duck_ready=True)
+    assert answer(Probe.READINESS, Question(), without_workers).status == 503
+    # Nothing that is finishing its work is killed.
+    lively = failed(kind=Kind.LIVENESS)
+    stopping = dataclasses.replace(served_by(lively), phase=Phase.LAME_DUCK, lame_duck_ready=True)
+    assert answer(Probe.LIVENESS, Question(), stopping).status == 200
+
+
+def test_the_successor_of_a_retiring_generation_may_be_a_ready_lame_duck() -> None:
+    health = Health(Phase.RETIRING, Phase.LAME_DUCK, lame_duck_ready=True)
+    assert answer(Probe.READINESS, Question(), health).status == 200
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -163,6 +163,15 @@ def test_for_a_master_that_was_killed_its_predecessors_board_speaks_while_that_o
     assert found.reply(Asked("GET", "/livez")).status == 200
 
 
+def test_a_lame_duck_is_ready_where_the_settings_say_so(board: Board) -> None:
+    found = Answers(board, Settings(lame_duck_ready=True))
+    statuses = {}
+    for phase in (Phase.SERVING, Phase.LAME_DUCK, Phase.DRAINING):
+        board.header.phase = phase
+        statuses[phase] = found.reply(Asked("GET", "/readyz")).status
+    assert statuses == {Phase.SERVING: 200, Phase.LAME_DUCK: 200, Phase.DRAINING: 503}
+
+
 def test_a_retired_generation_speaks_for_its_successor_to_the_end(board: Board) -> None:
     found = Answers(board, Settings())
     board.header.successor_pid, board.header.successor_phase = 1, Phase.SERVING

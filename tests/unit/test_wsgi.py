@@ -91,6 +91,11 @@ def test_drain_is_seen_at_the_next_probe(service: Service) -> None:
     assert statuses == ["200 OK", "503 Service Unavailable", "200 OK"]
 
 
+def test_a_lame_duck_is_ready_where_the_service_says_so(service: Service) -> None:
+    service(Phase.LAME_DUCK, lame_duck_ready=True)
+    assert ask(ProbeMiddleware(app), "/readyz")[0] == "200 OK"
+
+
 @pytest.mark.parametrize(
     ("successor", "status"),
     [(Phase.SERVING, "200 OK"), (Phase.LAME_DUCK, "503 Service Unavailable"), (None, "503 Service Unavailable")],

@@ -157,7 +157,7 @@ def drain(which: Which, no_wait: bool) -> None:
 
 def _drains(snapshot: Snapshot) -> str:
     if snapshot.phase is Phase.LAME_DUCK:
-        return "lame_duck: readiness is 503, everything is still served"
+        return "lame_duck: readiness is 503 (unless LAME_DUCK_READY), everything is still served"
     in_hand = f"{_count(snapshot.in_flight, 'request')} and {_count(snapshot.tasks, 'background task')} in hand"
     return f"{snapshot.phase.label}: {in_hand}"
 

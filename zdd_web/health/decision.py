@@ -1,7 +1,8 @@
 """Which path is which probe, and what is answered.
 
 Liveness stays 200 through a drain: a probe that failed there would have Kubernetes kill what is still finishing its
-work. Readiness is 503 from the moment a stop begins, while everything is still accepted.
+work. Readiness is 503 from the moment a stop begins, while everything is still accepted; with `LAME_DUCK_READY` it goes
+on in the lame duck as before.
 
 All workers of a generation have the same code and ask the same neighbours. A check has failed when it fails in *every*
 worker that has a say: a database that is gone fails in all of them within one interval, and one worker with a broken
@@ -89,20 +90,21 @@ def examine(probe: Probe, health: Health, only: str = "", exclude: Collection[st
         found = [each for each in checks if each.name == only]
         return found or [Finding(only, Status.FAIL, "no result yet", is_check=True)]
     phase = _phase(probe, health)
-    # Outside of `serving` the phase is the answer, whatever the checks say. Those of a boot show what keeps it up.
+    # Where the phase fails it is the answer, whatever the checks say. Those of a boot show what keeps it up. Liveness
+    # does not fail in a stop: no check has a say then.
     boots = health.phase is Phase.BOOTING and probe is not Probe.LIVENESS
-    asked = boots or health.speaking is Phase.SERVING or probe is Probe.STARTUP
+    serves = health.speaking is Phase.SERVING or (probe is Probe.READINESS and health.takes_requests)
+    asked = boots or serves or probe is Probe.STARTUP
     others = [*_service(probe, health), *checks] if asked else []
     return [phase, *(each for each in others if not (each.is_check and each.name in exclude))]
 
 
 def _phase(probe: Probe, health: Health) -> Finding:
-    speaking = health.speaking
     if probe is Probe.STARTUP:
         begun = health.phase is not Phase.BOOTING
         return Finding("phase", Status.OK if begun else Status.FAIL, health.phase.label)
-    ok = probe is Probe.LIVENESS or speaking is Phase.SERVING
-    return Finding("phase", Status.OK if ok else Status.FAIL, speaking.label)
+    ok = probe is Probe.LIVENESS or health.takes_requests
+    return Finding("phase", Status.OK if ok else Status.FAIL, health.speaking.label)
 
 
 def _service(probe: Probe, health: Health) -> list[Finding]:

@@ -71,6 +71,17 @@ class Health:
     worker_timeout: float | None = None
     #: Seconds for which the master's main loop has not run, 0 for one that runs.
     master_stalled: float = 0.0
+    #: The setting LAME_DUCK_READY.
+    lame_duck_ready: bool = False
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether readiness, as far as the phase decides it, is 200.
+
+        >>> Health(Phase.LAME_DUCK).takes_requests, Health(Phase.LAME_DUCK, lame_duck_ready=True).takes_requests
+        (False, True)
+        """
+        return self.speaking is Phase.SERVING or (self.lame_duck_ready and self.speaking is Phase.LAME_DUCK)
 
     @property
     def speaking(self) -> Phase:

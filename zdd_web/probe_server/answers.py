@@ -94,7 +94,8 @@ class Answers:
 
     def look(self) -> Health:
         """Read the board; that of a master that is gone only says what had been."""
-        health, header = look(self._board), self._board.header
+        ready = self._settings.lame_duck_ready
+        health, header = look(self._board, lame_duck_ready=ready), self._board.header
         if header.successor_pid:
             # Retired, to the end of its last connection: a question is about the service, which its successor is.
             return dataclasses.replace(health, phase=Phase.RETIRING)
@@ -103,7 +104,7 @@ class Answers:
         before = self._predecessors
         if before is not None and proc.alive(before.header.master_pid, before.header.master_start):
             # It takes over again, or has never ceased to serve.
-            return look(before)
+            return look(before, lame_duck_ready=ready)
         return dataclasses.replace(health, phase=Phase.STOPPED)
 
     def _find(self, path: str) -> tuple[Probe, str] | None:

@@ -44,6 +44,7 @@ class Settings:
     commit_window: float = 1.0
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
+    lame_duck_ready: bool = False
     recycle_timeout: float = 10.0
     retire_timeout: float = DEFAULT_RETIRE_TIMEOUT
     abandon_status: int = 1

@@ -198,6 +198,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "commit_window": _seconds(least=0),
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
+    "lame_duck_ready": _switch,
     "recycle_timeout": _seconds(least=0),
     "retire_timeout": _seconds(least=1),
     "abandon_status": _exit_status,

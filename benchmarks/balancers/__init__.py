@@ -1,0 +1,1 @@
+"""Two instances behind a load balancer, restarted in turn; see ../README.md."""
