@@ -12,7 +12,7 @@ import os
 import signal
 
 from zdd_web import log, proc
-from zdd_web.lifecycle import STOPPING
+from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.service import generation_of, kept_by, line_of
 
 #: (pid, start time), oldest first.
@@ -44,7 +44,11 @@ def _stops_already(pid: int) -> bool:
         generation = generation_of(pid)
     except OSError:
         return False
-    return generation is not None and bool(generation.board.header.deadline)
+    if generation is None:
+        return False
+    header = generation.board.header
+    # One that has finished is in Python's own end, where SIGTERM has its default action and changes the exit status.
+    return bool(header.deadline) or header.phase == Phase.STOPPED
 
 
 def deadline_of_the_stop(own: int) -> int:
