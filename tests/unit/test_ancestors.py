@@ -52,6 +52,15 @@ def test_one_that_retires_is_sent_the_signal(old: tuple[int, int]) -> None:
     assert wait(old[0]) == signal.SIGTERM
 
 
+def test_one_that_has_finished_ends_by_itself(old: tuple[int, int], board: Board) -> None:
+    board.header.phase = Phase.STOPPED
+    Ancestors((old,)).tell(signal.SIGTERM)
+    assert ended_by(old[0]) == 0
+    # One that has only looked so is reached by what spares nothing.
+    Ancestors((old,)).tell(signal.SIGQUIT)
+    assert wait(old[0]) == signal.SIGQUIT
+
+
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGQUIT])
 def test_one_that_stops_already_is_not_sent_another_term(
     old: tuple[int, int], board: Board, sig: signal.Signals

@@ -47,6 +47,7 @@ def _stops_already(pid: int) -> bool:
     if generation is None:
         return False
     header = generation.board.header
+    # One that has finished is in Python's own end, where SIGTERM has its default action and changes the exit status.
     return bool(header.deadline) or header.phase == Phase.STOPPED
 
 
