@@ -37,6 +37,7 @@ EVENTS = {
     "phase.retiring": "the successor serves; this generation finishes what it has",
     "phase.stopped": "the generation is gone; seconds is how long it took to leave",
     "upgrade.started": "SIGUSR2: a successor was forked; or one that was started takes over",
+    "upgrade.left_behind": "environment variables keep paths of the old release, which the new one does not have",
     "upgrade.ready": "all workers of the new generation stand at the gate",
     "upgrade.committed": "the successor has lived through the commit window and is in office",
     "upgrade.failed": "the successor was ended; the old generation serves on",

@@ -14,6 +14,7 @@ import pytest
 import zdd_web
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.launch import ONCE, Launch, command, read_env_file
+from zdd_web.gunicorn.release import move_environ
 
 #: Where the package under test is, which is not beside its tests when the wheel is tested.
 ROOT = Path(zdd_web.__file__).parents[1]
@@ -23,7 +24,8 @@ BODY = """
 import json, sys
 from zdd_web.gunicorn.launch import Launch
 launch = Launch.record()
-print(json.dumps({"command": launch.command, "argv0": sys.orig_argv[0], "dev": sys.flags.dev_mode}))
+said = {"real_directory": launch.real_directory, "command": launch.command}
+print(json.dumps({**said, "argv0": sys.orig_argv[0], "dev": sys.flags.dev_mode}))
 """
 
 
@@ -299,6 +301,76 @@ def test_launch_follows_no_directory_that_only_begins_alike() -> None:
 def test_launch_follows_in_every_word_that_names_the_old_release(word: str, moved: str) -> None:
     old = Launch("/srv/shop/r1", ("gunicorn", word), {})
     assert old.following("/srv/shop/current").command == ("gunicorn", moved)
+
+
+#: What agents put into the environment, by the real path of the release that they run from.
+SITE = "/.venv/lib/python3.11/site-packages"
+AGENTS = {
+    "PYTHONPATH": f"{{}}{SITE}/newrelic/bootstrap:{{}}{SITE}/ddtrace/bootstrap:/opt/lib",
+    "NEW_RELIC_PYTHON_PREFIX": "{}/.venv",
+    "NEW_RELIC_CONFIG_FILE": "{}/newrelic.ini",
+    "NEW_RELIC_INITIAL_PYTHONPATH": "{}",
+    "OTEL_PYTHON_CONFIG": "file:{}/otel.yaml,mode=strict",
+    "DD_TAGS": "dir:{}/app,env:prod",
+    "VIRTUAL_ENV": "{}/.venv",
+    "PATH": "{}/.venv/bin:/usr/bin:/bin",
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_paths_of_the_old_release_move_with_it(name: str) -> None:
+    old, new = "/srv/shop/releases/1", "/srv/shop/releases/2"
+    said = {name: AGENTS[name].replace("{}", old)}
+    assert move_environ(said, old, new, lambda path: True) == ({name: AGENTS[name].replace("{}", new)}, ())
+    assert move_environ(said, old, new, lambda path: False) == (said, (name,))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/srv/shop/releases/10/bin", "/backup/srv/shop/releases/1/bin", "/srv/shop/releases/1.old", "/srv/shop", "1", ""],
+)
+def test_other_paths_stay(value: str) -> None:
+    said = {"NAME": value, "OLDPWD": "/srv/shop/releases/1"}
+    assert move_environ(said, "/srv/shop/releases/1", "/srv/shop/releases/2", lambda path: True) == (said, ())
+
+
+def test_only_what_the_new_release_has_is_moved() -> None:
+    said = {"PYTHONPATH": "/r/1/lib:/r/1/gone"}
+    moved = move_environ(said, "/r/1", "/r/2", lambda path: path == "/r/2/lib")
+    assert moved == ({"PYTHONPATH": "/r/2/lib:/r/1/gone"}, ("PYTHONPATH",))
+
+
+def test_launch_moves_what_names_the_release_before_a_flip(tmp_path: Path) -> None:
+    for release in ("1", "2"):
+        (tmp_path / "releases" / release / "venv" / "bin").mkdir(parents=True)
+    one, two = tmp_path / "releases" / "1", tmp_path / "releases" / "2"
+    (two / "conf.py").touch()
+    current = tmp_path / "current"
+    current.symlink_to(one)
+    old = Launch(
+        str(current), (f"{one}/venv/bin/gunicorn", f"--config={one}/conf.py"), {"A": f"{one}/venv", "B": f"{one}/x"},
+        real_directory=str(one),
+    )  # fmt: skip
+    assert old.following("") is old
+    current.unlink()
+    current.symlink_to(two)
+    new = old.following("")
+    # There is no program yet.
+    assert new.command == (f"{one}/venv/bin/gunicorn", f"--config={two}/conf.py")
+    assert new.environ == {"A": f"{two}/venv", "B": f"{one}/x"}
+    assert new.left == ("B",)
+    assert new.refreshed({}, {"B": "set by hand"}).left == ()
+    (two / "venv" / "bin" / "gunicorn").touch()
+    assert old.following("").command[0] == f"{two}/venv/bin/gunicorn"
+
+
+def test_launch_knows_the_directory_that_a_symlink_led_to(tmp_path: Path) -> None:
+    (tmp_path / "releases").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "releases")
+    script(tmp_path / "server.py", "", mode=0o644)
+    script(tmp_path / "releases" / "server.py", "", mode=0o644)
+    said = say(sys.executable, "server.py", cwd=tmp_path / "current")
+    assert said["real_directory"] == str((tmp_path / "releases").resolve())
 
 
 def test_variables_of_an_environment_file_are_as_they_are_now() -> None:

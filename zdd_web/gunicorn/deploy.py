@@ -206,6 +206,10 @@ class Deploy:
         obstacle = launch.obstacle()
         if obstacle:
             raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
+        if launch.left:
+            log.emit("upgrade.left_behind", logging.WARNING, variables=",".join(launch.left),
+                     remedy="they name paths of the old release that the new one lacks, such as those of an agent: set "
+                     "them in ENV_FILE, or restart the service")  # fmt: skip
         return launch
 
     def _pre_exec(self, launch: Launch) -> Launch:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zdd_web.errors import SettingsError
+from zdd_web.gunicorn import release
 from zdd_web.system import descriptors
 
 #: Said to one process by its parent and meant for it alone.
@@ -33,6 +34,10 @@ class Launch:
     #: ran before, and what it has opened cannot be told from these, so this is recorded once and handed down:
     #: otherwise each generation would add what its own file opens.
     descriptors: tuple[int, ...] = ()
+    #: The directory without symlinks, as it was at the start: it tells which release this is.
+    real_directory: str = ""
+    #: Names of variables that keep paths of the old release, which the new one lacks.
+    left: tuple[str, ...] = ()
 
     @classmethod
     def record(cls, inherited: tuple[int, ...] | None = None) -> Launch:
@@ -40,7 +45,10 @@ class Launch:
         environ = {key: value for key, value in os.environ.items() if key not in ONCE}
         again = command(sys.orig_argv, sys.executable)
         opened = descriptors.inheritable() if inherited is None else inherited
-        return cls(directory=_directory(again[0]), command=again, environ=environ, descriptors=opened)
+        return cls(
+            directory=_directory(again[0]), command=again, environ=environ, descriptors=opened,
+            real_directory=os.getcwd(),
+        )  # fmt: skip
 
     def following(self, release_dir: str) -> Launch:
         """Return this launch moved to `release_dir`, for launchers that resolve the symlink they were started by.
@@ -48,7 +56,7 @@ class Launch:
         Words of the command line that lie below the old directory are moved with it.
         """
         if not release_dir:
-            return self
+            return self._following_the_symlink()
         old = self.directory.rstrip("/")
 
         def moved(word: str) -> str:
@@ -59,12 +67,31 @@ class Launch:
 
         environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
         command = tuple(moved(word) for word in self.command)
-        return dataclasses.replace(self, directory=release_dir, command=command, environ=environ)
+        # Words as they were written; the environment by what is there, since nobody has asked for each of its values.
+        environ, left = release.move_environ(environ, old, release_dir)
+        there = dataclasses.replace(self, directory=release_dir, command=command, environ=environ, left=left)
+        return there._following_the_symlink()
+
+    def _following_the_symlink(self) -> Launch:
+        """Move what names the old release by its real path, if the directory is reached by a symlink that was flipped.
+
+        Command and environment alike: an interpreter of one release finds nothing in the directories of another.
+        """
+        now = os.path.realpath(self.directory)
+        if not self.real_directory or now == self.real_directory or not os.path.isdir(now):
+            return self
+        old, new = release.roots(self.real_directory, now)
+        if old.count("/") < 2:
+            return self  # not a release, but a directory such as /srv
+        environ, left = release.move_environ(self.environ, old, new)
+        command = release.move_words(self.command, old, new)
+        return dataclasses.replace(self, command=command, environ=environ, left=tuple(sorted({*self.left, *left})))
 
     def refreshed(self, before: dict[str, str], now: dict[str, str]) -> Launch:
         """Return this launch with the variables of an environment file as they are now; those taken out are gone."""
         environ = {key: value for key, value in self.environ.items() if key not in before}
-        return dataclasses.replace(self, environ={**environ, **now})
+        left = tuple(name for name in self.left if name not in before and name not in now)
+        return dataclasses.replace(self, environ={**environ, **now}, left=left)
 
     def obstacle(self) -> str | None:
         """Say what keeps this command from being run again; None when nothing does."""
