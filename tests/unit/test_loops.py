@@ -13,7 +13,7 @@ from zdd_web.gunicorn.worker_classes.family import LINGER
 
 
 def leaving(monkeypatch: pytest.MonkeyPatch, websockets: set[Any], connections: list[Any]) -> list[bool]:
-    """Tell a worker to leave; return whether it was over just before `LINGER` seconds, and after them."""
+    """Have a worker leave; return whether it was over just before `LINGER` seconds, and after them."""
     now = [100.0]
     monkeypatch.setattr(loops.time, "monotonic", lambda: now[0])
     side = SimpleNamespace(
