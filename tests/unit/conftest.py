@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings as hypothesis_settings
 
-from zdd_web import process
+from zdd_web import process, waitgroup
 from zdd_web.board import Board
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
@@ -33,8 +33,10 @@ def descriptors() -> set[tuple[int, str]]:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor open or a child process unreaped."""
-    before = descriptors()
+    before, current, observer = descriptors(), process._current, waitgroup.observer
     yield
+    # A worker's board, which is closed by now, is not the next test's.
+    process._current, waitgroup.observer = current, observer
     if descriptors() - before:
         gc.collect()  # a mapping that is part of a cycle is not a leak
     assert descriptors() - before == set()

@@ -32,6 +32,7 @@ def a_master(**changed: Any) -> Any:
         "not_now": lambda: "",
         "header": SimpleNamespace(slot_count=4),
         "roster": SimpleNamespace(room=1),
+        "listening": SimpleNamespace(unreachable_paths=list),
         "refused": refused,
     }
     return SimpleNamespace(**{**values, **changed})
