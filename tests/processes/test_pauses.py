@@ -38,7 +38,8 @@ def paused(service: Service) -> Iterator[None]:
 @pytest.fixture
 def service(make_service, worker_class: str) -> Service:
     service = make_service(worker_class, probe_bind="127.0.0.1:0")
-    service.arguments = ["--timeout", str(TIMEOUT)]
+    # A kept connection that has been idle for `keep-alive` is closed after a pause as after any other time.
+    service.arguments = ["--timeout", str(TIMEOUT), "--keep-alive", "60"]
     return service
 
 
