@@ -29,7 +29,7 @@ MAY_USE = {
     "health": {"lifecycle", "settings"},
     "record": set(),
     "door": set(),
-    "board": {"door", "errors", "lifecycle", "record", "system"},
+    "board": {"clock", "door", "errors", "lifecycle", "record", "system"},
     "board_copy": {"board", "errors", "record"},
     "lookup": {"board", "board_copy", "errors", "lifecycle", "proc", "record", "system"},
     "waitgroup": {"errors", "log"},
@@ -55,7 +55,7 @@ MAY_USE = {
         "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system",
         "watch",
     },
-    "metrics": {"clock", "board", "health", "lifecycle"},
+    "metrics": {"clock", "board", "health", "lifecycle", "record"},
     "service": {"errors", "proc", "lookup"},
     "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
     "cli": {

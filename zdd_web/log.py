@@ -100,7 +100,7 @@ MESSAGE_BYTES = 4096
 _BARE = re.compile(r"[A-Za-z0-9_.,:/@%+\[\]-]+\Z")
 
 #: What dashboards and tests search for, when it stands in a text from elsewhere.
-_FORGED = re.compile(rf"\bevent=(?={'|'.join(map(re.escape, EVENTS))})")
+_FORGED = re.compile(rf"event=(?={'|'.join(map(re.escape, EVENTS))})")
 
 
 def format_event(event: str, fields: dict[str, Any]) -> str:
@@ -211,7 +211,8 @@ def _write_to_stderr(record: logging.LogRecord) -> None:
 
 
 def _masked(value: Any) -> Any:
-    return masking.urls(value) if isinstance(value, str) else value
+    # A formatter of the user's prints it as it is.
+    return one_line(value) if isinstance(value, str) else value
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: Any) -> str:

@@ -16,6 +16,7 @@ from zdd_web import clock
 from zdd_web.board import LAYOUT, Board, Header, WorkerState
 from zdd_web.health import Kind, Result
 from zdd_web.lifecycle import Phase
+from zdd_web.record import LARGEST
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -55,7 +56,7 @@ def carry(board: Board, predecessor: Board) -> None:
     now = totals(predecessor).at_least(before(board))
     words = board.header.words
     for index, value in enumerate(dataclasses.astuple(now)):
-        words[Header.BEFORE_AT + index] = value
+        words[Header.BEFORE_AT + index] = min(value, LARGEST)
 
 
 def take_back(board: Board, successor: Board) -> None:
@@ -67,7 +68,7 @@ def take_back(board: Board, successor: Board) -> None:
     for index, name in enumerate(field.name for field in dataclasses.fields(Totals)):
         if not name.startswith("last_"):
             had = getattr(began, name) + getattr(more, name) - getattr(ours, name)
-            board.header.words[Header.BEFORE_AT + index] = had
+            board.header.words[Header.BEFORE_AT + index] = min(had, LARGEST)
 
 
 def totals(board: Board, predecessor: Board | None = None) -> Totals:

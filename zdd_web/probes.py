@@ -25,7 +25,7 @@ def look(board: Board, *, lame_duck_ready: bool = False) -> Health:
     alone = bool(header.alone)
     workers, beat_at, limit = [], header.ready_at, header.worker_timeout
     for slot in board.used_slots():
-        beat_at = max(beat_at, slot.beat_at)
+        beat_at = max(beat_at, min(slot.beat_at, now))
         state = slot.state if slot.order.taken or alone else WorkerState.FREE
         if state == WorkerState.BOOTING and limit:
             # It does not beat while it imports, and may be all that is left.

@@ -41,15 +41,6 @@ def parent(pid: int) -> int:
     return int(fields[1]) if fields else 0
 
 
-def uid(pid: int) -> int:
-    """Return the effective uid of a process; -1 when there is no such process or no /proc."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            return next(int(line.split()[2]) for line in file if line.startswith("Uid:"))
-    except (OSError, StopIteration):
-        return -1
-
-
 def name(pid: int) -> str:
     """Return what the kernel calls a process (at most 15 characters); "" when there is none."""
     try:

@@ -31,7 +31,8 @@ def post_worker_init(worker):
         left -= event == "line"
         if left == 0 and event == "line":
             sys.settrace(None)
-            hooks.state.worker.slot.order.retire = 1
+            # As the master would write it; a worker cannot.
+            type(hooks.state.worker.slot).retire = 1
             os.kill(os.getpid(), signal.SIGTERM)
             return None
         return trace

@@ -60,7 +60,7 @@ def test_start_that_is_ended_while_it_boots_says_what_it_was_doing(
     if sig == signal.SIGKILL:
         assert message.read_text() == "zdd_web: ended before it served, while its workers booted"
         return
-    said = rf"ended by {sig.name} while it booted, after [\d.]+ s: workers: 1 booting of 1"
+    said = rf"ended by {sig.name} while it booted, after [\d.]+ s: workers: 1 booting of 1(; importing the app)?"
     assert re.fullmatch(f"zdd_web: the start failed: {said}", message.read_text()), message.read_text()
     assert service.matches(rf"\[ERROR\] Reason: {said}")
 

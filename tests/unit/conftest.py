@@ -33,10 +33,11 @@ def descriptors() -> set[tuple[int, str]]:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor open or a child process unreaped."""
-    before, current, observer = descriptors(), process._current, waitgroup.observer
+    # A board that another test has closed is not this one's.
+    process._current = waitgroup.observer = None
+    before = descriptors()
     yield
-    # A worker's board, which is closed by now, is not the next test's.
-    process._current, waitgroup.observer = current, observer
+    process._current = waitgroup.observer = None
     if descriptors() - before:
         gc.collect()  # a mapping that is part of a cycle is not a leak
     assert descriptors() - before == set()

@@ -81,7 +81,7 @@ def test_another_process_that_has_the_pid_is_left_alone(old: tuple[int, int]) ->
 
 
 def test_a_process_of_another_user_is_left_alone(old: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proc, "uid", lambda pid: os.geteuid() + 1)
+    monkeypatch.setattr(proc, "owner", lambda pid: os.geteuid() + 1)
     Ancestors((old,)).tell(signal.SIGKILL)
     assert ended_by(old[0]) == 0
 
@@ -93,8 +93,8 @@ def test_a_keeper_is_left_alone(old: tuple[int, int], monkeypatch: pytest.Monkey
 
 
 def test_uid_is_that_of_the_process(old: tuple[int, int]) -> None:
-    assert proc.uid(old[0]) == os.geteuid()
-    assert proc.uid(1 << 23) == -1
+    assert proc.owner(old[0]) == os.geteuid()
+    assert proc.owner(1 << 23) == -1
 
 
 @pytest.mark.parametrize(

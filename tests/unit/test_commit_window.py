@@ -104,6 +104,16 @@ TABLE = {
         Judgement("the commit window was not over after 61 s: it waits for worker 11 to pass the "
                   "gate"),
     ),
+    "one has ended by itself, and its replacement boots": (
+        seen(HEARD, required=1), seen(BOOTING, required=1), Judgement(waits_for="1 workers to serve, of which 0 do"),
+    ),
+    "no replacement comes for ever": (
+        seen(BOOTING, required=1), seen(BOOTING, required=1, elapsed=61.0),
+        Judgement("the commit window was not over after 61 s: it waits for 1 workers to serve, of which 0 do"),
+    ),
+    "as many serve as did, and one more boots": (
+        seen(HEARD, required=1), seen(HEARD, BOOTING, required=1), CONFIRMED,
+    ),
     "one of another version sends none": (
         seen(HEARD), seen(replace(UNHEARD, known=False, silence=14.0)), CONFIRMED,
     ),

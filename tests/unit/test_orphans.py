@@ -41,7 +41,7 @@ def worker() -> Iterator[tuple[Board, int]]:
 
 def test_frozen_worker_is_killed(worker: tuple[Board, int], monkeypatch: pytest.MonkeyPatch) -> None:
     board, pid = worker
-    orphans = Orphans(board, proc.kill)
+    orphans = Orphans(board, proc.kill, clock.after_ns(3600))
     assert orphans.follow() is False
     assert proc.state(pid) in "RS"
     monkeypatch.setattr(heartbeats, "FROZEN_AFTER", 0.0)
@@ -56,7 +56,7 @@ def test_worker_with_a_request_in_hand_is_left_alone(
     board, pid = worker
     board.slot(0).in_flight = 1
     monkeypatch.setattr(heartbeats, "FROZEN_AFTER", 0.0)
-    orphans = Orphans(board, proc.kill)
+    orphans = Orphans(board, proc.kill, clock.after_ns(3600))
     orphans.follow()
     orphans.follow()
     assert proc.state(pid) in "RS"
@@ -73,7 +73,7 @@ def test_process_that_was_no_worker_at_the_end_of_the_master_is_left_alone(
     monkeypatch.setattr(heartbeats, "FROZEN_AFTER", 0.0)
     other, order = spawn(lambda: None), board.order(0)
     order.pid, order.start = other, proc.start_time(other)
-    orphans = Orphans(board, proc.kill)
+    orphans = Orphans(board, proc.kill, clock.after_ns(3600))
     order.pid, order.start = pid, proc.start_time(pid)
     del order  # which keeps the mapping
     orphans.follow()
@@ -85,7 +85,7 @@ def test_process_that_was_no_worker_at_the_end_of_the_master_is_left_alone(
 
 def test_no_worker_outlives_the_last_master(worker: tuple[Board, int]) -> None:
     board, pid = worker
-    orphans = Orphans(board, proc.kill)
+    orphans = Orphans(board, proc.kill, clock.after_ns(3600))
     # As one that was frozen a moment ago, which no heartbeat tells yet.
     os.kill(pid, signal.SIGSTOP)
     orphans.end()

@@ -32,6 +32,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from zdd_web import clock
 from zdd_web.board.layout import (
     LAYOUT,
     MAGIC,
@@ -218,6 +219,7 @@ class Board:
     def free(self, slot: Slot) -> None:
         """Give up the slot of a worker that has ended; the master's call."""
         slot.order.taken = slot.order.pid = slot.pid = 0
+        slot.beat_at = min(slot.beat_at, clock.now_ns())
         slot.state = WorkerState.FREE
 
     def worker_pids(self) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ class Ancestors:
             if sig is signal.SIGTERM and _stops_already(pid):
                 continue
             # A pid alone may name another process by now; one of another user is none of this service's.
-            if proc.uid(pid) == os.geteuid() and proc.kill(pid, start, sig):
+            if proc.kill(pid, start, sig, users=(os.geteuid(),)):
                 log.emit("stop.forwarded", logging.INFO, signal=sig.name[3:], predecessor=pid)
 
 

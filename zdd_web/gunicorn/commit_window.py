@@ -9,7 +9,8 @@ allows that request, and at most for what is left of `UPGRADE_TIMEOUT`: nothing 
 
 In the window a generation is rejected when a worker ends without an order (a crash that its master answers with a new
 worker at once included), when one is frozen (heartbeats.py), or when a check that counts fails in all workers. A worker
-that is replaced (`max_requests`) or retired (TTOU) has the order of its master; one that boots (TTIN) is not judged.
+that is replaced (`max_requests`) or retired (TTOU) has the order of its master; one that boots (TTIN) is not judged. As
+many workers as stood at the gate must serve at the end: one that has left by itself is replaced before the commit.
 
 `judge()` is the whole decision, pure: it compares what was seen with what was seen a moment before. `CommitWindow`
 looks at the board for it.
@@ -56,6 +57,8 @@ class Seen:
     lost_status: int = 0
     #: gunicorn's `timeout`, seconds; 0 for none.
     timeout: float = 0.0
+    #: How many workers must serve: those that stood at the gate, or as many as are wanted since.
+    required: int = 0
     #: Checks that count and fail in all workers; those that have no result have not failed.
     failing: tuple[Finding, ...] = field(default=())
 
@@ -90,6 +93,10 @@ def judge(before: Seen, now: Seen, window: Window) -> Judgement:
         return Judgement(waits_for=f"the end of COMMIT_WINDOW = {window.seconds:g} s")
     late = [(worker, text) for worker in now.workers if (text := _outstanding(worker, window))]
     unknown = [f"a result of check {each.name!r}" for each in now.failing]
+    serving = sum(worker.state == WorkerState.SERVING and not worker.retiring for worker in now.workers)
+    if serving < now.required:
+        # A worker may end by itself, with status 0, which its master does not count as lost.
+        unknown.append(f"{now.required} workers to serve, of which {serving} do")
     if now.elapsed >= window.seconds + window.limit:
         # Nothing more will be known of a worker whose requests may take longer than this.
         late = [(worker, text) for worker, text in late if not worker.occupied]
@@ -145,6 +152,8 @@ class CommitWindow:
         self._board = board
         self.window = Window(clock.now_ns(), seconds, limit)
         self._heartbeats = Heartbeats(board, self.window.began)
+        at_work = (WorkerState.READY, WorkerState.SERVING)
+        self._at_gate = sum(slot.state in at_work for slot in board.taken_slots())
         self._before = self._look()
 
     def judge(self) -> Judgement:
@@ -163,6 +172,7 @@ class CommitWindow:
             lost_pid=header.lost_pid,
             lost_status=header.lost_status,
             timeout=self._heartbeats.timeout,
+            required=min(self._at_gate, header.workers_wanted),
             failing=tuple(self._failing()),
         )
 

@@ -181,8 +181,8 @@ class Deploy:
             raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
         if self._master.reload.under_way:
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        # Rejected successors of a takeover that have not ended yet count too: they hold the listeners.
-        alive = len(self.ancestors.alive()) + 1 + len(self._given_up)
+        # What rejected successors have left count too: they hold the listeners, and memory.
+        alive = len(self.ancestors.alive()) + 1 + len(self._given_up) + len(self._orphans)
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
@@ -299,7 +299,9 @@ class Deploy:
             board, upgrade.keeps_board = upgrade.board, True
         upgrade.end(now=now, reason=reason)
         if board is not None:
-            self._orphans.append(Orphans(board, upgrade.signal_worker))
+            # As long as an old generation may take for what it has in hand.
+            limit = clock.after_ns(self._settings.retire_timeout)
+            self._orphans.append(Orphans(board, upgrade.signal_worker, limit))
         if isinstance(upgrade, Newcomer) and not upgrade.follow_end():
             self._given_up.append(upgrade)
 
@@ -415,14 +417,21 @@ class Deploy:
 
         Those that stand still, or take too long, are killed.
         """
-        if self._orphans and not clock.passed(self._header.deadline):
+        # Of a stop, or of a retirement that has taken too long.
+        too_late = clock.passed(self._master.stop.ends_at)
+        if self._orphans and not too_late:
             return True  # they finish what they have in hand
-        if any(each.stage is Stage.BOOTING for each in self._given_up) and not clock.passed(self._header.deadline):
+        if any(each.stage is Stage.BOOTING for each in self._given_up) and not too_late:
             return True  # it is to say why it ends, and has two seconds for it
         upgrade = self.cancelled
-        if upgrade is None or upgrade.status is not None:
+        if upgrade is None:
             return False
-        if clock.passed(self._header.deadline) or upgrade.stands_still():
+        if upgrade.status is not None:
+            # Its workers may be left, where it was killed.
+            self.cancelled = None
+            self._end(upgrade, now=False, reason="")
+            return bool(self._orphans)
+        if too_late or upgrade.stands_still():
             upgrade.end(now=True)
             return False
         return True

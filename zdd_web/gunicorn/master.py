@@ -133,7 +133,7 @@ class Master:
         self.stop.take_over()
         server.handle_hup = guarded("handle_hup", self.reload.request)
         server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
-        server.handle_usr1 = self.rotation.request
+        server.handle_usr1 = guarded("handle_usr1", self.rotation.request)
         compat.set_wait(server, self._interval)
         server.handle_winch = guarded("handle_winch", self.handle_winch)
         server.handle_ttin = guarded("handle_ttin", self.handle_ttin)
@@ -193,6 +193,8 @@ class Master:
             # No other error ends the start from here: the loop goes on.
             self.start_message.failed(str(halt.reason))
             raise
+        # Whatever may go wrong below, a lame duck ends.
+        self.stop.follow()
         self.deploy.follow()
         if self.succession is None or self.succession.in_office or self.succession.alone:
             # The predecessor does it until then.
@@ -201,7 +203,6 @@ class Master:
         self.reload.follow()
         self.rotation.follow()
         guarded("probe port", self.probes.follow)(self)
-        self.stop.follow()
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
@@ -448,6 +449,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.deploy.after_fork()
+        self.reload.after_fork()
         self.stderr_relay.after_fork()
         self.offer.after_fork()
         if self.succession is not None:

@@ -10,6 +10,7 @@ waiting connections before that.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -77,14 +78,15 @@ class Orders:
     def _report(self, handler: Any) -> None:
         self._reported = True
         # A worker in the middle of a request takes no turn, and no signal makes it take one.
-        threading.Thread(target=self._look, name="zdd_web-orders", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            threading.Thread(target=self._look, name="zdd_web-orders", daemon=True).start()
         if self._once.take():
             log.emit("handler.replaced", logging.WARNING, pid=os.getpid(), signal="TERM", handler=describe(handler),
                      remedy=REMEDY)  # fmt: skip
 
     def _look(self) -> None:
         # A greenlet is copied into the processes that the app forks.
-        while os.getpid() == self._side.pid:
+        while os.getpid() == self._side.pid and not self._side.loop_is_over:
             if self.are_to_leave():
                 self._side.family.wake()
                 self._side.note_deadline()

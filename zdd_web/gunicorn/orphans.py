@@ -6,6 +6,7 @@ for ever, with a copy of the listeners. A stop waits for them until its deadline
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 
@@ -17,17 +18,21 @@ from zdd_web.gunicorn.heartbeats import Heartbeats, frozen
 class Orphans:
     """The workers of one generation; `board` is this object's from now on."""
 
-    def __init__(self, board: Board, send: Callable[[int, int, signal.Signals], None]) -> None:
-        """`send` signals a worker by its pid and start time, if it is one."""
+    def __init__(self, board: Board, send: Callable[[int, int, signal.Signals], None], deadline: int) -> None:
+        """`send` signals a worker by its pid and start time, if it is one; after `deadline` those left are killed."""
         self._board, self._send, self._left = board, send, set(board.worker_pids())
+        self._deadline = deadline
         self._heartbeats = Heartbeats(board, clock.now_ns())
 
     def follow(self) -> bool:
         """Kill those that are frozen; tell whether all have ended. To be called until then."""
-        self._left = {(pid, start) for pid, start in self._left if proc.alive(pid, start)}
+        with contextlib.suppress(OSError):  # no descriptor left to look with
+            self._left = {(pid, start) for pid, start in self._left if proc.alive(pid, start)}
         if not self._left:
             self.forget()
             return True
+        if clock.passed(self._deadline):
+            self.end()
         for worker in self._heartbeats.look():
             if (worker.pid, worker.start) in self._left and frozen(worker, self._heartbeats.timeout):
                 self._send(worker.pid, worker.start, signal.SIGKILL)

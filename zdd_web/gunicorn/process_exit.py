@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from zdd_web import clock, log
 
@@ -49,7 +49,7 @@ def waited_for(
     >>> [thread.name for thread in waited_for()]
     []
     """
-    queues = dict(pools._threads_queues)
+    queues = _pool_queues()
     here, ours = threading.current_thread(), set(but) | {threading.main_thread()}
     others = [thread for thread in threading.enumerate() if thread is not here and thread not in ours]
     # Under gevent a search through all objects, so only where it is needed.
@@ -62,6 +62,14 @@ def waited_for(
         elif not thread.daemon and not pools_only:
             found.append(thread)
     return found
+
+
+def _pool_queues() -> dict[Any, Any]:
+    while True:
+        try:
+            return dict(pools._threads_queues)
+        except (RuntimeError, KeyError):  # a pool was begun, or a thread of one has ended, meanwhile
+            continue
 
 
 def _is_in_a_call(frame: FrameType | None) -> bool:

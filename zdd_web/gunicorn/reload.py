@@ -97,6 +97,10 @@ class Proof:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
+    def forget(self) -> None:
+        """Close the pipe, in another child of the master."""
+        self._output.close()
+
     def close(self) -> str:
         """Return the end of what the child has printed, and close its pipe."""
         self._output.drain_all()
@@ -111,6 +115,11 @@ class Reload:
     def __init__(self, master: Master) -> None:
         self._master, self._server = master, master.server
         self.proof: Proof | None = None
+
+    def after_fork(self) -> None:
+        """Close, in a worker, the pipe of a proof: whoever has it could make the master's reads block."""
+        if self.proof is not None:
+            self.proof.forget()
 
     @property
     def under_way(self) -> bool:

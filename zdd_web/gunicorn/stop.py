@@ -178,11 +178,15 @@ class Stop:
         finally:
             # Python restores the default actions as it ends: a late signal would change the exit status.
             compat.ignore_signals(self._server)
-            threads = process_exit.wait(process_exit.waited_for, lambda: until, lambda: None)
+            threads = process_exit.wait(process_exit.waited_for, lambda: until, self._tick)
             if threads:
                 process_exit.name(threads)
                 process_exit.end(exit_status)
             process_exit.bound(until, lambda: None, exit_status)
+
+    def _tick(self) -> None:
+        # It waits, and is not stuck: its predecessor and the commands look.
+        self._header.tick_at = clock.now_ns()
 
     def end_when_no_worker_is_left(self) -> None:
         """End the loop, unless a cancelled successor is still here. Raises `StopIteration` or `HaltServer`."""

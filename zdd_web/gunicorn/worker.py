@@ -85,7 +85,7 @@ class WorkerSide:
         self._signalled_at = 0.0
         self._status_now: int | None = None
         self._give_up_once = threading.Lock()
-        self._loop_is_over = False
+        self.loop_is_over = False
         self._watched_deadline = clock.NEVER
         self._wind_down: Leaving | None = None
         self._background_own = clock.NEVER
@@ -369,7 +369,7 @@ class WorkerSide:
         self.family.run(self._run)
         if os.getpid() != self.pid:
             return  # the app forked, and the child has come back from the view
-        self._loop_is_over = True
+        self.loop_is_over = True
         # gthread's loop ends at the deadline, whatever its threads do.
         self.family.has_cut = self.family.has_cut or bool(self.slot.in_flight)
         if self._status_now is not None:
@@ -409,7 +409,7 @@ class WorkerSide:
     def _at_the_deadline(self) -> None:
         # In a thread of its own: the loop is still in a request, and what runs beside it shall not be killed without
         # a word.
-        if self._loop_is_over or os.getpid() != self.pid:
+        if self.loop_is_over or os.getpid() != self.pid:
             return
         if not clock.passed(self._background_deadline(clock.now_ns())):
             self._watched_deadline = clock.NEVER
@@ -487,7 +487,7 @@ class WorkerSide:
             # Python would wait for the threads of the abandoned work.
             process_exit.end(1)
         status = process_exit.status_under_way()
-        if self._threads_cut or (not self._loop_is_over and process_exit.waited_for(frames=self.family.frames)):
+        if self._threads_cut or (not self.loop_is_over and process_exit.waited_for(frames=self.family.frames)):
             # Before its loop it has promised nothing; after it, threads have had their time.
             process_exit.end(status)
         process_exit.bound(self.threads_deadline(), self._last_beat, status, self.family.interval)

@@ -143,13 +143,16 @@ def _checks(probe: Probe, health: Health) -> list[Finding]:
             for check in worker.checks:
                 if _PROBE[check.kind] is probe or boots:
                     seen.setdefault(check.name, []).append(check)
-    return [judge(checks, lenient=probe is not Probe.READINESS) for checks in seen.values()]
+    # A worker that names a check which the others do not have must not have the whole service restarted.
+    least = sum(worker.serving for worker in health.workers) if probe is Probe.LIVENESS else 0
+    return [judge(checks, lenient=probe is not Probe.READINESS, least=least) for checks in seen.values()]
 
 
-def judge(checks: list[CheckSeen], *, lenient: bool = False) -> Finding:
+def judge(checks: list[CheckSeen], *, lenient: bool = False, least: int = 0) -> Finding:
     """Judge one check by what all workers have seen of it.
 
-    `lenient`: no result and a late one do not count as failures, so that what hangs cannot fail liveness.
+    `lenient`: no result and a late one do not count as failures, so that what hangs cannot fail liveness. `least`: in
+    how many workers it fails, at least, before it counts.
 
     >>> judge([CheckSeen("db", result=Result.FAILED), CheckSeen("db", result=Result.PASSED)]).status.name
     'WARN'
@@ -162,7 +165,8 @@ def judge(checks: list[CheckSeen], *, lenient: bool = False) -> Finding:
     text = worst.message or "no recent result"
     if len(checks) > 1:
         text += f" (in {len(bad)} of {len(checks)} workers)"
-    failed = len(bad) == len(checks) and any(check.critical for check in bad) and first.kind is not Kind.STARTUP
+    counts = any(check.critical for check in bad) and first.kind is not Kind.STARTUP
+    failed = counts and len(bad) >= max(len(checks), least)
     return Finding(first.name, Status.FAIL if failed else Status.WARN, text, True, worst.failing_for)
 
 

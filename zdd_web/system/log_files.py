@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 def loggers() -> list[logging.Logger]:
     """Return every standard logger that there is."""
-    known = logging.root.manager.loggerDict.values()
+    # A copy: threads make loggers meanwhile.
+    known = list(logging.root.manager.loggerDict.values())
     return [logging.root, *(each for each in known if isinstance(each, logging.Logger))]
 
 

@@ -401,10 +401,14 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def reset() -> None:
-    """Forget all work in hand, open what was closed, and forget the functions of `on_drained`; between two tests."""
+    """Forget all work in hand and the functions of `on_drained` and `on_stop`, and open what was closed.
+
+    For between two tests.
+    """
     for group in _all_groups():
         group._reset()
     forget_drained_hooks()
+    forget_stop_hooks()
 
 
 def renew_locks() -> None:

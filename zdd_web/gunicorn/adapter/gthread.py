@@ -27,8 +27,26 @@ TURN = 1.0
 def adapt(worker: Any, process: Process) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are."""
     if isinstance(worker, gthread.ThreadWorker):
+        defer_nothing_once_closed(worker)
         close_beside_the_loop(worker, process)
         give_up_silent_connections(worker, process)
+
+
+def defer_nothing_once_closed(worker: Any) -> None:
+    """Have a queue that is closed take no more calls.
+
+    Its pipe's number stays known to it (gthread.py:195), and may be another file's when it is woken once more.
+    """
+    queue = getattr(worker, "method_queue", None)
+    if queue is None:
+        return
+    close = queue.close
+
+    def close_for_good() -> None:
+        queue.defer = lambda *_: None
+        close()
+
+    queue.close = close_for_good
 
 
 def close_beside_the_loop(worker: Any, process: Process) -> None:

@@ -29,11 +29,12 @@ def await_first_byte(
     is_leaving: Callable[[], bool],
     beat: Callable[[], None] = lambda: None,
     timeout: float | None = None,
+    waits: Callable[[], None] = lambda: None,
 ) -> bool:
     """Wait until a connection can be read; return False once it is not worth waiting for any longer.
 
     That is after `timeout` seconds, or when `is_leaving()` and the connection has been silent for `PATIENCE` seconds;
-    the last look comes after that. `beat()` is called about ten times a second while `is_leaving()`.
+    the last look comes after that. `beat()` is called about ten times a second while `is_leaving()`, `waits()` always.
 
     >>> server, client = socket.socketpair()
     >>> with server, client:
@@ -49,6 +50,7 @@ def await_first_byte(
     wait = 0.0
     while not poller.poll(wait * 1000):
         now = time.monotonic()
+        waits()
         if is_leaving():
             beat()
             if silent_for(connection, began) >= PATIENCE:

@@ -75,8 +75,14 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
     # Not ours, which may end the loop of a worker that empties its queue.
     beat = functools.partial(SyncWorker.notify, worker)
 
+    def waits() -> None:
+        # On the board alone: gunicorn's `timeout` ends a worker that waits for a silent client, as ever. An upgrade
+        # must not wait for that before it believes that this worker lives.
+        if process.slot is not None:
+            process.slot.beat_at = clock.now_ns()
+
     def handle_if_not_silent(listener: Any, client: Any, address: Any) -> None:
-        if await_first_byte(client, process.is_leaving, beat):
+        if await_first_byte(client, process.is_leaving, beat, waits=waits):
             handle(listener, client, address)
         else:
             worker.log.debug("Closing a connection that has sent nothing.")

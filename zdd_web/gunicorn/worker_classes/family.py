@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -103,7 +104,8 @@ class Family:
         """Call a function from a signal handler, in a while."""
         timer = threading.Timer(seconds, function, arguments)
         timer.daemon = True
-        timer.start()
+        with contextlib.suppress(RuntimeError):  # no thread to be had: the next turn of the loop sees to it
+            timer.start()
 
     def call_stop_hooks(self) -> None:
         """Call what the app has given to `on_stop`: in a signal handler, or between two turns of the loop."""
