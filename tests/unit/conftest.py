@@ -13,6 +13,7 @@ from zdd_web import process, waitgroup
 from zdd_web.board import Board
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
+from zdd_web.system import pauses
 
 # How long an example takes says something about the machine, not about the code.
 hypothesis_settings.register_profile("unit", deadline=None)
@@ -35,6 +36,8 @@ def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor open or a child process unreaped."""
     # A board that another test has closed is not this one's.
     process._current = waitgroup.observer = None
+    # Nor is a loop that another test has played: its turns do not come any more, which looks like a pause.
+    pauses.forget()
     before = descriptors()
     yield
     process._current = waitgroup.observer = None
