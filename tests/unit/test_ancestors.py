@@ -29,7 +29,8 @@ def board() -> Iterator[Board]:
 @pytest.fixture
 def old(board: Board) -> Iterator[tuple[int, int]]:
     """A master that retires: it dies of any signal."""
-    pid = spawn(lambda: signal.pause())
+    # Whatever another test has done to this process's signals.
+    pid = spawn(lambda: (signal.signal(signal.SIGQUIT, signal.SIG_DFL), signal.pause()))
     board.header.master_pid, board.header.master_start = pid, proc.start_time(pid)
     yield pid, proc.start_time(pid)
     os.kill(pid, signal.SIGKILL)
