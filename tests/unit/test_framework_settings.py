@@ -301,7 +301,7 @@ def test_module_that_cannot_be_imported_is_named_with_its_error_and_the_remedy(p
         read("import no_such_module")
     assert str(caught.value) == (
         "DJANGO_SETTINGS_MODULE=site_settings cannot be read for ZDD_WEB: ModuleNotFoundError: No module named "
-        f"'no_such_module': mend it (python -c 'import site_settings' in {project} shows where), "
+        f"'no_such_module': fix it (python -c 'import site_settings' in {project} shows where), "
         "or unset the variable for gunicorn's master"
     )
 

@@ -115,7 +115,7 @@ class Header(Record):
     #: The user of the workers, plus one; 0 for unknown.
     worker_uid = Word(27)
     name = Text(32, 128)
-    #: How many slots were ever used: nobody needs to look at those behind.
+    #: How many slots were ever used: no reader needs to look at those behind.
     slots_used = Word(50)
     #: gunicorn's `timeout`, nanoseconds; 0 for none.
     worker_timeout = Word(51)
@@ -139,7 +139,7 @@ class Header(Record):
     upgrade_reason = Text(64, 1024)
     #: For how long a worker may boot, nanoseconds.
     boot_timeout = Word(194)
-    #: There is no gunicorn, and nobody else has this board.
+    #: There is no gunicorn, and no other process has this board.
     alone = Word(195)
     #: The worker that was last to end without an order once the gate was open, and its wait status. Written before
     #: `workers_lost`.

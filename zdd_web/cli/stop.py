@@ -59,7 +59,7 @@ def request(generation: Generation) -> None:
 def drain(generation: Generation, progress: Callable[[Snapshot], None] = lambda snapshot: None) -> DrainResult:
     """Stop a service and wait until all of its masters have ended; `progress` is told of each phase.
 
-    `generation` is the one in office; those that still retire are stopped by it, and counted with it. A master ends
+    `generation` is the active one; those that still retire are stopped by it, and counted with it. A master ends
     within GRACE_PERIOD; one that stands still is waited for until `STANDS_STILL`. Raises `BoardError` when the service
     runs another version of zdd_web, before anything is done, and OSError when it cannot be signalled.
     """

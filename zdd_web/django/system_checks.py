@@ -64,7 +64,7 @@ def _check_checks(values: dict[str, Any]) -> Found:
     try:
         checks.load(values.get("checks", ()), "CHECKS in ZDD_WEB")
     except (SettingsError, ImportError) as error:
-        return [Error(str(error), hint="No worker would boot: mend the path or its options.", id="zdd_web.E003")]
+        return [Error(str(error), hint="No worker would boot: fix the path or its options.", id="zdd_web.E003")]
     return []
 
 

@@ -63,7 +63,7 @@ _settled = False
 def take(installed: Mapping[str, Any]) -> None:
     """Note the arguments of `install()`, at the start and at each reload.
 
-    Raises `SettingsError` for what no other source can mend.
+    Raises `SettingsError` for what no other source can fix.
     """
     global _installed, _settled
     collect(installed, os.environ)
@@ -138,7 +138,7 @@ def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings
     if "value" in answer:
         return FrameworkSettings.read(source, answer["value"], module)
     raise SettingsError(
-        f"{MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: mend it "
+        f"{MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: fix it "
         f"({shlex.join(['python', '-c', f'import {module}'])} in {os.getcwd()} shows where), "
         f"or unset the variable for gunicorn's master"
     )
