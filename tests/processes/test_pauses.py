@@ -85,3 +85,25 @@ def test_a_pause_in_the_commit_window_costs_no_upgrade(service: Service):
         service.wait_for(r"event=upgrade\.(committed|failed)")
     assert not service.matches(r"event=(upgrade\.failed|internal\.error)|WORKER TIMEOUT")
     service.stop()
+
+
+def test_a_wait_that_a_handler_outlasts_ends(make_service) -> None:
+    """CPython's `SimpleQueue.get(timeout)` never returns from it: a master would not see that its workers are ready."""
+    service = make_service("sync", workers=1)
+    release, interrupted = service.directory / "release", service.directory / "interrupted"
+    service.deploy("1", at_import=f"import os, time\nwhile not os.path.exists({str(release)!r}): time.sleep(0.02)")
+    service.configure(f"""
+import pathlib, signal, time
+
+def handler(sig, frame):
+    pathlib.Path({str(interrupted)!r}).touch()
+    time.sleep(1)
+
+signal.signal(signal.SIGALRM, handler)
+""")
+    master = service.spawn()
+    service.wait_for("Booting worker")
+    os.kill(master.pid, signal.SIGALRM)
+    until("the handler to run", interrupted.exists, service)
+    release.touch()
+    service.wait_for(r"event=phase\.serving")

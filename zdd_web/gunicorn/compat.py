@@ -28,6 +28,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.errors import SettingsError
+from zdd_web.gunicorn.adapter import signal_queue
 from zdd_web.system import pauses
 
 OLDEST, BEYOND = (23,), (28,)
@@ -94,6 +95,7 @@ def set_wait(server: Any, interval: Callable[[], float]) -> None:
 
     24 waits on a queue in `wait_for_signals(timeout)`; 23 sleeps in `sleep()` on a pipe.
     """
+    signal_queue.replace(server)
     if hasattr(server, "wait_for_signals"):
         wait = server.wait_for_signals
         server.wait_for_signals = lambda timeout=1.0: wait(timeout=min(timeout, interval()))

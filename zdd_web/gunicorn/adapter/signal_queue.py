@@ -1,0 +1,63 @@
+"""The queue in which gunicorn's master waits for signals, replaced by a queue whose timeout always ends.
+
+gunicorn 24 and later wait in `queue.SimpleQueue.get(timeout=…)`. CPython computes the time that is left after each turn
+of that function's loop, and takes a negative rest for "no timeout" (Modules/_queuemodule.c, 3.10 to 3.13): a process
+that is descheduled or stopped for longer than `timeout` just after it has taken the queue's lock, or whose signal
+handler takes longer than that, waits until the next signal. A master whose workers are ready then never learns it.
+`Lock.acquire(timeout=…)` computes the rest as well, and checks its sign.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from typing import Any
+
+
+class SignalQueue:
+    """The methods of `SimpleQueue` that gunicorn's master and its signal handlers call.
+
+    A handler may interrupt any of them: each step is atomic for the interpreter, and an item is there before its
+    wake-up is.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[int] = deque()
+        self._nothing_new = threading.Lock()
+        self._nothing_new.acquire()
+
+    def put_nowait(self, item: int) -> None:
+        self._items.append(item)
+        with contextlib.suppress(RuntimeError):  # released already: the waiting process has not run yet
+            self._nothing_new.release()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> int:
+        """Wait up to `timeout` seconds for an item; raise `queue.Empty` if there is none.
+
+        It may be raised early, after an item that `get_nowait()` has taken: the main loop turns once more.
+        """
+        if block and not self._items:
+            self._nothing_new.acquire(timeout=-1 if timeout is None else timeout)
+        return self.get_nowait()
+
+    def get_nowait(self) -> int:
+        try:
+            return self._items.popleft()
+        except IndexError:
+            raise queue.Empty from None
+
+    def empty(self) -> bool:
+        return not self._items
+
+
+def replace(server: Any) -> None:
+    """Give a master that waits in a `SimpleQueue` this queue, with the signals that have been queued already."""
+    before = getattr(server, "SIG_QUEUE", None)
+    if before is None or isinstance(before, (list, SignalQueue)):
+        return  # up to 23 it is a list, and the master waits on a pipe
+    server.SIG_QUEUE = now = SignalQueue()
+    # A handler that read the attribute before this assignment has put its signal already: handlers run in this thread.
+    while not before.empty():
+        now.put_nowait(before.get_nowait())
