@@ -19,10 +19,11 @@ import gunicorn as gunicorn_package
 from tabulate import tabulate
 
 from benchmarks.servers import START_TIMEOUT, ServerError, free_port, gunicorn
-from zdd_web import proc, service
+from zdd_web import service
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome, Report, build
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 KINDS = {
     "gunicorn --reuse-port": ["benchmarks.apps:slow", "--reuse-port"],

@@ -20,30 +20,23 @@ FRAMEWORKS = {"django", "flask", "asgiref", "werkzeug", "starlette", "jinja2"}
 #: Each part of the package and the parts that it may use. A new part needs a line here, which is a decision.
 MAY_USE = {
     "errors": set(),
-    "clock": set(),
-    "proc": set(),
-    "system": set(),
+    "system": {"errors"},
     "log": {"system"},
     "lifecycle": {"errors"},
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
-    "record": set(),
-    "door": set(),
-    "board": {"clock", "door", "errors", "lifecycle", "record", "system"},
-    "board_copy": {"board", "errors", "record"},
-    "lookup": {"board", "board_copy", "errors", "lifecycle", "proc", "record", "system"},
+    "board": {"errors", "lifecycle", "system"},
+    "lookup": {"board", "errors", "lifecycle", "system"},
     "waitgroup": {"errors", "log"},
-    "checks": {"errors", "clock", "log", "board", "health", "settings", "waitgroup"},
-    "listeners": {"door", "errors", "clock", "proc"},
-    "process": {"checks", "clock", "waitgroup", "board", "lifecycle", "settings", "errors"},
-    "probes": {"checks", "clock", "process", "board", "health", "lifecycle", "record", "settings", "system"},
+    "checks": {"errors", "log", "board", "health", "settings", "system", "waitgroup"},
+    "listeners": {"board", "errors", "system"},
+    "process": {"checks", "waitgroup", "board", "lifecycle", "settings", "errors", "system"},
+    "probes": {"checks", "process", "board", "health", "lifecycle", "settings", "system"},
     "wsgi": {"probes"},
     "asgi": {"probes"},
     "access_log": {"errors", "probes", "process", "settings"},
     "watch": {"lifecycle", "log", "process"},
-    "probe_server": {
-        "board", "clock", "errors", "health", "lifecycle", "log", "metrics", "proc", "settings", "probes", "system",
-    },
+    "probe_server": {"board", "errors", "health", "lifecycle", "log", "metrics", "settings", "probes", "system"},
     "flask": {"cli", "checks", "probes", "wsgi", "asgi", "process", "health", "settings", "errors"},
     "django": {
         "checks", "cli", "lifecycle", "log", "probes", "wsgi", "asgi", "process", "health", "settings", "errors",
@@ -51,16 +44,14 @@ MAY_USE = {
     },
     "apps": {"django"},
     "gunicorn": {
-        "door", "errors", "clock", "proc", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process",
-        "probe_server", "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system",
-        "watch",
+        "errors", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process", "probe_server",
+        "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system", "watch",
     },
-    "metrics": {"clock", "board", "health", "lifecycle", "record"},
-    "service": {"errors", "proc", "lookup"},
-    "keeper": {"errors", "clock", "proc", "lifecycle", "log", "board", "service"},
+    "metrics": {"board", "health", "lifecycle", "system"},
+    "service": {"errors", "lookup", "system"},
+    "keeper": {"errors", "lifecycle", "log", "board", "service", "system"},
     "cli": {
-        "checks", "errors", "clock", "proc", "lifecycle", "lookup", "settings", "system", "board", "service",
-        "gunicorn", "__init__",
+        "checks", "errors", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn", "__init__",
     },
     "__init__": set(),
 }  # fmt: skip
@@ -166,9 +157,9 @@ def test_this_test_reads_what_it_is_meant_to_read() -> None:
         "zdd_web.wsgi zdd_web.probes (module)",
         "zdd_web.wsgi _typeshed.wsgi (typing)",
         "zdd_web.gunicorn zdd_web.gunicorn.hooks (function)",
-        "zdd_web.gunicorn.compat gunicorn (module)",
-        "zdd_web.gunicorn.compat gunicorn.sock (module)",
-        "zdd_web.gunicorn.master gunicorn.errors (module)",
+        "zdd_web.gunicorn.adapter.compat gunicorn (module)",
+        "zdd_web.gunicorn.adapter.compat gunicorn.sock (module)",
+        "zdd_web.gunicorn.master.master gunicorn.errors (module)",
         "zdd_web zdd_web.board (typing)",
     } - found == {"zdd_web zdd_web.board (typing)"}
 
@@ -258,7 +249,7 @@ def test_click_and_tabulate_are_the_commands_alone() -> None:
 
 def test_compat_alone_knows_which_gunicorn_this_is() -> None:
     bare = {each.importer for each in REAL if each.name == "gunicorn" and part_of(each.importer) == "gunicorn"}
-    assert bare == {"zdd_web.gunicorn.compat"}
+    assert bare == {"zdd_web.gunicorn.adapter.compat"}
     known = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -269,7 +260,7 @@ def test_compat_alone_knows_which_gunicorn_this_is() -> None:
             ):
                 known.append(module)
     metadata = [each.importer for each in IMPORTS if each.name in ("importlib.metadata", "packaging", "pkg_resources")]
-    assert {*known, *metadata} == {"zdd_web.gunicorn.compat"}
+    assert {*known, *metadata} == {"zdd_web.gunicorn.adapter.compat"}
 
 
 # -- the package itself
@@ -339,7 +330,7 @@ assert not ours, ours
         "import zdd_web.wsgi",
         "import zdd_web.asgi, zdd_web.access_log, zdd_web.watch",
         "import zdd_web.gunicorn",
-        "import zdd_web.gunicorn.handover, zdd_web.gunicorn.bootlog, zdd_web.gunicorn.upgrade",
+        "import zdd_web.gunicorn.handoff.handover, zdd_web.system.boot_log, zdd_web.gunicorn.upgrade.successor_process",
     ],
 )
 def test_package_drags_no_framework_in(then: str) -> None:

@@ -22,7 +22,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from zdd_web import clock, proc, service
+from zdd_web import service
+from zdd_web.system import clock, proc
 
 FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN,

@@ -22,13 +22,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from zdd_web import proc
 from zdd_web.board import MAGIC, MEMFD_PREFIX, Board, Header, Snapshot, shape
-from zdd_web.board_copy import BoardCopy
+from zdd_web.board.copy import BoardCopy
+from zdd_web.board.record import WORD
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.record import WORD
-from zdd_web.system import memfd
+from zdd_web.system import memfd, proc
 
 #: For all processes together, seconds.
 LOOK_UP_WITHIN = 5.0

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zdd_web import clock
 from zdd_web.board import LAYOUT, Board, Header, WorkerState
+from zdd_web.board.record import LARGEST
 from zdd_web.health import Kind, Result
 from zdd_web.lifecycle import Phase
-from zdd_web.record import LARGEST
+from zdd_web.system import clock
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

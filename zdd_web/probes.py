@@ -9,14 +9,14 @@ import dataclasses
 import ipaddress
 from collections.abc import Callable
 
-from zdd_web import checks, clock, process
+from zdd_web import checks, process
 from zdd_web.board import Board, CheckRecord, WorkerState
+from zdd_web.board.record import one_of
 from zdd_web.checks import registry
 from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
 from zdd_web.lifecycle import Phase, stalled_for
-from zdd_web.record import one_of
 from zdd_web.settings import FrameworkSettings, Settings, of_app
-from zdd_web.system import pauses
+from zdd_web.system import clock, pauses
 
 
 def look(board: Board, *, lame_duck_ready: bool = False) -> Health:

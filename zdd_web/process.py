@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from zdd_web import checks, clock, waitgroup
+from zdd_web import checks, waitgroup
 from zdd_web.board import Board, Header, Order, Slot, WorkerState
 from zdd_web.checks import registry
 from zdd_web.errors import LifecycleError
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
+from zdd_web.system import clock
 
 App = TypeVar("App")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from zdd_web import lookup, proc
+from zdd_web import lookup
 from zdd_web.errors import ServiceNotFound
 from zdd_web.lookup import Generation, Note, Survey, generation_of, ignore, user
+from zdd_web.system import proc
 
 __all__ = ["Generation", "generation_of"]
 

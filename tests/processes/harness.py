@@ -25,12 +25,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from zdd_web import proc
 from zdd_web import service as finder
 from zdd_web.board import Snapshot, WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from zdd_web import proc
+from zdd_web.system import proc
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -25,8 +25,8 @@ from tests.processes.trial import (
     ends_without_a_trace,
     takes_over,
 )
-from zdd_web import proc
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 
 def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service: Service):

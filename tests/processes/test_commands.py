@@ -15,7 +15,7 @@ import pytest
 
 from tests.processes.harness import Held, Service
 from tests.unit.masters import NOBODY_UID, Masters
-from zdd_web import proc
+from zdd_web.system import proc
 
 ROOT = Path(__file__).parents[2]
 

@@ -41,7 +41,7 @@ from zdd_web.board import WorkerState
 from zdd_web.lifecycle import Phase
 
 SHORT_PATIENCE = (
-    "import zdd_web.gunicorn.upgrade as limits\n"
+    "import zdd_web.gunicorn.upgrade.successor_process as limits\n"
     "assert limits.STALE_AFTER and limits.STALE_AFTER_OFFICE\n"
     "limits.STALE_AFTER, limits.STALE_AFTER_OFFICE = 3.0, 4.0\n"
 )
@@ -210,7 +210,7 @@ def test_a_successor_that_is_left_alone_with_code_that_hangs_serves_when_the_cod
     ],
 )  # fmt: skip
 def test_a_boot_that_hangs_is_named_with_its_step_and_its_stack(service: Service, fault, step: str, where: str):
-    conf = "from zdd_web.gunicorn import boot_watch\nboot_watch.SLOW_AFTER = 0.5\n"
+    conf = "from zdd_web.gunicorn.workers import boot_watch\nboot_watch.SLOW_AFTER = 0.5\n"
     service.configure(conf, upgrade_timeout=4).start()
     service.deploy("2", **fault)
     line = service.upgrade(expect="upgrade.failed")
@@ -754,7 +754,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
-    "the control socket": ("__import__('zdd_web.gunicorn.compat').gunicorn.compat", "resume_control_server"),
+    "the control socket": ("__import__('zdd_web.gunicorn.adapter.compat').gunicorn.compat", "resume_control_server"),
     "systemd": ("master.supervisor", "take_back"),
 }
 

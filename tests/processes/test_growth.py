@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import Service, answered_from, children, descriptors, until
-from zdd_web import proc
 from zdd_web.board import WorkerState
+from zdd_web.system import proc
 
 UPGRADES = int(os.environ.pop("ZDD_WEB_TEST_UPGRADES", "8"))
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.processes.harness import Service, answered_from, until
-from zdd_web import proc
 from zdd_web.board import WorkerState
+from zdd_web.system import proc
 
 NOBODY = 65534
 

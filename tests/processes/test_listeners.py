@@ -223,7 +223,7 @@ def test_what_a_busy_worker_still_holds_is_taken_back_with_its_queue(make_servic
     service = make_service("sync", workers=1)
     old, kept = free_port(), free_port()
     # "Done" although it is busy.
-    service.configure("import zdd_web.gunicorn.deploy as deploy\ndeploy.LAST_ACCEPTS_WITHIN = 0.0\n")
+    service.configure("import zdd_web.gunicorn.upgrade.coordinator as deploy\ndeploy.LAST_ACCEPTS_WITHIN = 0.0\n")
     start(bound_to(service, f"127.0.0.1:{kept}", f"127.0.0.1:{old}"))
     held = Held(service)
     with socket.create_connection(("127.0.0.1", old), PATIENCE) as waits:

@@ -28,8 +28,8 @@ from tests.processes.harness import (
     until,
     zombies,
 )  # fmt: skip
-from zdd_web import proc
 from zdd_web.board import MEMFD_PREFIX, Board
+from zdd_web.system import proc
 
 #: Runs the rest of its command line, or `./run`, and ends with it.
 SUPERVISE = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:] or ['./run']))"

@@ -28,7 +28,7 @@ from tests.processes.harness import (
     serving,
     until,
 )  # fmt: skip
-from zdd_web import proc
+from zdd_web.system import proc
 
 HAS_CONTROL_SOCKET = importlib.util.find_spec("gunicorn.ctl") is not None
 HAS_DIRTY_APPS = importlib.util.find_spec("gunicorn.dirty") is not None

@@ -444,7 +444,7 @@ def test_process_that_hangs_before_it_serves_ends_with_its_master(make_service: 
     service = (
         make_service(workers=1)
         .configure(
-            "import zdd_web.gunicorn.probe_port as module, time\n"
+            "import zdd_web.gunicorn.master.probe_process as module, time\n"
             "module._let_go_of_all_but = lambda keep: time.sleep(600)\n",
             probe_bind="127.0.0.1:0",
         )

@@ -30,9 +30,9 @@ from tests.processes.harness import (
     until,
 )
 from tests.processes.trial import WIDE_COMMIT_WINDOW, HeldBy
-from zdd_web import proc
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 LIVE, READY, STARTUP = "/livez", "/readyz", "/startupz"
 
@@ -44,7 +44,7 @@ HANG = "time.sleep(600)"
 #: For `configure`: the next processes of the probe port exit with the statuses in the file `exits`.
 EXITS = """
 import os
-import zdd_web.gunicorn.probe_port as module
+import zdd_web.gunicorn.master.probe_process as module
 real = module.ProbePort._serve
 def serve(self, master):
     exits = open("exits").read().split() if os.path.exists("exits") else []

@@ -27,11 +27,11 @@ from tests.processes.harness import (
 )
 from tests.processes.test_listeners import free_port, refused
 from tests.processes.test_worker_classes import deploy
-from zdd_web import proc
 from zdd_web.board import Slot
+from zdd_web.board.admission import Door
 from zdd_web.cli.rehearse.load import Load, LoadThread
-from zdd_web.door import Door
-from zdd_web.listeners import reuseport as kernel
+from zdd_web.listeners.reuseport import bpf as kernel
+from zdd_web.system import proc
 
 Make = Callable[..., Service]
 

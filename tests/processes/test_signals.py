@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import Held, Service, answered_from, settled, successor, until
-from zdd_web import proc
 from zdd_web import service as finder
 from zdd_web.board import UpgradeState
 from zdd_web.cli.rehearse.load import LoadThread
 from zdd_web.lifecycle import SPAWNING, Phase
+from zdd_web.system import proc
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "signals.md"
 

@@ -17,7 +17,7 @@ import pytest
 from tests.processes.harness import APP, LEAVES_BY, Service, answered_from, outlives, until
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome
-from zdd_web.listeners.backlog import Door, close_door
+from zdd_web.listeners.accept_queue import Door, close_door
 
 
 def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):

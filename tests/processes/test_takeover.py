@@ -29,7 +29,7 @@ from tests.processes.harness import (
 )  # fmt: skip
 from tests.processes.test_commit_window import AFTER_THE_GATE
 from zdd_web.lifecycle import Phase
-from zdd_web.listeners import passing
+from zdd_web.system import fd_passing
 
 #: The loop turns as often as under load, and the commit window is no longer than it takes to look at it.
 QUICK = """
@@ -88,7 +88,7 @@ def serves_on(service: Service, generation: int = 1) -> None:
 
 
 def at(service: Service) -> str:
-    return passing.address(service.name, str(service.settings.get("takeover_socket", "")))
+    return fd_passing.address(service.name, str(service.settings.get("takeover_socket", "")))
 
 
 def held(pid: int, where: str) -> set[str]:
@@ -133,7 +133,7 @@ def test_nothing_is_lost_and_the_line_goes_on(make_service, worker_class: str):
     assert not re.search(r"internal\.error|Traceback|takeover\.(failed|rejected)", first.log() + second.log())
     fourth.stop()
     fourth.leaves_no_trace()
-    assert passing.connect(at(fourth), 0) is None
+    assert fd_passing.connect(at(fourth), 0) is None
 
 
 #: What systemd does for a socket unit.
@@ -336,7 +336,7 @@ def test_a_newcomer_that_is_not_ready_in_time_is_given_up(make_service, old: Ser
 
 
 def test_a_newcomer_that_is_stopped_and_hears_nothing_is_killed(make_service, old: Service):
-    limit = "import zdd_web.gunicorn.newcomer as newcomer\nnewcomer.ENDS_WITHIN = 0.0\n"
+    limit = "import zdd_web.gunicorn.upgrade.external_successor as newcomer\nnewcomer.ENDS_WITHIN = 0.0\n"
     old.configure(limit + QUICK.format(window=0.0), upgrade_timeout=8).start()
     new = another(make_service, old)
     new.deploy("2", at_import="time.sleep(600)")
@@ -427,7 +427,9 @@ def test_a_stop_of_the_old_one_leaves_a_newcomer_alone_that_serves(make_service,
 
 
 def test_peers_that_say_nothing_or_nonsense_cost_nothing(make_service, old: Service):
-    old.configure("import zdd_web.gunicorn.takeover as t\nt.SAID_EVERY = 0.0\n" + QUICK.format(window=0.0)).start()
+    old.configure(
+        "import zdd_web.gunicorn.upgrade.takeover as t\nt.SAID_EVERY = 0.0\n" + QUICK.format(window=0.0)
+    ).start()
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(old)) for _ in range(3)]
         # It has connected and is stopped: another process's connection, that nobody closes.
@@ -466,7 +468,7 @@ def test_peers_that_say_nothing_or_nonsense_cost_nothing(make_service, old: Serv
 
 
 def test_silent_peers_are_closed_and_only_so_many_are_let_in(make_service, old: Service):
-    limits = "import zdd_web.gunicorn.takeover as t\nt.SPEAKS_WITHIN, t.MOST_WAITING = 0.2, 2\n"
+    limits = "import zdd_web.gunicorn.upgrade.takeover as t\nt.SPEAKS_WITHIN, t.MOST_WAITING = 0.2, 2\n"
     old.configure(limits + QUICK.format(window=0.0)).start()
     master = old.pid
     before = len(descriptors(master))
@@ -508,8 +510,8 @@ def test_another_user_is_turned_away(old: Service):
         peer = connected(old)
     with peer:
         with contextlib.suppress(BrokenPipeError):
-            passing.send(peer, {"kind": "takeover", "name": old.name, "pid": os.getpid()})
-        said, given = passing.receive(peer, time.monotonic() + PATIENCE)
+            fd_passing.send(peer, {"kind": "takeover", "name": old.name, "pid": os.getpid()})
+        said, given = fd_passing.receive(peer, time.monotonic() + PATIENCE)
     reason = "user 65534 may not take over a service of user 0"
     assert (said, given) == ({"kind": "refused", "reason": reason}, [])
     assert f'uid=65534 peer={os.getpid()} reason="{reason}"' in old.wait_for(r"event=takeover\.rejected")
@@ -559,7 +561,7 @@ def test_a_path_is_for_its_user_alone_and_a_stale_one_is_replaced(make_service, 
 
 
 def test_a_master_that_does_not_answer_is_no_reason_to_start_beside_it(make_service, old: Service):
-    limit = "import zdd_web.gunicorn.takeover as t\nt.ANSWERS_WITHIN = 0.3\n"
+    limit = "import zdd_web.gunicorn.upgrade.takeover as t\nt.ANSWERS_WITHIN = 0.3\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mute:
         mute.bind(at(old))
         mute.listen()
@@ -627,7 +629,7 @@ def test_another_user_who_connects_in_a_loop_does_not_keep_a_takeover_waiting(ma
     old.start()
     with contextlib.ExitStack() as stack:
         for _ in range(2):
-            script = [sys.executable, "-c", FLOOD, passing.spell(at(old))]
+            script = [sys.executable, "-c", FLOOD, fd_passing.spell(at(old))]
             flood = stack.enter_context(subprocess.Popen(script, stdout=subprocess.PIPE, text=True))
             stack.callback(flood.kill)
             assert flood.stdout is not None

@@ -34,7 +34,7 @@ from tests.processes.harness import (
 from zdd_web.board import WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome
-from zdd_web.listeners.backlog import Door, close_door
+from zdd_web.listeners.accept_queue import Door, close_door
 
 #: As the harness's app. `/block` keeps the loop itself from turning; `/task` is background work in the loop.
 ASGI_APP = """

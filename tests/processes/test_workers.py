@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from tests.processes.harness import Service, answered_from, serving_workers, settled, until
-from zdd_web import proc
+from zdd_web.system import proc
 
 
 def test_slots_are_reused_and_name_live_processes(service: Service):

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zdd_web import proc
 from zdd_web.board import UpgradeState
+from zdd_web.system import proc
 
 if TYPE_CHECKING:
     from tests.soak.random_walk import Walk

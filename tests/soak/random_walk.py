@@ -44,12 +44,12 @@ from typing import Any
 
 from tests.processes.harness import APP, Service, lost
 from tests.soak.attacks import ATTACKS, HOSTILE_VIEWS, Bystander, timed_out
-from zdd_web import proc
 from zdd_web import service as finder
 from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 #: Longer than anything that the walk starts takes: UPGRADE_TIMEOUT 2, gunicorn's `timeout` 5, the stale successor's 15.
 ANSWER_WITHIN = 20.0

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable
 
 from tests.unit.forks import PATIENCE, spawn, status_of
-from zdd_web import clock, proc
 from zdd_web.board import Board, WorkerState
 from zdd_web.lifecycle import Phase
+from zdd_web.system import clock, proc
 
 #: A user that every Linux has, and no service here runs as.
 NOBODY_UID = 65534

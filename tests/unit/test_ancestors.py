@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.forks import spawn, status_of
-from zdd_web import proc
 from zdd_web.board import Board
-from zdd_web.gunicorn import ancestors
-from zdd_web.gunicorn.ancestors import Ancestors
+from zdd_web.gunicorn.upgrade import ancestors
+from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 from tests.unit.forks import PATIENCE, in_child, spawn, status_of
 from zdd_web.board import Board
-from zdd_web.gunicorn import app_forks
-from zdd_web.record import WORD
+from zdd_web.board.record import WORD
+from zdd_web.gunicorn.workers import app_forks
 
 
 def test_what_a_child_writes_to_its_workers_slot_is_its_own_and_the_header_is_not() -> None:

@@ -33,9 +33,9 @@ from zdd_web.board import (
     WorkerState,
     WorkerView,
 )
+from zdd_web.board.record import LARGEST_COUNT, WORD, Choice, Text, Word
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.record import LARGEST_COUNT, WORD, Choice, Text, Word
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.processes.harness import until
-from zdd_web.gunicorn import boot_watch
-from zdd_web.gunicorn.boot_watch import BootWatch
+from zdd_web.gunicorn.workers import boot_watch
+from zdd_web.gunicorn.workers.boot_watch import BootWatch
 
 #: Python gets no turn while this matches: the engine of `re` keeps the interpreter's lock.
 HANGS_IN_C = """
 import re
-from zdd_web.gunicorn import boot_watch
+from zdd_web.gunicorn.workers import boot_watch
 boot_watch.SLOW_AFTER, boot_watch.SLACK = 0.2, 0.3
 boot_watch.BootWatch(print).step("importing the app")
 def import_app():

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from gunicorn.errors import HaltServer
 
-from zdd_web.gunicorn import boundary
-from zdd_web.gunicorn.boundary import guarded
+from zdd_web.gunicorn.adapter import boundary
+from zdd_web.gunicorn.adapter.boundary import guarded
 
 
 class Clock:

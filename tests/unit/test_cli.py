@@ -20,8 +20,8 @@ from zdd_web import lookup, service
 from zdd_web.board import Board, UpgradeState
 from zdd_web.cli import LOG_LINES, main
 from zdd_web.errors import ServiceNotFound
-from zdd_web.gunicorn import bootlog
 from zdd_web.lifecycle import Phase
+from zdd_web.system import boot_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -380,7 +380,7 @@ def test_upgrade_that_is_refused_says_why_and_is_status_1(masters: Masters, name
 
 def test_upgrade_that_fails_shows_the_end_of_what_the_new_generation_said(masters: Masters, name: str) -> None:
     def fail(board: Board) -> None:
-        board.header.boot_log_fd = fd = bootlog.create()
+        board.header.boot_log_fd = fd = boot_log.create()
         os.write(fd, b"".join(b"line %d\n" % number for number in range(LOG_LINES + 10)) + b"ImportError: shop\n")
         board.header.upgrade_reason = "worker 7 ended before it served"
         board.header.upgrade_state = UpgradeState.FAILED

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.test_cli import Masters, zdd
 from zdd_web.board import Board, UpgradeState
-from zdd_web.gunicorn import bootlog
+from zdd_web.system import boot_log
 from zdd_web.system.escaping import CONTROL
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -34,7 +34,7 @@ def masters() -> Iterator[Masters]:
 
 
 def fails(board: Board) -> None:
-    board.header.boot_log_fd = fd = bootlog.create()
+    board.header.boot_log_fd = fd = boot_log.create()
     os.write(fd, HOSTILE.encode())
     board.header.upgrade_reason = HOSTILE
     board.header.upgrade_state = UpgradeState.FAILED

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from zdd_web import clock
 from zdd_web.board import Board, Heartbeat, Slot, WorkerState
-from zdd_web.gunicorn import heartbeats
-from zdd_web.gunicorn.commit_window import CommitWindow, Judgement, Seen, Window, judge
-from zdd_web.gunicorn.heartbeats import FROZEN_AFTER, Heartbeats, WorkerSeen, frozen
+from zdd_web.gunicorn.upgrade import heartbeats
+from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement, Seen, Window, judge
+from zdd_web.gunicorn.upgrade.heartbeats import FROZEN_AFTER, Heartbeats, WorkerSeen, frozen
 from zdd_web.health import Finding, Kind, Result, Status
 from zdd_web.lifecycle import Phase
+from zdd_web.system import clock
 
 SECOND = 10**9
 WINDOW = Window(began=100 * SECOND, seconds=1.0, limit=60.0)

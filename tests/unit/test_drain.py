@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.unit.forks import spawn, status_of
-from zdd_web import clock, proc, service
+from zdd_web import service
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.cli import main, stop
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
+from zdd_web.system import clock, proc
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

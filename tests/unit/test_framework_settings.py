@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tests.unit.test_settings import IMPOSSIBLE, NAMES, VALUES, WRONG_TYPE
 from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
-from zdd_web.gunicorn import sources
-from zdd_web.gunicorn.sources import join, read_django
+from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn.settings_sources import join, read_django
 from zdd_web.settings import APP_SETTINGS, FrameworkSettings, Settings, Sourced, merge, of_app, resolve
 
 PLACE = "app.config['ZDD_WEB']"
@@ -309,7 +309,7 @@ def test_module_that_cannot_be_imported_is_named_with_its_error_and_the_remedy(p
 def test_module_that_is_not_imported_in_time_is_left_out_with_a_warning(
     project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sources, "SLOW_AFTER", 0.05)
+    monkeypatch.setattr(settings_sources, "SLOW_AFTER", 0.05)
     assert read("import time\ntime.sleep(1000)", timeout=0.2) is None
     slow, unread = caplog.records
     assert slow.levelname == unread.levelname == "WARNING"
@@ -334,28 +334,28 @@ def test_a_start_waits_for_the_module_as_long_as_an_upgrade_may_take(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], installed: dict[str, float], seconds: float
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(sources, "_installed", installed)
-    monkeypatch.setattr(sources, "_settled", False)
-    monkeypatch.setattr(sources, "_in_force", None)
-    monkeypatch.setattr(sources, "read_django", lambda environ, timeout: waited.append(timeout))
+    monkeypatch.setattr(settings_sources, "_installed", installed)
+    monkeypatch.setattr(settings_sources, "_settled", False)
+    monkeypatch.setattr(settings_sources, "_in_force", None)
+    monkeypatch.setattr(settings_sources, "read_django", lambda environ, timeout: waited.append(timeout))
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    sources.settle(SimpleNamespace(env={}))
+    settings_sources.settle(SimpleNamespace(env={}))
     assert waited == [seconds]
 
 
 @pytest.mark.usefixtures("project")
 def test_reload_that_cannot_read_the_module_in_time_keeps_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     before = merge({}, {}, FrameworkSettings.read("Django", {"GRACE_PERIOD": 20}, "site_settings"))
-    monkeypatch.setattr(sources, "_installed", {})
-    monkeypatch.setattr(sources, "_settled", True)
-    monkeypatch.setattr(sources, "_in_force", before)
-    monkeypatch.setattr(sources, "read_django", lambda environ, timeout: None)
+    monkeypatch.setattr(settings_sources, "_installed", {})
+    monkeypatch.setattr(settings_sources, "_settled", True)
+    monkeypatch.setattr(settings_sources, "_in_force", before)
+    monkeypatch.setattr(settings_sources, "read_django", lambda environ, timeout: None)
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "site_settings")
-    sources.refuse_changes(SimpleNamespace(env={}))
+    settings_sources.refuse_changes(SimpleNamespace(env={}))
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE")
     with pytest.raises(NeedsUpgrade, match="GRACE_PERIOD changed from 20"):
-        sources.refuse_changes(SimpleNamespace(env={}))
+        settings_sources.refuse_changes(SimpleNamespace(env={}))
 
 
 @pytest.mark.usefixtures("project")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.forks import read_to_end, spawn, status_of
 from zdd_web.board import Board
-from zdd_web.gunicorn.gate import Gate
+from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.lifecycle import Phase
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

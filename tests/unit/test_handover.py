@@ -13,7 +13,15 @@ import pytest
 from tests.unit.conftest import descriptors
 from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handover import ENV, MESSAGE_BYTES, MOST_AT_A_TIME, MOST_QUEUED, Channel, Inheritance, Message
+from zdd_web.gunicorn.handoff.handover import (
+    ENV,
+    MESSAGE_BYTES,
+    MOST_AT_A_TIME,
+    MOST_QUEUED,
+    Channel,
+    Inheritance,
+    Message,
+)
 
 Pair = tuple[Channel, Channel]
 

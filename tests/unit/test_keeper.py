@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.unit.forks import in_child, spawn
-from zdd_web import keeper, proc, service
+from zdd_web import keeper, service
 from zdd_web.board import Board
 from zdd_web.lifecycle import Phase
+from zdd_web.system import proc
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from zdd_web.board import Board
-from zdd_web.gunicorn.late_arrivals import LateArrivals, LateCounter, is_even, level, sender
+from zdd_web.gunicorn.workers.late_arrivals import LateArrivals, LateCounter, is_even, level, sender
 
 BOTH = "DRAIN_DELAY = {}, GRACE_PERIOD = {}"
 

@@ -13,8 +13,8 @@ import pytest
 
 import zdd_web
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn.launch import ONCE, Launch, command, read_env_file
-from zdd_web.gunicorn.release import move_environ
+from zdd_web.gunicorn.handoff.launch import ONCE, Launch, command, read_env_file
+from zdd_web.gunicorn.handoff.release import move_environ
 
 #: Where the package under test is, which is not beside its tests when the wheel is tested.
 ROOT = Path(zdd_web.__file__).parents[1]
@@ -22,7 +22,7 @@ ROOT = Path(zdd_web.__file__).parents[1]
 #: Says how it would be started again.
 BODY = """
 import json, sys
-from zdd_web.gunicorn.launch import Launch
+from zdd_web.gunicorn.handoff.launch import Launch
 launch = Launch.record()
 said = {"real_directory": launch.real_directory, "command": launch.command}
 print(json.dumps({**said, "argv0": sys.orig_argv[0], "dev": sys.flags.dev_mode}))
@@ -187,7 +187,7 @@ def test_directory_is_the_kernels_when_the_shells_is_not_true(
 @pytest.mark.parametrize("program", ["venv/bin/server", "server"])
 def test_directory_is_the_symlink_that_the_program_was_started_by(current: Path, program: str) -> None:
     # A systemd unit: no PWD, WorkingDirectory=/srv/current, ExecStart=/srv/current/venv/bin/gunicorn.
-    body = "from zdd_web.gunicorn.launch import Launch\nprint(Launch.record().directory)\n"
+    body = "from zdd_web.gunicorn.handoff.launch import Launch\nprint(Launch.record().directory)\n"
     server = script(current / program, f"#!{sys.executable}\n{body}sys = exit()\n")
     environ = {key: value for key, value in os.environ.items() if key != "PWD"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([server], cwd=current, env=environ, stdout=subprocess.PIPE, check=True, text=True, timeout=60)

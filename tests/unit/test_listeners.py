@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web.listeners import reuseport
-from zdd_web.listeners.backlog import Door, close_door, is_empty, open_door
+from zdd_web.listeners.accept_queue import Door, close_door, is_empty, open_door
 from zdd_web.listeners.matching import Address, Place, match, normal
+from zdd_web.listeners.reuseport import bpf
 
 BINDS: list[tuple[str, Address]] = [
     ("127.0.0.1:8000", ("127.0.0.1", 8000)),
@@ -84,12 +84,12 @@ def close_all(leaving: int, staying: int, indices: list[int]) -> list[list[str]]
 
 @given(st.integers(1, 40), st.integers(2, 40))
 def test_no_connection_meets_a_socket_that_is_being_closed(leaving: int, staying: int) -> None:
-    for met in close_all(leaving, staying, reuseport.closing_indices(leaving, staying)):
+    for met in close_all(leaving, staying, bpf.closing_indices(leaving, staying)):
         assert all(name.startswith("B") for name in met)
 
 
 def test_one_for_one_is_as_safe() -> None:
-    assert [met for met in close_all(1, 1, reuseport.closing_indices(1, 1)) if "A0" in met] == []
+    assert [met for met in close_all(1, 1, bpf.closing_indices(1, 1)) if "A0" in met] == []
 
 
 @pytest.fixture
@@ -124,27 +124,27 @@ def connect(group: list[socket.socket], times: int = 40) -> list[int]:
 
 
 def test_the_real_kernel_goes_by_the_order_of_listen(group: list[socket.socket]) -> None:
-    reuseport.steer_to_range(group[3], 1, 2)
+    bpf.steer_to_range(group[3], 1, 2)
     got = connect(group)
     assert (got[0], got[3]) == (0, 0)
     assert got[1] and got[2]
-    reuseport.steer_to_one(group[0], 2)
+    bpf.steer_to_one(group[0], 2)
     assert connect(group, 10) == [0, 0, 10, 0]
-    reuseport.steer_to_one(group[0], 4)
+    bpf.steer_to_one(group[0], 4)
     assert sum(map(bool, connect(group, 100))) == 4
-    reuseport.steer_to_one(group[0], 0)
-    reuseport.let_the_kernel_choose(group[1])
-    reuseport.let_the_kernel_choose(group[1])
+    bpf.steer_to_one(group[0], 0)
+    bpf.let_the_kernel_choose(group[1])
+    bpf.let_the_kernel_choose(group[1])
     assert sum(map(bool, connect(group, 100))) == 4
 
 
 def test_the_kernel_tells_who_listens(group: list[socket.socket]) -> None:
     port = group[0].getsockname()[1]
-    entries = reuseport.entries(port, reuseport.LISTEN)
-    assert {entry.inode for entry in entries} == {reuseport.inode(member) for member in group}
-    assert {entry.local for entry in entries} == {reuseport.local_address(group[0])}
+    entries = bpf.entries(port, bpf.LISTEN)
+    assert {entry.inode for entry in entries} == {bpf.inode(member) for member in group}
+    assert {entry.local for entry in entries} == {bpf.local_address(group[0])}
     assert {entry.uid for entry in entries} == {os.geteuid()}
-    assert reuseport.handshakes(port) == frozenset()
+    assert bpf.handshakes(port) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_kernel_tells_who_listens(group: list[socket.socket]) -> None:
     ],
 )
 def test_addresses_that_cover_each_other(one: str, other: str, overlap: bool) -> None:
-    assert reuseport.overlap(one, other) is overlap
+    assert bpf.overlap(one, other) is overlap
 
 
 def test_a_door_that_was_closed_opens_again() -> None:

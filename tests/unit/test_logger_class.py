@@ -16,7 +16,8 @@ from gunicorn.glogging import Logger
 
 from tests.unit.forks import in_child
 from zdd_web import access_log, log
-from zdd_web.gunicorn import bootlog, logger_class
+from zdd_web.gunicorn.adapter import logger_class
+from zdd_web.system import boot_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -78,8 +79,8 @@ def test_gunicorns_own_logger_and_what_is_derived_from_it_is_standard() -> None:
 
 
 def test_boot_log_has_what_gunicorn_and_we_say(methods: Methods) -> None:
-    boot_log = bootlog.create()
-    handler = bootlog.Handler(os.dup(boot_log))
+    memfd = boot_log.create()
+    handler = boot_log.Handler(os.dup(memfd))
     copying = logger_class.Copying(methods, handler)
     log.use_gunicorn(copying)
     copying.info("Booting worker with pid: %s", 7)
@@ -89,16 +90,16 @@ def test_boot_log_has_what_gunicorn_and_we_say(methods: Methods) -> None:
         copying.exception("Exception in worker process")
     log.emit("boot.started", pid=7)
     pid = os.getpid()
-    lines = bootlog.tail(boot_log).splitlines()
+    lines = boot_log.tail(memfd).splitlines()
     assert lines[:2] == [f"[{pid}] [INFO] Booting worker with pid: 7", f"[{pid}] [ERROR] Exception in worker process"]
     assert lines[-2:] == ["ZeroDivisionError: division by zero", f"[{pid}] [INFO] event=boot.started pid=7"]
     assert [name for name, _ in methods.said] == ["info", "exception", "info"]
     handler.end()
     copying.info("after the boot")
-    assert "after the boot" not in bootlog.tail(boot_log)
+    assert "after the boot" not in boot_log.tail(memfd)
     with pytest.raises(AttributeError):
         _ = copying.error_log
-    os.close(boot_log)
+    os.close(memfd)
 
 
 @pytest.mark.parametrize(

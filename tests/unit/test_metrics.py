@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from zdd_web import clock
 from zdd_web.board import Board, Header, Slot, WorkerState
 from zdd_web.health import Result
 from zdd_web.lifecycle import Phase
 from zdd_web.metrics import Collector, Totals, before, carry, exposition, totals
+from zdd_web.system import clock
 
 made: list[Board] = []
 

@@ -14,10 +14,11 @@ import pytest
 from tests.unit.forks import spawn, status_of
 from tests.unit.masters import NOBODY_UID, Masters
 from tests.unit.namespaces import become_dumpable, in_pid_namespace, next_pid, with_hidepid
-from zdd_web import proc, service
+from zdd_web import service
 from zdd_web.board import Board
 from zdd_web.errors import ServiceNotFound
-from zdd_web.gunicorn.pidfile import PidFile
+from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.system import proc
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.forks import in_child
 from zdd_web import log
 from zdd_web.board import Board
-from zdd_web.gunicorn.orders import Once, Orders, describe
+from zdd_web.gunicorn.workers.orders import Once, Orders, describe
 
 
 class Side:
@@ -54,7 +54,7 @@ def test_a_worker_follows_the_word_on_its_slot_and_the_end_of_its_master() -> No
     [
         (signal.SIG_DFL, "SIG_DFL"),
         (None, "one that was not installed by Python"),
-        (describe, "zdd_web.gunicorn.orders.describe"),
+        (describe, "zdd_web.gunicorn.workers.orders.describe"),
         (functools.partial(describe), "functools.partial"),
         (Side(0).follow_orders, "tests.unit.test_orders.Side.follow_orders"),
     ],

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.forks import spawn, status_of
-from zdd_web import clock, proc
 from zdd_web.board import Board, Heartbeat, WorkerState
-from zdd_web.gunicorn import heartbeats
-from zdd_web.gunicorn.orphans import Orphans
+from zdd_web.gunicorn.upgrade import heartbeats
+from zdd_web.gunicorn.upgrade.orphans import Orphans
+from zdd_web.system import clock, proc
 
 #: Real children are seen under /proc.
 pytestmark = [

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
-from zdd_web.gunicorn.parentage import KEEP, POD, WAITERS, WATCHERS, Parentage
+from zdd_web.gunicorn.handoff.parentage import KEEP, POD, WAITERS, WATCHERS, Parentage
 
 ROOT = Path(__file__).parents[2]
 
 #: Says whose child it is.
 SAY = """
 import dataclasses, json
-from zdd_web.gunicorn.parentage import Parentage
+from zdd_web.gunicorn.handoff.parentage import Parentage
 print(json.dumps(dataclasses.asdict(Parentage.of_this_process())))
 """
 
 #: The parent needs a moment from the fork to its wait.
 SAY_ONCE_WAITED_FOR = f"""
 import os, time
-from zdd_web.gunicorn.process_tree import waits_for
+from zdd_web.gunicorn.handoff.process_tree import waits_for
 give_up = time.monotonic() + 20
 while not waits_for(os.getppid(), os.getpid()) and time.monotonic() < give_up:
     time.sleep(0.01)

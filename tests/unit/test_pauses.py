@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.forks import status_of
-from zdd_web.gunicorn import compat
+from zdd_web.gunicorn.adapter import compat
 from zdd_web.system import pauses
 from zdd_web.system.pauses import DUE_WITHIN, HEARTBEAT, Pauses
 

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web import clock, proc
 from zdd_web.board import Board, WorkerState
 from zdd_web.health import Health, Kind, Reply, Result, WorkerSeen
 from zdd_web.lifecycle import Phase
@@ -31,6 +30,7 @@ from zdd_web.probe_server.server import Server
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.probes import kinds
 from zdd_web.settings import Settings
+from zdd_web.system import clock, proc
 
 OK = Reply(200, "OK", (("Content-Length", "3"),), b"ok\n")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.forks import in_child, read_to_end, spawn, status_of
-from zdd_web import proc
+from zdd_web.system import proc
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from zdd_web import clock, log
-from zdd_web.gunicorn import compat, process_exit
+from zdd_web import log
+from zdd_web.gunicorn import process_exit
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.system import clock
 
 PATIENCE = 30
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.unit.forks import status_of
-from zdd_web import proc
-from zdd_web.gunicorn import reload as module
-from zdd_web.gunicorn.reload import Proof, Reload
+from zdd_web.gunicorn.master import reload as module
+from zdd_web.gunicorn.master.reload import Proof, Reload
 from zdd_web.settings import Settings
+from zdd_web.system import proc
 from zdd_web.system.captured_output import KEPT_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -11,8 +11,8 @@ import pytest
 from zdd_web.cli.rehearse import render
 from zdd_web.cli.rehearse.replies import STABLE_FROM, Body, Difference, compare
 from zdd_web.cli.rehearse.report import Handover, Outcome, Sample, build
-from zdd_web.gunicorn.worker_classes.asgi_app import Counted
-from zdd_web.gunicorn.worker_classes.family import _name_generation, request_number
+from zdd_web.gunicorn.workers.asgi_app import Counted
+from zdd_web.gunicorn.workers.base import _name_generation, request_number
 
 UPGRADE = Handover(1, 1, 2, 10.0, 10.5, 11.0, ok=True)
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from tests.unit.forks import in_child
-from zdd_web.gunicorn import bootlog
-from zdd_web.system import stdio
+from zdd_web.system import boot_log, stdio
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -45,11 +44,11 @@ def test_stderr_that_cannot_be_written_loses_what_is_written(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNWRITABLE)
 def test_boot_log_that_cannot_be_repeated_on_stderr_does_not_end_a_start(kind: str) -> None:
     def child() -> str:
-        boot_log, stderr = bootlog.create(), UNWRITABLE[kind]()
-        os.dup2(boot_log, 2)
+        memfd, stderr = boot_log.create(), UNWRITABLE[kind]()
+        os.dup2(memfd, 2)
         os.write(2, b"Starting gunicorn\n")
-        bootlog.give_back_stderr(stderr, boot_log)
-        return bootlog.tail(boot_log)
+        boot_log.give_back_stderr(stderr, memfd)
+        return boot_log.tail(memfd)
 
     assert in_child(child) == "Starting gunicorn\n"
 

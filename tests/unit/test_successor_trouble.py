@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from zdd_web import clock
 from zdd_web.board import MAX_CHECKS, Board, Header
-from zdd_web.gunicorn.deploy import _word_of
+from zdd_web.gunicorn.upgrade.coordinator import _word_of
 from zdd_web.health import Health, Kind, Probe, Question, Result, answer
 from zdd_web.lifecycle import Phase
 from zdd_web.probes import look
+from zdd_web.system import clock
 
 DETAILS = Question(details=True)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from zdd_web import clock
-from zdd_web.gunicorn import takeover as module
-from zdd_web.gunicorn.takeover import BACKLOG, MOST_WAITING, Offer
+from zdd_web.gunicorn.upgrade import takeover as module
+from zdd_web.gunicorn.upgrade.takeover import BACKLOG, MOST_WAITING, Offer
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
+from zdd_web.system import clock
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect as another user")
 

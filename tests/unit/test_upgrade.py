@@ -15,12 +15,12 @@ import pytest
 
 from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
-from zdd_web import proc
 from zdd_web.board import LAYOUT
-from zdd_web.gunicorn.bootlog import BootLog
-from zdd_web.gunicorn.handover import Inheritance
-from zdd_web.gunicorn.launch import Launch
-from zdd_web.gunicorn.upgrade import LATE_AT_LEAST, Stage, Upgrade, Verdict
+from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.upgrade.successor_process import LATE_AT_LEAST, Stage, Upgrade, Verdict
+from zdd_web.system import proc
+from zdd_web.system.boot_log import BootLog
 from zdd_web.system.captured_output import KEPT_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 #: What every successor begins with; `pipe` is the inherited "listener" that a test reads to its end.
 PRELUDE = """
 import os, select, signal, sys
-from zdd_web import clock, proc
+from zdd_web.system import clock, proc
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn.handover import Inheritance
+from zdd_web.gunicorn.handoff.handover import Inheritance
 
 heir = Inheritance.take(os.environ)
 os.dup2(heir.stderr, 2) if {real_stderr} else None

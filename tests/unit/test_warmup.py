@@ -10,7 +10,7 @@ import flask
 import pytest
 
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.warmup import warm_up
+from zdd_web.gunicorn.workers.warmup import warm_up
 
 
 def answering(status: str, seen: list[dict[str, Any]] | None = None) -> Any:

@@ -32,7 +32,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from zdd_web import clock
+from zdd_web.board.admission import Door
 from zdd_web.board.layout import (
     LAYOUT,
     MAGIC,
@@ -45,11 +45,11 @@ from zdd_web.board.layout import (
     WorkerState,
     shape,
 )
+from zdd_web.board.record import WORD
 from zdd_web.board.snapshot import ListenerView, Snapshot, WorkerView
-from zdd_web.door import Door
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.record import WORD
+from zdd_web.system import clock
 from zdd_web.system import memory as shared_memory
 
 MEMFD_PREFIX = "zdd_web:"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import enum
 
+from zdd_web.board.record import WORD, Choice, Count, Record, Text, Word
 from zdd_web.errors import BoardError
-from zdd_web.record import WORD, Choice, Count, Record, Text, Word
 
 MAGIC = int.from_bytes(b"ZDDBOARD", "little")
 LAYOUT = 4

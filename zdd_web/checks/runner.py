@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from zdd_web import clock, log
+from zdd_web import log
 from zdd_web.checks import registry
 from zdd_web.checks.registry import Check, registered
 from zdd_web.health import Kind, Result
+from zdd_web.system import clock
 from zdd_web.waitgroup.threads import close_connections
 
 #: Seconds between two tries of a check that keeps a worker from getting ready.

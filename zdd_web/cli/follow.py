@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zdd_web import clock, proc
 from zdd_web.board import Snapshot, UpgradeState
-from zdd_web.gunicorn import bootlog
 from zdd_web.service import Generation
+from zdd_web.system import boot_log, clock, proc
 from zdd_web.system.memfd import NotAMemfd
 
 #: A master in its loop answers a signal at its next turn, at the latest after a second.
@@ -87,12 +86,12 @@ def _boot_log(generation: Generation, snapshot: Snapshot) -> str:
         return ""
     try:
         # The number is what the board says: any other file of the master's is not for the operator's eyes.
-        fd = generation.open_memfd(snapshot.boot_log_fd, bootlog.MEMFD_NAME)
+        fd = generation.open_memfd(snapshot.boot_log_fd, boot_log.MEMFD_NAME)
     except NotAMemfd as error:
         return f"descriptor {snapshot.boot_log_fd} of process {generation.pid} is not its boot log: {error}"
     except OSError:
         return ""
     try:
-        return bootlog.tail(fd)
+        return boot_log.tail(fd)
     finally:
         os.close(fd)

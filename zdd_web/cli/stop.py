@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from zdd_web import clock
 from zdd_web.board import LAYOUT, Board, Snapshot
 from zdd_web.cli.follow import ANSWER_WITHIN, POLL, STANDS_STILL
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.service import Generation, line_of
+from zdd_web.system import clock
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from typing import Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import boot_watch, compat, examination, logger_class, sources, takeover, termination
-from zdd_web.gunicorn.adapter import check_config
-from zdd_web.gunicorn.boundary import guarded
-from zdd_web.gunicorn.handover import Inheritance
-from zdd_web.gunicorn.launch import Launch
-from zdd_web.gunicorn.master import Master
-from zdd_web.gunicorn.pidfile import PidFile
-from zdd_web.gunicorn.termination import StartMessage
-from zdd_web.gunicorn.worker import WorkerSide
+from zdd_web.gunicorn import config_check, settings_sources, termination_message
+from zdd_web.gunicorn.adapter import check_config, compat, logger_class
+from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.master.master import Master
+from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.gunicorn.termination_message import StartMessage
+from zdd_web.gunicorn.upgrade import takeover
+from zdd_web.gunicorn.workers import boot_watch
+from zdd_web.gunicorn.workers.runtime import WorkerSide
 from zdd_web.settings import Settings
 from zdd_web.system import escaping, masking, stdio
 
@@ -60,10 +62,10 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
         heir = Inheritance.take(os.environ)
         state = State(launch=Launch.record(heir.passed_on if heir else None), heir=heir)
-        state.termination_log = termination.path(settings, os.environ)
+        state.termination_log = termination_message.path(settings, os.environ)
         check_config.examine(_examine_configuration, _examine_app)
     compat.check_version()
-    sources.take(settings)
+    settings_sources.take(settings)
     state.users = {
         name: compat.normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None
     }
@@ -125,9 +127,9 @@ def _examine_configuration(cfg: Any) -> None:
     # The service that runs in this container, if there is one, has a message of its own.
     state.termination_log = ""
     try:
-        state.settings = sources.settle(cfg)
+        state.settings = settings_sources.settle(cfg)
         check(cfg)
-        examination.examine_configuration(cfg, state.settings)
+        config_check.examine_configuration(cfg, state.settings)
     except ZddError as error:
         fail(error)
 
@@ -135,7 +137,7 @@ def _examine_configuration(cfg: Any) -> None:
 def _examine_app() -> None:
     assert state is not None
     try:
-        examination.examine_app(state.settings)
+        config_check.examine_app(state.settings)
     except ZddError as error:
         fail(error)
 
@@ -155,7 +157,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
     if old_value is None and state.master is None:
         log.use_gunicorn(server.log)
         try:
-            state.settings = sources.settle(server.cfg)
+            state.settings = settings_sources.settle(server.cfg)
             state.termination_log = state.settings.termination_log
             check(server.cfg)
         except SettingsError as error:
@@ -183,7 +185,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             _report_preloading(server.app, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
-        state.settings = sources.settle(server.cfg)
+        state.settings = settings_sources.settle(server.cfg)
     hook = _then_users("nworkers_changed")
     if hook is not None:
         # Called from SIGTTIN's handler too, where what it raises would end a service that serves.

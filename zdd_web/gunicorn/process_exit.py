@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from zdd_web import clock, log
+from zdd_web import log
+from zdd_web.system import clock
 
 #: The longest that a wait goes without a heartbeat, seconds; and the first look, of threads that end anyway.
 LOOK, FIRST_LOOK = 0.1, 0.02

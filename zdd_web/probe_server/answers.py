@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from zdd_web import log, proc
+from zdd_web import log
 from zdd_web.board import Board
 from zdd_web.health import Health, Probe, Question, Reply, Status, answer, examine, not_found, plain, table
 from zdd_web.lifecycle import Phase
@@ -16,6 +16,7 @@ from zdd_web.metrics import Collector
 from zdd_web.probe_server.scrapes import Scrapes
 from zdd_web.probes import kinds, look, may_see
 from zdd_web.settings import Settings
+from zdd_web.system import proc
 
 #: How often an unknown path may make the table anew, seconds: a worker may have registered a check meanwhile.
 REMAKE = 1.0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from zdd_web import clock, log
+from zdd_web import log
 from zdd_web.board import Board
 from zdd_web.errors import ZddError
 from zdd_web.health import Reply
@@ -23,7 +23,7 @@ from zdd_web.probe_server.connection import Connection
 from zdd_web.probe_server.scrapes import load_library
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
-from zdd_web.system import log_files, pauses
+from zdd_web.system import clock, log_files, pauses
 
 #: Connections at once; beyond, the one that has been silent for longest is closed.
 CONNECTIONS = 512

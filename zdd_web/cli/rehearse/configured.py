@@ -28,7 +28,7 @@ def main(file: str, arguments: list[str]) -> None:
     """Load the configuration as gunicorn does, and write the answer. Ends as a start does when that cannot work."""
     from gunicorn.app.wsgiapp import WSGIApplication
 
-    from zdd_web.gunicorn import sources
+    from zdd_web.gunicorn import settings_sources
 
     sys.argv = ["gunicorn", *arguments]
     cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
@@ -36,7 +36,7 @@ def main(file: str, arguments: list[str]) -> None:
     # As gunicorn's run() does, before a master would have Django's settings read.
     sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
     try:
-        settings = sources.settle(cfg)
+        settings = settings_sources.settle(cfg)
     except ZddError as error:
         raise SystemExit(f"zdd_web: {error}") from None
     answer = Configured(

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from zdd_web import proc, service
+from zdd_web import service
 from zdd_web.cli.rehearse import activate
 from zdd_web.cli.rehearse.configured import Configured
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
-from zdd_web.system import masking
+from zdd_web.system import masking, proc
 
 GENERATION_HEADER = "X-Zdd-Generation"
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import util
 from gunicorn.workers.sync import SyncWorker
 
-from zdd_web import clock
 from zdd_web.gunicorn.adapter.closing import ClosingConnections
 from zdd_web.gunicorn.adapter.silent import await_first_byte
+from zdd_web.system import clock
 
 if TYPE_CHECKING:
     from zdd_web.process import Process

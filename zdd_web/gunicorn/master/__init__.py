@@ -1,0 +1,1 @@
+"""gunicorn's master: its loop, its workers, and how it stops."""

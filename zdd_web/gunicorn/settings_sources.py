@@ -1,0 +1,295 @@
+"""Where the settings of a generation come from, and what happens when two places disagree.
+
+The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names one in its environment), `install()` and
+the environment. The module is read by a child process, since the master imports no app. It is read at the first hook
+that sees gunicorn's whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
+A module that is not imported within `UPGRADE_TIMEOUT` is left out: most hold no `ZDD_WEB`, and if this one does, and
+contradicts what the master runs with, its workers find that.
+
+A worker then hears what its apps bring. Their app settings (the paths of the probes) are taken. For a master setting it
+is too late: one that differs from what is in force, and that the master has not weighed itself, ends the worker's boot.
+
+On SIGHUP the master stays, and so do its settings: the child that tries a reload reads all sources again and refuses it
+when a master setting has changed. App settings may change, the new workers take them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zdd_web import log, process
+from zdd_web.errors import NeedsUpgrade, SettingsError
+from zdd_web.settings import (
+    APP_SETTINGS,
+    DEFAULT_UPGRADE_TIMEOUT,
+    PROBE_SETTINGS,
+    FrameworkSettings,
+    Settings,
+    Source,
+    Sourced,
+    collect,
+    django_source,
+    merge,
+    spelled,
+)
+from zdd_web.system import boot_log, proc
+from zdd_web.system.captured_output import CapturedOutput, last_line
+
+#: A settings module of a big project imports in two or three seconds on a busy machine; seconds until a longer import
+#: is reported.
+SLOW_AFTER = 10.0
+
+MODULE = "DJANGO_SETTINGS_MODULE"
+
+_installed: Mapping[str, Any] = {}
+_in_force: Sourced | None = None
+_settled = False
+
+
+# -- in the master
+
+
+def take(installed: Mapping[str, Any]) -> None:
+    """Note the arguments of `install()`, at the start and at each reload.
+
+    Raises `SettingsError` for what no other source can fix.
+    """
+    global _installed, _settled
+    collect(installed, os.environ)
+    _installed, _settled = installed, False
+
+
+def settle(cfg: Any) -> Settings:
+    """Return the settings in force, from all sources; `cfg` is gunicorn's finished configuration.
+
+    The first call reads Django's settings module, which may take some time. Raises `SettingsError`.
+    """
+    global _in_force, _settled
+    if not _settled:
+        environ = {**os.environ, **cfg.env}
+        # After a reload, whose proof has found that nothing of the master's has changed there.
+        django = _in_force.django if _in_force is not None else read_django(environ, _upgrade_timeout(environ))
+        _in_force, _settled = merge(_installed, environ, django), True
+    assert _in_force is not None
+    return _in_force.settings
+
+
+def refuse_changes(cfg: Any) -> None:
+    """Read all sources again, in the child that tries a reload, and have it refused when the master's have changed.
+
+    Raises `NeedsUpgrade` for such a change, and `SettingsError` for what cannot work.
+    """
+    global _in_force, _settled
+    before = _in_force
+    if before is None:
+        return
+    environ = {**os.environ, **cfg.env}
+    django = read_django(environ, before.settings.upgrade_timeout)
+    if django is None and environ.get(MODULE):
+        # Not read in time. If it has changed since the master read it, the app that is tried next contradicts it.
+        django = before.django
+    after = merge(_installed, environ, django)
+    for field in dataclasses.fields(Settings):
+        name = field.name
+        old, new = getattr(before.settings, name), getattr(after.settings, name)
+        if name not in APP_SETTINGS and old != new:
+            raise NeedsUpgrade(
+                f"{name.upper()} changed from {spelled(old)} ({before.text(name)}) to {spelled(new)} "
+                f"({after.text(name)}): SIGHUP keeps the master and its settings; "
+                f"use an upgrade (SIGUSR2), which takes it over"
+            )
+    _in_force, _settled = after, True
+
+
+def _upgrade_timeout(environ: Mapping[str, str]) -> float:
+    values, _ = collect(_installed, environ)
+    timeout: float = values.get("upgrade_timeout", DEFAULT_UPGRADE_TIMEOUT)
+    return timeout
+
+
+def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings | None:
+    """Return what Django's settings module says, as a child process reads it; None when the environment names none.
+
+    Also None, after a WARNING, when its import takes longer than `timeout` seconds. Raises `SettingsError` when it
+    cannot be imported, or when it holds what cannot work.
+    """
+    module = environ.get(MODULE, "")
+    if not module:
+        return None
+    try:
+        answer = _ask(environ, timeout)
+    except subprocess.TimeoutExpired:
+        log.emit("settings.unread", logging.WARNING, module=module, seconds=timeout, remedy=_remedy_unread(module))
+        return None
+    source = django_source(module)
+    if "refused" in answer:
+        raise SettingsError(f"{source}: {answer['refused']}")
+    if "value" in answer:
+        return FrameworkSettings.read(source, answer["value"], module)
+    raise SettingsError(
+        f"{MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: fix it "
+        f"({shlex.join(['python', '-c', f'import {module}'])} in {os.getcwd()} shows where), "
+        f"or unset the variable for gunicorn's master"
+    )
+
+
+def _remedy_unread(module: str) -> str:
+    return (
+        f"the start goes on without its ZDD_WEB, if it has one: pass those settings to install(), unset {MODULE} for "
+        f"gunicorn's master, or find out what is slow ({_import_command(module)})"
+    )
+
+
+def _import_command(module: str) -> str:
+    return f"{shlex.join(['python', '-X', 'importtime', '-c', f'import {module}'])} in {os.getcwd()}"
+
+
+def _ask(environ: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    # Raises TimeoutExpired.
+    there = json.dumps({"path": sys.path, "argv": sys.argv})
+    # A file, not a pipe: what the module may have started would hold that open after the child's end.
+    answer = boot_log.create()
+    try:
+        output = CapturedOutput()
+    except OSError:
+        os.close(answer)
+        raise
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "zdd_web.django.read_settings", str(answer), there],
+            env=dict(environ), stdin=subprocess.DEVNULL, stdout=output.writer, stderr=output.writer, pass_fds=[answer],
+            # A group of its own, to be killed as one; and with the master, which may be killed meanwhile.
+            start_new_session=True,
+            preexec_fn=functools.partial(proc.die_with_parent, signal.SIGKILL, os.getpid()),
+        )  # fmt: skip
+        try:
+            output.close_writer()
+            status = _wait(child, output, timeout, environ[MODULE])
+        except BaseException:
+            # Also Ctrl-C, which does not reach a group of its own.
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+        said = os.pread(answer, os.fstat(answer).st_size, 0)
+        if said:
+            found: dict[str, Any] = json.loads(said)
+            return found
+        output.drain_all()
+        said_last = last_line(output.text())
+        return {"raised": f"the process that tried it ended with status {status}" + (said_last and f"; {said_last}")}
+    finally:
+        os.close(answer)
+        output.close()
+
+
+def _wait(child: subprocess.Popen[bytes], output: CapturedOutput, timeout: float, module: str) -> int:
+    # By the child's end, not the pipe's. Raises TimeoutExpired as `Popen.wait()` does.
+    began, reported = time.monotonic(), False
+    while True:
+        output.drain()
+        try:
+            return child.wait(0.02)
+        except subprocess.TimeoutExpired:
+            seconds = time.monotonic() - began
+            if seconds > timeout:
+                raise
+            if seconds > SLOW_AFTER and not reported:
+                reported = True
+                log.emit("settings.slow", logging.WARNING, module=module, seconds=seconds, timeout=timeout)
+
+
+# -- in a worker
+
+
+def heard(settings: Settings) -> Settings:
+    """Return the settings of this worker, now that its apps are loaded.
+
+    `settings` are those of its master. Raises `SettingsError` when an app contradicts them.
+    """
+    master = _in_force or Sourced(settings)
+    here = process.current()
+    here.fixed = master.fixed
+    here.settings = join(master, [*_of_django(), *process.brought()])
+    return here.settings
+
+
+def _of_django() -> list[FrameworkSettings]:
+    # An app that uses Django has imported it, and one that does not shall not have to.
+    conf = sys.modules.get("django.conf")
+    if conf is None or not conf.settings.configured:
+        return []
+    return [FrameworkSettings.of_django(conf.settings)]
+
+
+def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
+    """Return the master's settings with the app settings that apps bring.
+
+    Raises `SettingsError` when an app contradicts the master, or another app.
+    """
+    values: dict[str, Any] = {}
+    said_by: dict[str, FrameworkSettings] = {}
+    if any(app.module for app in brought):
+        # What the master has read in Django's settings may have been taken out there since.
+        values = {name: getattr(Settings(), name) for name in APP_SETTINGS if _is_djangos(master, name)}
+    for app in brought:
+        for name, value in app.values.items():
+            other = said_by.setdefault(name, app)
+            if other.values[name] != value:
+                raise SettingsError(
+                    f"{app.text(name)} contradicts {other.text(name)}: the apps of one worker share its settings; "
+                    f"give both the same value"
+                )
+            apart = master.settings.has_probe_port and name in PROBE_SETTINGS
+            if name in APP_SETTINGS and name not in master.fixed and not apart:
+                values[name] = value
+            elif value != getattr(master.settings, name) and not _was_weighed(master, app, name):
+                raise SettingsError(
+                    f"{app.text(name)} contradicts {master.text(name)}, which gunicorn's master runs with: "
+                    f"{_remedy(master, app, name)}"
+                )
+    try:
+        return dataclasses.replace(master.settings, **values)
+    except SettingsError as error:
+        places = "; ".join(said_by[name].text(name) for name in sorted(values) if name in said_by)
+        raise SettingsError(f"{error} (set by: {places})") from None
+
+
+def _is_djangos(master: Sourced, name: str) -> bool:
+    return name in master.origin and master.origin[name].source is Source.DJANGO
+
+
+def _was_weighed(master: Sourced, app: FrameworkSettings, name: str) -> bool:
+    # The master has read this very value, and a stronger source has overruled it, as the order of sources has it.
+    known = master.django
+    return known is not None and known.source == app.source and known.values.get(name) == app.values[name]
+
+
+def _remedy(master: Sourced, app: FrameworkSettings, name: str) -> str:
+    upper, value = name.upper(), app.said[name]
+    write = f"write install(globals(), {name}={value!r})"
+    remove = f"take {upper} out of ZDD_WEB"
+    if master.django is not None and master.django.source == app.source:
+        return f"it has changed since the master read it; {remove}, or upgrade (SIGUSR2), which reads it again"
+    if name not in master.origin or master.origin[name].source is Source.KUBERNETES:
+        return f"{write}, or export {MODULE}={app.module} for gunicorn's master" if app.module else write
+    if master.origin[name].source is Source.INSTALL:
+        return f"{write}, or {remove}"
+    if master.origin[name].source is Source.ENVIRONMENT:
+        text = value
+        if isinstance(value, Mapping):
+            text = ",".join(f"{key}={each}" for key, each in value.items())
+        elif isinstance(value, (list, tuple)):
+            text = ",".join(value)
+        return f"export ZDD_WEB_{upper}={text}, or {remove}"
+    return f"{remove} in one of the two"

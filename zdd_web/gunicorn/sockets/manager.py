@@ -1,0 +1,354 @@
+"""The master's listeners: how they come to be, how they travel to a successor, and how they go.
+
+A mode (`LISTENER`) decides how they come to be and go, and nothing else:
+
+    fd          one socket for each bind, which all workers share
+    reuseport   as many as there are workers, with SO_REUSEPORT (port.py). The master holds them all: none closes
+                when a worker does, and every worker accepts from all, so that nobody waits behind a busy one
+    systemd     systemd's, received by LISTEN_FDS
+
+A successor inherits them, with what each is called (obtaining.py). Those that it does not want are drained by the
+predecessor: nobody new is let in, its workers accept what waits, and when the last of them accepts no more they are
+closed.
+
+Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
+to the other (listeners/sharing.py), and holds its sockets until they are empty and its workers have left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Collection, Iterable
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from zdd_web import log, service
+from zdd_web.board import LAYOUT, Board, Slot
+from zdd_web.board.admission import Door
+from zdd_web.errors import ListenerError
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.sockets.factory import Obtaining, paths_added
+from zdd_web.gunicorn.sockets.listener import Listener, Port
+from zdd_web.lifecycle import Phase
+from zdd_web.listeners.accept_queue import close_door, open_door, queue
+from zdd_web.listeners.reuseport.drain import Neighbour
+from zdd_web.settings import Settings
+from zdd_web.system import clock, sd_listen_fds
+
+#: How often a master that has steered to others looks whether they stay, seconds.
+LOOK_WHETHER_THEY_STAY_EVERY = 0.1
+
+
+class Listening:
+    """The listeners of this generation."""
+
+    def __init__(self, server: Any, board: Board, settings: Settings, heir: Inheritance | None) -> None:
+        """Take what systemd has passed. Raises `ListenerError`."""
+        self._server, self._board, self._header, self._settings = server, board, board.header, settings
+        self._heir = heir
+        self._mode = settings.listener
+        self._shares = self._mode == "reuseport"
+        self._all: list[Listener] = []
+        #: In `reuseport` mode, one for each bind.
+        self._ports: list[Port] = []
+        #: As a successor was given them: it speaks of them by their index.
+        self._given: list[Listener] = []
+        self._looked_at, self._look_every = clock.NEVER, LOOK_WHETHER_THEY_STAY_EVERY
+        self._activated: tuple[sd_listen_fds.Activated, ...] = ()
+        if heir is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
+            if self._shares:
+                raise ListenerError(
+                    "LISTENER = 'reuseport' and LISTEN_FDS contradict each other: systemd has made the sockets; use "
+                    "LISTENER = 'systemd', or start the service without its socket unit"
+                )
+            self._activated = sd_listen_fds.take(os.environ, os.getpid(), settings.systemd_names)
+        elif heir is None and settings.systemd_names:
+            raise ListenerError(
+                f"SYSTEMD_NAMES = {dict(settings.systemd_names)!r}, and systemd has passed no sockets (LISTEN_FDS): "
+                f"set LISTENER = 'systemd' and start the service by its socket unit, or remove the names"
+            )
+
+    @property
+    def probe_socket(self) -> tuple[int, str]:
+        """The descriptor that systemd has passed for the probe port and its name; -1 for none."""
+        return next(((each.fd, each.name) for each in self._activated if each.role == "probe"), (-1, ""))
+
+    # -- how they come to be
+
+    def take(self) -> tuple[int, ...]:
+        """Make them, or adopt what was inherited; return which of those are not wanted, by index.
+
+        Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
+        """
+        obtaining = Obtaining(self._server, self._header, self._settings)
+        dropped = obtaining.adopt(self._heir) if self._heir is not None else obtaining.make(self._activated)
+        self._all = obtaining.listeners
+        self._publish()
+        if self._shares:
+            self._share_ports()
+        return dropped
+
+    def _publish(self) -> None:
+        self._header.listener_count = len(self._all)
+        usable = [each for each in self._all if each.is_open]
+        for each in usable:
+            each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
+        # What gunicorn names when it says where it listens; see for_worker().
+        self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
+
+    def _share_ports(self) -> None:
+        groups = {number: (ordered, elders) for number, ordered, elders in (self._heir.groups if self._heir else ())}
+        backlog = self._server.cfg.backlog
+        for _, members in groupby(sorted(self._all, key=attrgetter("bind")), attrgetter("bind")):
+            ours = list(members)
+            ordered, elders = groups.get(ours[0].sock.getsockname()[1], (True, ()))
+            self._ports.append(Port(ours, backlog, elders, ordered=ordered))
+
+    @property
+    def added_paths(self) -> list[str]:
+        """Paths that this generation has made beside a predecessor's, which removes them if this one fails."""
+        return paths_added(self._all)
+
+    def unreachable_paths(self) -> list[str]:
+        """Return the paths of Unix sockets of ours by which no client reaches this service."""
+        ours = [each for each in self._all if each.is_open and each.listens and not each.is_lent]
+        reached = {each.path for each in ours if each.is_reachable}
+        return sorted({each.path for each in ours} - reached)
+
+    def open(self) -> None:
+        """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
+        for port in self._ports:
+            port.open(self._server.num_workers)
+        guarded("listeners", self._name_others)()
+        for each in [] if self._ports else self._all:
+            if not each.listens and each.is_open:
+                each.listen(self._server.cfg.backlog)
+
+    def _name_others(self) -> None:
+        known: frozenset[int] = frozenset()
+        elders = [(port, elders) for port in self._ports for _, _, elders in [port.group] if elders]
+        if elders:
+            known = known.union(*(each.listens for each in _neighbours()))
+        for port, inodes in elders:
+            unknown = len(frozenset(inodes) - known)
+            log.emit("listener.shared", logging.WARNING if unknown else logging.INFO, port=port.number,
+                     others=len(inodes), unknown=unknown)  # fmt: skip
+
+    # -- how they travel
+
+    def inheritance(self) -> dict[str, Any]:
+        """Return what a successor is given of them, as fields of `Inheritance`."""
+        self.hold()
+        given = [each for port in self._ports for each in port.in_order()] or self._all
+        self._given = [each for each in given if each.is_open]
+        return {
+            "listeners": tuple(each.sock.fileno() for each in self._given),
+            "binds": tuple(each.bind for each in self._given),
+            "slots": tuple(each.slot for each in self._given),
+            "mode": self._mode,
+            "groups": tuple(port.group for port in self._ports),
+        }
+
+    # -- in a worker
+
+    def for_worker(self, worker: Any, slot: Slot) -> dict[int, int]:
+        """Give a worker what it accepts from; return the index of each listener, by descriptor."""
+        if self._ports:
+            worker.sockets = [port.for_worker(slot) for port in self._ports]
+        return {each.socket.fileno(): each.index for each in self._all if each.is_open}
+
+    # -- what is to be seen of them
+
+    def note(self) -> None:
+        """Note the queues on the board; the tick's call."""
+        for each in self._all:
+            if each.is_open and each.listens:
+                each.record.length, each.record.limit = queue(each.socket)
+
+    # -- how many they are, in `reuseport` mode
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a queue is on its way out."""
+        return any(port.is_busy for port in self._ports)
+
+    def fit(self, workers: int) -> None:
+        """Have a queue for each worker; the tick's call while this generation alone serves."""
+        for port in self._ports:
+            port.fit(workers)
+
+    def hold(self) -> None:
+        """Let their number be as it is: somebody else uses them too, or will."""
+        for port in self._ports:
+            port.hold()
+
+    # -- how they go
+
+    def drop(self, indices: Collection[int]) -> None:
+        """Begin to empty those that a successor does not want, before the workers are told to leave."""
+        # First of all: without it no worker goes by the doors.
+        self._header.door_since = clock.now_ns()
+        for each in [self._given[index] for index in indices if index < len(self._given)]:
+            # One that is lent stays as it is, open too: it could not be had again.
+            each.dropped = not each.is_lent
+            if not each.dropped:
+                each.say(Door.KEPT)
+        self._leave_ports_to_others(port for port in self._ports if port.members[0].dropped)
+        for each in self._all:
+            if each.dropped and each.listens and not self._is_left_to_others(each):
+                each.say(close_door(each.socket))
+
+    def close_dropped(self) -> None:
+        """Close them, when no worker accepts any more."""
+        dropped = [each for each in self._all if each.dropped and each.is_open]
+        for each in dropped:
+            if isinstance(each.address, tuple):
+                # As it was bound: it may have to be bound again, and port 0 would be another one.
+                each.address = each.sock.getsockname()[:2]
+        for port in self._ports:
+            if port.members[0] in dropped:
+                port.close(partial(self._close, for_good=True))
+        for each in dropped:
+            self._close(each, for_good=True)
+        for bind in dict.fromkeys(each.bind for each in dropped):
+            log.emit("listener.closed", bind=bind)
+
+    def take_back(self) -> None:
+        """Listen on them again, as far as possible: the successor that did not want them is gone."""
+        self._header.door_since = 0
+        dropped = [each for each in self._all if each.dropped]
+        for port in self._ports:
+            port.stop_steering()
+        lost: dict[str, str] = {}
+        for each in dropped:
+            each.dropped = False
+            try:
+                self._reopen(each)
+            except OSError as error:
+                lost[each.bind] = error.strerror or str(error)
+        for each in dropped:
+            if each.bind in lost:
+                # No worker could be forked with it; nor does anybody accept from others on its port.
+                each.sock.close()
+                each.listens = False
+                each.say(Door.IDLE)
+        for bind, why in lost.items():
+            log.emit("listener.lost", logging.ERROR, bind=bind, error=why)
+        for each in self._all:
+            if each.listens:
+                each.say(Door.OPEN)
+        self._ports = [self._taken_back(port, dropped) for port in self._ports if port.members[0].is_open]
+        self._publish()
+
+    def _taken_back(self, port: Port, dropped: list[Listener]) -> Port:
+        return Port(port.members, self._server.cfg.backlog) if port.members[0] in dropped else port
+
+    def _reopen(self, each: Listener) -> None:
+        backlog = self._server.cfg.backlog
+        if not each.is_open:
+            each.sock = compat.bind_listener(self._server, each.address, shared=self._shares)
+            each.note_file()
+            if each.listens:
+                each.listen(backlog)
+        elif each.listens:
+            open_door(each.socket, backlog)
+
+    def keep(self, *, but_added: bool) -> None:
+        """Leave the queues to somebody else, who serves or will; `but_added`: shut those that nobody else has."""
+        self.hold()
+        self._header.door_since = clock.now_ns()
+        for each in self._all:
+            if but_added and each.added:
+                self._shut_alone(each)
+            elif each.listens:
+                each.say(Door.KEPT)
+
+    def shut(self) -> None:
+        """Let nobody new in, for good: the service stops."""
+        # First of all: what fails below is not tried at each turn.
+        self._header.door_since = clock.now_ns()
+        self._leave_ports_to_others(self._ports)
+        for each in self._all:
+            if each.is_lent:
+                each.say(Door.KEPT)
+            elif not self._is_left_to_others(each):
+                self._shut_alone(each)
+
+    def _shut_alone(self, each: Listener) -> None:
+        if each.listens and each.is_open:
+            each.say(close_door(each.socket))
+        if not self._shares:
+            # The workers have their own: the last of them closes the queue, right after it has found it empty.
+            self._close(each, for_good=True)
+
+    def _leave_ports_to_others(self, ports: Iterable[Port]) -> None:
+        self._looked_at = clock.now_ns()
+        # Where nobody can be seen, or steered to, this is the last one.
+        neighbours = (guarded("listeners", _neighbours)() or []) if self._ports else []
+        for port in ports:
+            guarded("listeners", port.leave_to_others)(neighbours)
+
+    def _is_left_to_others(self, each: Listener) -> bool:
+        return any(port.is_left_to_others and each in port.members for port in self._ports)
+
+    @property
+    def is_left_to_others(self) -> bool:
+        """Whether others on all of our ports are to serve new connections."""
+        return bool(self._ports) and all(port.is_left_to_others for port in self._ports)
+
+    def follow(self) -> None:
+        """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
+        left = [port for port in self._ports if port.is_left_to_others]
+        if left and clock.since(self._looked_at) >= self._look_every:
+            self._looked_at, neighbours = clock.now_ns(), _neighbours()
+            # Among thousands of processes it takes long: a master that stops has more to do.
+            self._look_every = max(LOOK_WHETHER_THEY_STAY_EVERY, 20 * clock.since(self._looked_at))
+            # The kernel's table of connections may be long.
+            if any(each.stops for each in neighbours):
+                for port in left:
+                    if not port.others_stay(neighbours):
+                        # Whoever came to a queue of ours once it is empty would be reset.
+                        port.stop_steering()
+                        for each in port.members:
+                            self._shut_alone(each)
+        for port in left:
+            port.follow_farewell()
+
+    def close(self, *, for_good: bool) -> None:
+        """Close what this master still holds of them; `for_good` when nobody is to use them any more."""
+        for port in self._ports:
+            port.close(partial(self._close, for_good=for_good))
+        for each in self._all:
+            self._close(each, for_good=for_good and not each.is_lent)
+        self._server.LISTENERS = []
+
+    def _close(self, each: Listener, *, for_good: bool) -> None:
+        if for_good:
+            # A file that is left behind is in nobody's way; the other listeners are still to be closed.
+            with contextlib.suppress(OSError):
+                each.unlink()
+        if for_good and self._shares and each.is_open and each.listens:
+            # Whoever still has a copy, such as a child of the app's, would keep those waiting whom the kernel sends
+            # there, beside the next master on the port.
+            with contextlib.suppress(OSError):
+                each.stop_listening()
+        # gunicorn's own sets `sock` to None, and does nothing the second time.
+        each.sock.close()
+
+
+def _neighbours() -> list[Neighbour]:
+    return [
+        Neighbour(
+            listens=frozenset(record.inode for record, _ in each.board.listener_records()),
+            stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
+        )
+        # The kernel lets processes of one user alone share a port.
+        for each in service.generations(os.geteuid())
+        if each.pid != os.getpid() and each.board.header.layout == LAYOUT
+    ]

@@ -1,0 +1,1 @@
+"""The handover from one generation to the next, seen from both sides."""

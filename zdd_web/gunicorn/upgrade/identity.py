@@ -1,0 +1,70 @@
+"""The office: what tells the world which master is the service.
+
+Three things name it: the pid file, systemd's MAINPID, and gunicorn's control socket. They change hands in the commit,
+and come back to a master that lost its successor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.gunicorn.systemd import Supervisor
+
+
+class Office:
+    """What this master holds of it, or hands over."""
+
+    def __init__(self, server: Any, supervisor: Supervisor) -> None:
+        self._server, self._supervisor = server, supervisor
+        self._prepared = ""
+
+    def prepare(self, pid: int, pid_file: str) -> None:
+        """Write the pid file of a successor that has this one as well: a full disk shall be found out in time.
+
+        Raises OSError, while nothing has been promised yet.
+        """
+        ours = self._server.pidfile
+        if ours is not None and os.path.abspath(ours.fname) == pid_file:
+            self._prepared = ours.prepare(pid)
+
+    def discard(self) -> None:
+        """Remove what was prepared for a successor that will not come."""
+        if self._prepared:
+            with contextlib.suppress(OSError):
+                os.unlink(self._prepared)
+            self._prepared = ""
+
+    def hand_over(self, pid: int, *, workers: int, is_child: bool) -> None:
+        """Give everything to a successor with so many workers; raises whatever stands in the way, some of it done."""
+        if self._prepared:
+            self._server.pidfile.commit(self._prepared)
+            self._prepared = ""
+        compat.suspend_control_server(self._server)
+        if is_child:
+            # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
+            self._supervisor.hand_over(pid, workers)
+        else:
+            # One that has taken over is of another unit, whose READY=1 it says itself.
+            guarded("systemd", self._supervisor.superseded)(pid)
+
+    def take_back(self) -> None:
+        """Make everything this master's again, each for itself: to serve without is better than not to serve."""
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("systemd", self._supervisor.take_back),
+            ("control socket", lambda: compat.resume_control_server(self._server)),
+        ]
+        if self._server.pidfile is not None:
+            steps.append(("pid file", lambda: self._server.pidfile.create(os.getpid())))
+        for where, step in steps:
+            guarded(where, step)()
+
+    def forget_attempt(self, pid: int) -> None:
+        """Remove the pid file that a release without install() writes, as gunicorn does in an upgrade of its own."""
+        if self._server.pidfile is not None:
+            PidFile(f"{self._server.pidfile.fname}.2", pid).unlink()

@@ -1,0 +1,370 @@
+"""An upgrade as the old generation sees it: fork, exec, follow, and end it when it fails.
+
+Theory of operation
+-------------------
+`Upgrade.begin()` forks; the child makes the inherited descriptors inheritable and execs the recorded command line.
+Between fork and exec it is a copy of the live master: whatever fails there ends in `os._exit`, because an exception
+that reached gunicorn's loop would stop the live service from inside the copy.
+
+The master then calls `poll()` from its tick. It returns nothing while all goes its way, and a `Verdict` when the
+successor asks to serve, or has failed. What to do about it is the master's business.
+
+`end()` kills: the new master first, so that it forks no more, then every worker that it has written on its board.
+Before `go` none of them has taken a request, so SIGKILL costs nothing; afterwards they get SIGTERM and finish what they
+have. A pid on a board is signalled only when the process is the new master's child, or an orphan that one of its
+ancestors has adopted, and runs as a user that it may run as. On a board of zdd_web 0.1.0 the workers themselves write
+their pids: there only children of the new master are signalled, which is stopped meanwhile; its orphans end by the
+kernel (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from zdd_web.board import LAYOUT, Board
+from zdd_web.errors import BoardError
+from zdd_web.gunicorn.handoff.handover import ENV, MOST_QUEUED, Channel, Inheritance, Message
+from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement
+from zdd_web.system import clock, descriptors, pauses, proc, stdio
+from zdd_web.system.boot_log import BootLog
+
+#: How long the commit window waits for workers that are late, also when UPGRADE_TIMEOUT is nearly over, seconds.
+LATE_AT_LEAST = 8.0
+
+#: How many of the workers' errors, or steps, a reason quotes.
+MOST_ERRORS = 3
+
+#: A master in its loop ticks at least once a second; one that has not for so long is stopped or stuck.
+STALE_AFTER = 5.0
+STALE_AFTER_OFFICE = 15.0
+
+
+class Stage(enum.Enum):
+    """How far the successor has come."""
+
+    BOOTING = "before it was ready"
+    COMMITTING = "in the commit window"
+    IN_OFFICE = "after the handover"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ready` when the successor asks for the gate; otherwise it failed, and `reason` says how."""
+
+    ready: bool
+    reason: str = ""
+    workers: int = 0
+
+
+class Upgrade:
+    """One successor, from its fork to the end of this master."""
+
+    #: Whether it was forked here, and this process is told by the kernel how it ends.
+    is_child = True
+
+    def __init__(self, pid: int, channel: Channel, boot_log: BootLog, timeout: float, commit_window: float) -> None:
+        self.pid, self.boot_log = pid, boot_log
+        self.start = proc.start_time(pid)
+        self.began = clock.now_ns()
+        self.timeout, self.commit_window = timeout, commit_window
+        self.stage = Stage.BOOTING
+        self.went_at = 0
+        self.pid_file = ""
+        #: Indices of the listeners that it does not want, and paths of Unix sockets that it has made.
+        self.dropped: tuple[int, ...] = ()
+        self.added_paths: tuple[str, ...] = ()
+        self.board: Board | None = None
+        self.status: int | None = None
+        self.released = False
+        self.speaks = False
+        self.reopen_number = 0
+        #: Whether its board outlives this object, see `orphans.py`.
+        self.keeps_board = False
+        self._channel = channel
+        #: These adopt its workers when it has ended.
+        self._ancestors = proc.ancestors(pid)
+        self._user = proc.owner(pid)
+        self._window: CommitWindow | None = None
+        self._judgement = Judgement()
+        #: What to compare its boot with, if it takes too long.
+        self.hint = ""
+
+    @classmethod
+    def begin(
+        cls,
+        launch: Launch,
+        inheritance: Inheritance,
+        boot_log: BootLog,
+        timeout: float,
+        commit_window: float,
+        pre_exec: Callable[[Launch], Launch] = lambda launch: launch,
+    ) -> Upgrade:
+        """Fork and exec a successor; `pre_exec` is called in between. Raises OSError when there can be no fork."""
+        ours, theirs = Channel.pair()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+        if pid == 0:
+            ours.close()
+            _exec(launch, inheritance, boot_log, theirs, pre_exec)
+        boot_log.output.close_writer()
+        # Before /proc is read for its start time, which needs a descriptor.
+        theirs.close()
+        return cls(pid, ours, boot_log, timeout, commit_window)
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it began."""
+        return clock.since(self.began)
+
+    def reaped(self, status: int) -> None:
+        """Take note of the successor's exit status, from the master's reaper."""
+        self.status = status
+
+    @property
+    def gone(self) -> bool:
+        """Whether the successor has ended."""
+        return self._channel.ended or self.status is not None
+
+    def poll(self) -> Verdict | None:
+        """Read what the successor has printed and sent, and judge. None: nothing new."""
+        self.boot_log.drain()
+        for message in self._channel.receive_some():
+            if message.kind == "hello":
+                self._meet(message)
+            elif message.kind == "speaks":
+                self.speaks = True
+                self.boot_log.speaks()
+            elif message.kind == "ready" and self.stage is Stage.BOOTING:
+                return Verdict(ready=True, workers=_number(message.fields.get("workers")))
+            elif message.kind == "failed":
+                return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
+            elif message.kind == "release":
+                self.released = True
+            elif message.kind == "reopen":
+                self.reopen_number = max(self.reopen_number, message.number("number"))
+        if self.released and self.stage is Stage.IN_OFFICE:
+            return None
+        if self.released:
+            return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
+        if self.gone:
+            return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
+        if self.stage is Stage.BOOTING and pauses.since(self.began) > self.timeout:
+            return Verdict(
+                ready=False,
+                reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: "
+                + "; ".join(filter(None, [self._how_far(), self.hint])),
+            )
+        if self.stands_still():
+            reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
+            return Verdict(ready=False, reason=reason)
+        if self.stage is Stage.COMMITTING and self._window is not None:
+            self._judgement = self._window.judge()
+            if self._judgement.reason:
+                return Verdict(ready=False, reason=self._judgement.reason)
+        return None
+
+    def _meet(self, message: Message) -> None:
+        self.pid_file = str(message.fields.get("pid_file", ""))
+        self.dropped = tuple(map(_number, _list(message.fields.get("dropped"))))
+        self.added_paths = tuple(map(str, _list(message.fields.get("added_paths"))))
+        self._read_board(message.fd)
+
+    @property
+    def _patience(self) -> float:
+        return STALE_AFTER_OFFICE if self.stage is Stage.IN_OFFICE else STALE_AFTER
+
+    def stands_still(self) -> bool:
+        """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
+        if self.stage is Stage.BOOTING or self.board is None:
+            return False
+        return pauses.since(self.board.header.tick_at) > self._patience
+
+    def go(self) -> None:
+        """Let the successor open its gate."""
+        self.stage = Stage.COMMITTING
+        self.went_at = clock.now_ns()
+        if self.board is not None and self.board.header.layout == LAYOUT:
+            left = self.timeout - pauses.since(self.began)
+            self._window = CommitWindow(self.board, self.commit_window, max(left, LATE_AT_LEAST))
+            self._judgement = Judgement(waits_for="a first look")
+        self._channel.send("go")
+
+    @property
+    def committed(self) -> bool:
+        """Whether the commit window is over: the successor's master turns, and its workers are confirmed."""
+        return (
+            self.stage is Stage.COMMITTING
+            and clock.since(self.went_at) >= self.commit_window
+            # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
+            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= self.commit_window)
+            and self._judgement.confirmed
+        )
+
+    def hand_over_office(self) -> None:
+        """Tell the successor that it is the service now."""
+        self.stage = Stage.IN_OFFICE
+        self._channel.send("office")
+
+    def reopen(self, number: int) -> None:
+        """Have the successor open its log files again; see rotation.py."""
+        self._channel.send("reopen", number=number)
+
+    def end(self, *, now: bool, reason: str = "") -> None:
+        """Kill the new master and its workers; `now` spares no request. Idempotent."""
+        # Our own child, so its pid is its own until it is reaped. Not by way of /proc, which cannot be read when this
+        # process has run out of descriptors: the successor would live on, and serve.
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                if self.board is not None and not self.board.names_its_workers:
+                    os.kill(self.pid, signal.SIGSTOP)
+                    self._end_workers(now=now)
+                os.kill(self.pid, signal.SIGKILL)
+        self._reap()
+        for message in self._channel.receive_some(MOST_QUEUED):
+            # Not heard yet: which workers and paths there are.
+            if message.kind == "hello":
+                self._meet(message)
+        self._end_workers(now=now)
+        self.forget()
+
+    def _end_workers(self, *, now: bool) -> None:
+        # Only when the master can fork no more. A worker that it has not noted yet finds its parent gone.
+        board = self.board
+        if board is None:
+            return
+        sig = signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM
+        for pid, start in board.worker_pids():
+            self.signal_worker(pid, start, sig)
+        header = board.header
+        if now and header.layout == LAYOUT and header.probe_pid:
+            # It would go by itself, a moment later.
+            self.signal_worker(header.probe_pid, header.probe_start, signal.SIGKILL)
+
+    def signal_worker(self, pid: int, start: int, sig: signal.Signals) -> None:
+        """Signal a process that the successor's board names, if it is one of its workers; see the module's text."""
+        assert self.board is not None
+        parents, users = (self.pid, *self._ancestors), None
+        if not self.board.names_its_workers:
+            parents = (self.pid,)
+        elif self.board.header.worker_uid:
+            # A worker is of the master's user until it has changed it.
+            users = (self._user, self.board.header.worker_uid - 1)
+        proc.kill(pid, start, sig, parents=parents, users=users)
+
+    def ask_to_stop(self, sig: signal.Signals) -> None:
+        """Pass on to the new master what this one was told: it has requests in hand."""
+        proc.kill(self.pid, self.start, sig)
+
+    def forget(self) -> None:
+        """Let go of the channel and the board."""
+        self._channel.close()
+        if self.board is not None and not self.keeps_board:
+            self.board.close()
+            self.board = None
+
+    def _reap(self) -> None:
+        # A killed process is gone in microseconds; bounded because one in uninterruptible sleep is not.
+        for _ in range(200):
+            if self.status is not None:
+                return
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid:
+                self.status = status
+                return
+            time.sleep(0.005)
+
+    def _read_board(self, fd: int) -> None:
+        if fd < 0:
+            return
+        if self.board is not None:
+            self.board.close()
+        try:
+            self.board = Board.open(fd)
+        except (BoardError, OSError, ValueError):
+            self.board = None
+        finally:
+            os.close(fd)
+
+    def _how_it_ended(self) -> str:
+        self._reap()
+        ended = "without a status" if self.status is None else proc.describe(self.status)
+        return "; ".join([ended, *self._errors()])
+
+    def _how_far(self) -> str:
+        if self.board is None:
+            return "zdd_web was not installed yet (a configuration file that hangs, or one without install()?)"
+        try:
+            workers = self.board.snapshot().workers
+        except BoardError as error:
+            return str(error)
+        states = [worker.state.label for worker in workers]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none yet"
+        return "; ".join([f"workers: {counts}", *self._errors()])
+
+    def _errors(self) -> list[str]:
+        if self.board is None:
+            # The last thing that a broken configuration file had printed.
+            return [line for line in [self.boot_log.last_line()] if line]
+        try:
+            return sorted({worker.error for worker in self.board.snapshot().workers if worker.error})[:MOST_ERRORS]
+        except BoardError:
+            return []
+
+
+def _number(value: Any) -> int:
+    # What another release sends may be anything that JSON can spell, infinity included.
+    return value if isinstance(value, int) else 0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _exec(
+    launch: Launch,
+    inheritance: Inheritance,
+    boot_log: BootLog,
+    theirs: Channel,
+    pre_exec: Callable[[Launch], Launch],
+) -> None:
+    """Become the new master, in the forked child; never returns."""
+    try:
+        stderr = stdio.duplicate_stderr()
+        os.dup2(boot_log.output.writer, 2)
+        heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors)
+        launch = pre_exec(launch)
+        # After the hook, which may open what it likes.
+        descriptors.inherit_only(heir.descriptors, launch.descriptors)
+        environ = dict(launch.environ)
+        environ[ENV] = heir.to_environ()
+        if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
+            # systemd's watchdog is the main process's, which this one is to be.
+            environ["WATCHDOG_PID"] = str(os.getpid())
+        # For a release without install(): gunicorn reads the second as numbers before it binds (arbiter.py:201), and
+        # ends there. It would unlink a live Unix socket otherwise, and serve ungated. With install(), the second also
+        # keeps --daemon from detaching again (util.py:526). Both are taken out before gunicorn looks.
+        environ["GUNICORN_PID"] = str(inheritance.predecessor)
+        environ["GUNICORN_FD"] = "inherited-by-zdd_web"
+        os.chdir(launch.directory)
+        os.execvpe(launch.command[0], launch.command, environ)
+    except BaseException as error:
+        try:
+            theirs.send("failed", reason=f"the new generation could not be started: {type(error).__name__}: {error}")
+        finally:
+            os._exit(127)

@@ -1,0 +1,156 @@
+"""A process that the app forks is not a worker.
+
+A view may fork: multiprocessing, a Pool, `os.fork()`, under gevent every subprocess. The child is a copy of its worker,
+with the worker's signal handlers, its slot on the board and its listeners. Left alone, SIGTERM to the child would mark
+the worker as leaving, and a listener in a child that stays would keep clients waiting in a queue that is not read.
+
+So in each child of a worker, before any code of the app runs there:
+
+    signals     the worker's handlers are replaced by the default actions; those of the app stay
+    the board   what is written to the slot from here on goes to a private copy; the header can still be read
+    listeners   the child's copies are closed
+    greenlets   under gevent they are copied too: what accepts and beats is ended
+
+While the app forks, signals with such a handler are blocked: one that reaches the child before its handlers are
+replaced would find the worker's, which does nothing there, and be lost.
+
+A child that was forked past Python (by an extension in C) runs none of this. There the handlers look at the pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.runtime import WorkerSide
+
+#: The handlers that gunicorn installs in a worker (base.py:164), by the names it looks them up by.
+HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle_winch")
+
+#: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
+MAP_FIXED = 0x10
+
+_side: WorkerSide | None = None
+#: The signals that a thread which forks had blocked before.
+_blocked = threading.local()
+_inodes: dict[int, int] = {}
+
+
+class OwnHandler:
+    """A signal handler of this process, and not of those that it forks: in them the signal has its default action."""
+
+    def __init__(self, handler: Callable[[int, Any], object]) -> None:
+        self._handler, self._pid = handler, os.getpid()
+
+    def __call__(self, sig: int, frame: Any) -> None:
+        """Handle a signal."""
+        if os.getpid() == self._pid:
+            self._handler(sig, frame)
+            return
+        signal.signal(sig, signal.SIG_DFL)
+        os.kill(os.getpid(), sig)
+
+
+def ignore(*signals: signal.Signals) -> None:
+    """Ignore signals in this process. Not by SIG_IGN, which children keep across an exec."""
+    for sig in signals:
+        signal.signal(sig, OwnHandler(lambda sig, frame: None))
+
+
+def attach(side: WorkerSide) -> None:
+    """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`."""
+    global _side, _inodes
+    for name in HANDLERS:
+        setattr(side.worker, name, OwnHandler(getattr(side.worker, name)))
+    _side = side
+    _inodes = {fd: os.fstat(fd).st_ino for fd in side.listeners}
+
+
+def _before() -> None:
+    if _side is not None:
+        _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, own_signals())
+
+
+def _unblock() -> None:
+    before, _blocked.before = getattr(_blocked, "before", None), None
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_child() -> None:
+    try:
+        _leave_the_worker()
+    finally:
+        _unblock()
+
+
+def _leave_the_worker() -> None:
+    global _side
+    side, _side = _side, None
+    if side is None:
+        return
+    reset_handlers()
+    slot = side.slot
+    size = slot.words.itemsize
+    write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
+    side.worker.notify = lambda: None
+    close_copies(_inodes)
+    side.family.in_a_child_of_the_app()
+
+
+def own_signals() -> list[int]:
+    """Return the signals that have a handler of the worker's."""
+    return [sig for sig in signal.valid_signals() if isinstance(signal.getsignal(sig), OwnHandler)]
+
+
+def reset_handlers() -> None:
+    """Give every signal that has a handler of the worker's its default action."""
+    # Not Python's own handler for SIGINT: KeyboardInterrupt would unwind through the view into gunicorn's main loop,
+    # which takes it for the order to stop the service (arbiter.py:275).
+    for sig in own_signals():
+        signal.signal(sig, signal.SIG_DFL)
+    # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.
+    signal.set_wakeup_fd(-1)
+
+
+def write_to_a_copy(memory: memoryview, start: int, size: int) -> None:
+    """Have what this process writes to a range of shared memory go to private pages from now on.
+
+    The addresses stay, because closures that run on every request hold the memory itself.
+    """
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + start
+    first = address - address % mmap.PAGESIZE
+    length = -(-(address + size - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+    content = ctypes.string_at(first, length)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    if libc.mmap(first, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != first:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    ctypes.memmove(first, content, length)
+
+
+def close_copies(inodes: Mapping[int, int]) -> None:
+    """Close descriptors, as far as they still are what they were; their numbers stay taken.
+
+    The objects that hold the numbers know nothing of this, and would close whatever has them next.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd, inode in inodes.items():
+        with contextlib.suppress(OSError):  # closed by the worker, which is leaving
+            if os.fstat(fd).st_ino == inode:
+                os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+os.register_at_fork(before=_before, after_in_parent=_unblock, after_in_child=_in_child)

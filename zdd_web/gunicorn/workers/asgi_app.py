@@ -1,0 +1,102 @@
+"""What stands between an ASGI server and the app: it counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zdd_web.gunicorn.workers.base import request_number
+from zdd_web.settings import REQUEST_HEADER
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.base import Family
+
+_NUMBER = REQUEST_HEADER.lower().encode()
+
+Send = Callable[[Any], Coroutine[Any, Any, None]]
+
+
+class _Asked(NamedTuple):
+    """As much of a request as the count needs."""
+
+    peer_addr: Any
+    method: str
+    path: str
+    headers: Any
+    receive: Any
+
+
+class _Noted:
+    """What has come of a request: some frameworks send their 500 and raise nevertheless."""
+
+    error = False
+
+
+class Counted:
+    """Counts requests in and out: from the moment their headers are here until the app has returned."""
+
+    def __init__(
+        self, app: Callable[..., Any], family: Family, headers: tuple[tuple[bytes, bytes], ...], *, says_close: bool
+    ) -> None:
+        self.app = app
+        self.websockets: set[Send] = set()
+        #: Kept from the garbage collector.
+        self.closing: set[asyncio.Task[None]] = set()
+        #: What the app said of a lifespan start-up that failed.
+        self.startup_error: str | None = None
+        self._family, self._side, self._headers, self._says_close = family, family.side, headers, says_close
+
+    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            asked = _Asked(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
+            noted = _Noted()
+            self._side.request_started(None, asked)
+            try:
+                await self.app(scope, receive, self._noting(send, noted, scope))
+            except Exception:
+                # The server answers 500; where the reply had begun its status was another, and it breaks off.
+                noted.error = True
+                raise
+            finally:
+                if noted.error:
+                    self._side.count_server_error(asked)
+                # What is cut at the deadline stays in the count.
+                if not self._family.has_cut:
+                    self._side.request_finished(None, None, None, None)
+        elif scope["type"] == "websocket":
+            self.websockets.add(send)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.websockets.discard(send)
+        else:
+            await self.app(scope, receive, self._listening(send))
+
+    def _listening(self, send: Send) -> Send:
+        async def note(message: Any) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                self.startup_error = message.get("message") or "no reason given"
+            await send(message)
+
+        return note
+
+    def _noting(self, send: Send, noted: _Noted, scope: Any) -> Send:
+        http1, ours = scope["http_version"].startswith("1"), self._headers
+        if ours:
+            numbers = (request_number(value.decode("latin-1")) for name, value in scope["headers"] if name == _NUMBER)
+            ours = (*ours, *((_NUMBER, number.encode()) for number in numbers if number))
+
+        async def note(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                noted.error = message["status"] >= 500
+                headers = [*message.get("headers", ()), *ours]
+                # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
+                if http1 and self._says_close and self._side.process.is_leaving():
+                    headers = [each for each in headers if each[0].lower() != b"connection"]
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        return note

@@ -1,0 +1,402 @@
+"""asyncio: gunicorn's own `asgi` worker, and uvicorn's.
+
+Both run a loop of their own that beats and looks whether it shall end. Here the gate stands between the app's lifespan
+start-up and the first listener, and a worker leaves *within* its loop: it stops accepting, requests and background work
+come to their end with the loop still beating, and only then it is told to end, with nothing left to cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.base import Worker
+
+from zdd_web.board import WorkerState
+from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.workers.asgi_app import Counted
+from zdd_web.gunicorn.workers.base import LINGER, Family, Leaving
+from zdd_web.gunicorn.workers.queue_server import QueuesServer
+from zdd_web.gunicorn.workers.warmup import warm_up_asgi
+from zdd_web.listeners.reuseport.queues import Queues
+from zdd_web.system import clock
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.runtime import WorkerSide
+
+#: How often a worker that is on its way out looks how far it has come, seconds.
+TURN = 0.1
+
+#: A connection that was accepted is known a few turns of the loop later; seconds.
+SETTLE = 0.2
+
+#: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
+FAREWELL = 5.0
+
+
+class Loop(Family):
+    """What both have in common."""
+
+    #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
+    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `Counted`.
+    counts_by_hook = False
+
+    #: Whether a reply is to say `Connection: close` itself.
+    says_close = True
+
+    def __init__(self, side: WorkerSide) -> None:
+        super().__init__(side)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.servers: list[asyncio.Server | QueuesServer] = []
+        #: When each was accepted, monotonic nanoseconds.
+        self.connections: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._peers_before_the_stop: set[Any] | None = None
+        self.app: Counted | None = None
+        self.accepting = True
+        self._at_gate = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- boot
+
+    def enter(self) -> None:
+        """See `Family`."""
+        super().enter()
+        # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
+        self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
+        self.worker.handle_exit = self._handle_exit
+
+    def count(self, app: Callable[..., Any]) -> Counted:
+        """Put what counts between the server and the app."""
+        header, generation = self.side.settings.generation_header, self.side.board.header.generation
+        named = ((header.lower().encode(), str(generation).encode()),) if header else ()
+        self.app = Counted(app, self, named, says_close=self.says_close)
+        return self.app
+
+    def run(self, run: Callable[[], None]) -> None:
+        """See `Family`."""
+        try:
+            run()
+        except SystemExit as error:
+            if error.code and self.side.slot.state == WorkerState.BOOTING:
+                self._could_not_boot()
+            raise
+        if self.side.slot.state == WorkerState.BOOTING:
+            # So gunicorn up to 26 says that the start-up failed of an app that must have one.
+            self._could_not_boot()
+            raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
+
+    def _could_not_boot(self) -> None:
+        if not self.side.boot_has_failed:
+            with contextlib.suppress(RuntimeError), self.side.boot_step():
+                self._raise_startup_error("see the log")
+
+    def _raise_startup_error(self, why: str | None) -> None:
+        why = (self.app and self.app.startup_error) or why
+        if why:
+            raise RuntimeError(f"lifespan start-up failed: {why}")
+
+    def enter_loop(self) -> None:
+        """Called in the loop, first of all."""
+        self.loop = loop = asyncio.get_running_loop()
+        create_server = loop.create_server
+        ours = [listener for each in self.worker.sockets for listener in (each, getattr(each, "sock", each))]
+
+        async def create(factory: Any, *arguments: Any, sock: Any = None, **options: Any) -> Any:
+            if not any(sock is each for each in ours):
+                return await create_server(factory, *arguments, sock=sock, **options)
+            await self._pass_gate()
+
+            def connection() -> Any:
+                protocol = factory()
+                self.connections[protocol] = clock.now_ns()
+                return protocol
+
+            server: asyncio.Server | QueuesServer
+            if isinstance(sock, Queues):
+                server = QueuesServer(loop, connection, sock, **options)
+            else:
+                server = await create_server(connection, *arguments, sock=sock, **options)
+                # asyncio has called listen(100) on the socket that all share.
+                sock.listen(self.worker.cfg.backlog)
+            self.servers.append(server)
+            if not self.accepting:
+                server.close()
+            return server
+
+        shutdown_executor = loop.shutdown_default_executor
+
+        async def shutdown(*arguments: Any) -> None:
+            # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
+            # by the deadline is left, and logged when the loop is closed.
+            while self.side.threads_left(pools_only=True):
+                left = clock.remaining(self.side.threads_deadline())
+                if left == 0:
+                    return
+                await asyncio.sleep(TURN if left is None else min(TURN, left))
+            await shutdown_executor(*arguments)
+
+        loop.shutdown_default_executor = shutdown  # type: ignore[method-assign]
+        loop.create_server = create  # type: ignore[method-assign, assignment]
+        self._turn()
+
+    async def _pass_gate(self) -> None:
+        """Called before each listener; the first one waits."""
+        if self._at_gate:
+            return
+        self._at_gate = True
+        side = self.side
+        assert self.loop is not None and self.app is not None
+        try:
+            with side.boot_step():
+                # gunicorn up to 26 serves such an app.
+                self._raise_startup_error(None)
+                await warm_up_asgi(self.app.app, side.settings.warmup, side.boot.step)
+                # The loop goes on beating.
+                await asyncio.to_thread(side.pass_checks, lambda: None, self.loop)
+        except Exception:
+            # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
+            raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
+        side.arrive_at_gate()
+        opened = asyncio.Event()
+        self.loop.add_reader(side.gate.fileno(), opened.set)
+        try:
+            await opened.wait()
+        finally:
+            self.loop.remove_reader(side.gate.fileno())
+        side.gate.look(side.board)
+        side.pass_gate()
+        # The next heartbeat is due a whole interval from here: the predecessor waits for it.
+        self._turn()
+
+    # -- the way out
+
+    def _handle_exit(self, sig: int, frame: Any) -> None:
+        if self.loop is None or self.side.slot.state == WorkerState.BOOTING:
+            self.side.handle_exit(sig, frame)
+        elif not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._obey_term)
+
+    def _obey_term(self) -> None:
+        self.side.handle_exit(signal.SIGTERM, None)
+        self._turn()
+
+    def _turn(self) -> None:
+        """Beat, also where the class's own loop does not: at the gate, and when it ends."""
+        assert self.loop is not None
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            self.side.notify()
+        finally:
+            self._timer = self.loop.call_later(TURN if self.side.is_finishing else self.interval, self._turn)
+
+    def stop_accepting(self) -> None:
+        """Close the listeners of this process."""
+        self.accepting = False
+        for server in self.servers:
+            server.close()
+
+    def wake(self) -> None:
+        """See `Family`."""
+        assert self.loop is not None
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._turn)
+
+    def leaving(self) -> Leaving | None:
+        """See `Family`."""
+        return _Drain(self)
+
+    def in_a_child_of_the_app(self) -> None:
+        """See `Family`: asyncio's loop does not run there."""
+
+    def is_on_new_connection(self, request: Any) -> bool:
+        """See `Family`: a scope does not tell; connections that were open before the stop are known by their peers."""
+        if self._peers_before_the_stop is None:
+            since = self.side.board.header.stop_since
+            before = [each for each, at in list(self.connections.items()) if at < since and each.transport is not None]
+            self._peers_before_the_stop = {_peer(each.transport.get_extra_info("peername")) for each in before}
+        # uvicorn has put a forwarded address into the scope.
+        transport = getattr(getattr(request.receive, "__self__", None), "transport", None)
+        peer = transport.get_extra_info("peername") if transport is not None else request.peer_addr
+        return _peer(peer) not in self._peers_before_the_stop
+
+    def is_reading_a_head(self) -> bool:
+        """Tell whether a part of a request's head has arrived on a connection; such a connection is not idle."""
+        # Not any(): each of them is kept from its own timeout.
+        return bool([each for each in list(self.connections) if self.reads_a_head(each)])
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """Tell it of one connection."""
+        raise NotImplementedError
+
+    def end_now(self, status: int) -> NoReturn:
+        """See `Family`: SystemExit would be taken for an error of the app that happens to run (h11_impl.py:414)."""
+        try:
+            self.side.last_word()
+        finally:
+            os._exit(status)
+
+
+def _peer(address: Any) -> Any:
+    # The scope of an IPv6 client has two of the address's four parts. Unix sockets have no name, or "".
+    return tuple(address[:2]) if address and not isinstance(address, (str, bytes)) else None
+
+
+class _Drain:
+    """A worker between the order to leave and the end of its loop."""
+
+    def __init__(self, family: Loop) -> None:
+        self._family, self._side = family, family.side
+        self._since: float | None = None
+
+    def over(self) -> bool:
+        """See `Leaving`."""
+        family, side = self._family, self._side
+        if self._since is None:
+            self._since = time.monotonic()
+            family.stop_accepting()
+        if side.slot.in_flight:
+            # What is cut stays in the count.
+            family.has_cut = clock.passed(side.process.deadline_ns)
+            if family.has_cut:
+                side.give_up_background()
+            return family.has_cut
+        if family.is_reading_a_head() and not clock.passed(side.process.deadline_ns):
+            return False
+        # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
+        if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
+            return False
+        if not side.background_is_over():
+            return False
+        # The end of the loop cancels tasks, and who is cancelled is done.
+        side.give_up_background()
+        return True
+
+    def _is_connected(self) -> bool:
+        # uvicorn gives a websocket's transport to another protocol: the one that accepted it may be collected already.
+        if self._family.app is not None and self._family.app.websockets:
+            return True
+        transports = (each.transport for each in list(self._family.connections))
+        # None while it is being made, and in its TLS handshake.
+        return any(transport is None or not transport.is_closing() for transport in transports)
+
+
+class AsgiLoop(Loop):
+    """gunicorn.workers.gasgi.ASGIWorker."""
+
+    def __init__(self, side: WorkerSide) -> None:
+        super().__init__(side)
+        self._drained = asyncio.Event()
+        from gunicorn.asgi.protocol import ASGIProtocol
+
+        protocol: Any = ASGIProtocol
+        heads.note_heads(protocol)
+        if not hasattr(protocol, "_will_close"):
+            # 25 and 26 have no place where it is decided; the header has the client close.
+            return
+        self.says_close = False
+        will_close, leaving = protocol._will_close, side.process.is_leaving
+        protocol._will_close = lambda self, *arguments: leaving() or will_close(self, *arguments)
+
+    def stand_at_gate(self) -> None:
+        """See `Family`; the gate itself comes after lifespan start-up."""
+        worker = self.worker
+        worker.asgi = self.count(worker.asgi)
+        serve, shutdown = worker._serve, worker._shutdown
+
+        async def then_serve() -> None:
+            self.enter_loop()
+            await serve()
+
+        async def shutdown_when_drained() -> None:
+            # gunicorn comes here by itself when the master is gone (gasgi.py:213).
+            self._obey_term()
+            await self._drained.wait()
+            await self._close_connections()
+            # gunicorn 25 does not count out those that it has closed itself, and would wait for them.
+            worker.nr_conns = 0
+            await shutdown()
+
+        worker._serve, worker._shutdown = then_serve, shutdown_when_drained
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """See `Loop`."""
+        return heads.gunicorn_reads_a_head(connection)
+
+    def stop_accepting(self) -> None:
+        """See `Loop`."""
+        super().stop_accepting()
+        # Connections close after their next reply (protocol.py:1404), HTTP/2 says GOAWAY; see `_shutdown` above.
+        self.worker.alive = False
+
+    def end_loop(self) -> None:
+        """See `Family`."""
+        self._drained.set()
+
+    async def _close_connections(self) -> None:
+        if self.has_cut:
+            return
+        assert self.loop is not None and self.app is not None
+        for send in self.app.websockets:
+            # 1012: service restart.
+            self.app.closing.add(self.loop.create_task(send({"type": "websocket.close", "code": 1012})))
+        transports = []
+        for connection in list(self.connections):
+            if connection.transport is not None:
+                transports.append(connection.transport)
+                # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
+                if not (connection.reader or connection._websocket):
+                    connection.transport.close()
+        since = time.monotonic()
+        while not clock.passed(self.side.process.deadline_ns):
+            unsent = any(transport.get_write_buffer_size() for transport in transports)
+            is_open = not all(transport.is_closing() for transport in transports)
+            if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
+                break
+            await asyncio.sleep(TURN)
+
+
+class UvicornLoop(Loop):
+    """uvicorn_worker.UvicornWorker."""
+
+    def __init__(self, side: WorkerSide) -> None:
+        super().__init__(side)
+        side.worker.config.limit_max_requests = None
+        self._server: Any = None
+
+    def stand_at_gate(self) -> None:
+        """See `Family`; the gate itself comes after lifespan start-up."""
+        self.worker.wsgi = self.count(self.worker.wsgi)
+        self.worker._serve = self._serve
+
+    async def _serve(self) -> None:
+        # As uvicorn_worker's, which keeps the server to itself and takes the signals.
+        from uvicorn.server import Server
+
+        self.worker.config.app = self.worker.wsgi
+        self._server = server = Server(self.worker.config)
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+        self.enter_loop()
+        await server.serve(sockets=self.worker.sockets)
+        if not server.started:
+            raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
+
+    def reads_a_head(self, connection: Any) -> bool:
+        """See `Loop`."""
+        return heads.uvicorn_reads_a_head(connection)
+
+    def end_loop(self) -> None:
+        """See `Family`; uvicorn closes what is idle, and websockets with 1012 (server.py:291 of uvicorn 0.54)."""
+        left = clock.remaining(self.side.process.deadline_ns)
+        config = self.worker.config
+        config.timeout_graceful_shutdown = None if left is None else 0 if self.has_cut else max(1, math.ceil(left))
+        self._server.should_exit = True

@@ -1,0 +1,177 @@
+"""What a family answers for; as it stands here, for sync and gthread."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from zdd_web import waitgroup
+from zdd_web.board import Heartbeat, Slot
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.workers.warmup import warm_up
+from zdd_web.settings import REQUEST_HEADER
+from zdd_web.system import clock
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.runtime import WorkerSide
+
+#: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
+LINGER = compat.WindDown.LINGER
+
+
+class Leaving(Protocol):
+    """What a worker does between the order to leave and the end of its loop."""
+
+    def over(self) -> bool:
+        """Stop accepting at the first call; tell whether the loop may be ended. Called once a turn."""
+
+
+def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
+    """Return a heartbeat that probes see too. A closure, since a sync worker beats before each request."""
+    words, at = slot.words, slot.base + Slot.beat_at.index
+
+    def beat_on_board() -> None:
+        beat()
+        words[at] = clock.now_ns()
+
+    return beat_on_board
+
+
+#: More than any rehearsal counts to.
+MOST_DIGITS = 20
+
+
+class Family:
+    """One worker's; made right after the fork, before `init_process()`."""
+
+    #: Whether gunicorn's `pre_request` and `post_request` see every request.
+    counts_by_hook = True
+
+    #: Whether requests in hand were given up at the deadline.
+    has_cut = False
+
+    def __init__(self, side: WorkerSide) -> None:
+        self.side, self.worker = side, side.worker
+        #: The heartbeat, and nothing else: gunicorn's, and the board's.
+        self.beat = on_board(side.worker.notify, side.slot)
+        self._obey: Callable[[int, Any], None] = side.worker.handle_exit
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two heartbeats of a worker that waits."""
+        return min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
+
+    def enter(self) -> None:
+        """Hang on the worker what this family needs, after what all workers have."""
+        slot, words = self.side.slot, self.side.slot.words
+        slot.heartbeat = Heartbeat.ALWAYS if compat.beats_always(self.worker) else Heartbeat.BETWEEN_REQUESTS
+        at, values = slot.base + Slot.heartbeat.index, (Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)
+
+        def connected(is_connected: bool) -> None:
+            words[at] = values[is_connected]
+
+        compat.beat_often(self.worker, self.interval, connected)
+
+    def before_load(self) -> None:
+        """Called before the app is imported."""
+
+    def stand_at_gate(self) -> None:
+        """Warm up and wait for the gate; called when the app has been loaded."""
+        side = self.side
+        with side.boot_step():
+            header, generation = side.settings.generation_header, side.board.header.generation
+            if header:
+                self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
+            warm_up(self.worker.wsgi, side.settings.warmup, self.beat, side.boot.step)
+            side.pass_checks(self.beat)
+        side.arrive_at_gate()
+        side.gate.wait(side.board, side.turn, self.interval)
+        side.pass_gate()
+
+    def run(self, run: Callable[[], None]) -> None:
+        """Run the worker's loop."""
+        run()
+
+    def wake(self) -> None:
+        """Make the loop take a turn now; called from a signal handler, or by `later()`."""
+        compat.wake(self.worker)
+
+    def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function from a signal handler, in a while."""
+        timer = threading.Timer(seconds, function, arguments)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no thread to be had: the next turn of the loop sees to it
+            timer.start()
+
+    def call_stop_hooks(self) -> None:
+        """Call what the app has given to `on_stop`: in a signal handler, or between two turns of the loop."""
+        waitgroup.run_stop_hooks()
+
+    def leaving(self) -> Leaving | None:
+        """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
+        return compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
+
+    def end_loop(self) -> None:
+        """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""
+        self._obey(signal.SIGTERM, None)
+        if not compat.tell_when_not_accepting(self.worker, self.side.accepts_no_more) and self.side.slot.in_flight:
+            # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
+            compat.accept_nobody(self.worker)
+            self.side.accepts_no_more()
+        self.wake()
+
+    def is_on_new_connection(self, request: Any) -> bool:
+        """Tell whether a request that came after a stop had begun is on a connection that did so too."""
+        # A reply in a lame duck is a connection's last one: a later request is on one from before.
+        first: bool = request.req_number == 1
+        return first
+
+    def in_a_child_of_the_app(self) -> None:
+        """Called in a process that the app has forked, which has what this worker had in memory."""
+        # A child that comes back from the view is in gunicorn's loop, and is to leave it.
+        self.worker.alive = False
+
+    def cut(self) -> None:
+        """Called at the deadline, if the loop is not over."""
+
+    def own_threads(self) -> set[threading.Thread]:
+        """Return the worker's threads, which are not the app's."""
+        return compat.pool_threads(self.worker)
+
+    def frames(self) -> Mapping[int, FrameType]:
+        """Return where each thread stands, by its `ident`."""
+        return sys._current_frames()
+
+    def end_now(self, status: int) -> NoReturn:
+        """End the process from a signal handler, with what is in hand; `worker_exit` still runs."""
+        sys.exit(status)
+
+
+def request_number(value: str) -> str:
+    """Return the number that a rehearsal has given a request, which its reply repeats; "" for anything else.
+
+    >>> request_number("3000000017"), request_number("<script>")
+    ('3000000017', '')
+    """
+    return value if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else ""
+
+
+def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
+    named = (header, str(generation))
+    key = f"HTTP_{REQUEST_HEADER.upper().replace('-', '_')}"
+
+    def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
+        number = request_number(environ.get(key, ""))
+        ours = (named, (REQUEST_HEADER, number)) if number else (named,)
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, *ours], exc_info)
+
+        return app(environ, start)
+
+    return with_generation

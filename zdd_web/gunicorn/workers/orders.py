@@ -1,0 +1,107 @@
+"""What a worker reads of its master's orders on the board, at each turn of its loop.
+
+SIGTERM only makes a worker look sooner. The order itself is the word `retire` in the slot, and an app that has put a
+handler of its own in the place of the worker's, or ignores the signal, leaves no later than any other.
+
+Only `retire` is followed, and not the phase: the master writes it to every worker's slot as soon as a phase in which
+workers leave has been entered *and* the listeners' doors are closed. A worker that went by the phase would look for
+waiting connections before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zdd_web import log
+from zdd_web.board import Order
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.runtime import WorkerSide
+
+#: How often a worker looks whose loop has nothing else to do, and one that signals do not reach, seconds.
+LOOK = 1.0
+
+REMEDY = "use zdd_web.on_stop(function) instead; the worker leaves all the same when its master says so"
+
+
+class Once:
+    """Something that one process alone of a generation is to do; made by the master, before it forks."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
+
+    def take(self) -> bool:
+        """Tell whether nobody has taken it before."""
+        if self._fd < 0:
+            return True
+        try:
+            os.eventfd_read(self._fd)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class Orders:
+    """The orders to one worker; `once` is the right to report a replaced handler."""
+
+    def __init__(self, side: WorkerSide, once: Once) -> None:
+        self._side, self._once = side, once
+        self._handler = side.worker.handle_exit
+        self._reported = False
+
+    def are_to_leave(self) -> bool:
+        """Tell whether this worker is to leave: it was told to, or has no master any more."""
+        return bool(self._side.slot.retire) or os.getppid() != self._side.worker.ppid
+
+    def turn(self, beat: Callable[[], None]) -> Callable[[], None]:
+        """Return the heartbeat of a worker that serves, which follows orders. A closure: sync beats before requests."""
+        slot, ppid = self._side.slot, self._side.worker.ppid
+        words, retire = slot.words, slot.order.base + Order.retire.index
+        handler, getsignal, getppid, term = self._handler, signal.getsignal, os.getppid, signal.SIGTERM
+
+        def turn() -> None:
+            beat()
+            if words[retire] or getppid() != ppid:
+                self._side.follow_orders()
+            elif getsignal(term) is not handler and not self._reported:
+                self._report(getsignal(term))
+
+        return turn
+
+    def _report(self, handler: Any) -> None:
+        self._reported = True
+        # A worker in the middle of a request takes no turn, and no signal makes it take one.
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            threading.Thread(target=self._look, name="zdd_web-orders", daemon=True).start()
+        if self._once.take():
+            log.emit("handler.replaced", logging.WARNING, pid=os.getpid(), signal="TERM", handler=describe(handler),
+                     remedy=REMEDY)  # fmt: skip
+
+    def _look(self) -> None:
+        # A greenlet is copied into the processes that the app forks.
+        while os.getpid() == self._side.pid and not self._side.loop_is_over:
+            if self.are_to_leave():
+                self._side.family.wake()
+                self._side.note_deadline()
+            time.sleep(LOOK)
+
+
+def describe(handler: Any) -> str:
+    """Return what to call a signal handler in the log.
+
+    >>> describe(signal.SIG_IGN), describe(describe)
+    ('SIG_IGN', 'zdd_web.gunicorn.workers.orders.describe')
+    """
+    if isinstance(handler, signal.Handlers):
+        return handler.name
+    if handler is None:
+        return "one that was not installed by Python"
+    where = getattr(handler, "__module__", None) or type(handler).__module__
+    return f"{where}.{getattr(handler, '__qualname__', type(handler).__qualname__)}"

@@ -1,0 +1,79 @@
+"""A server of asyncio's kind that accepts from queues (listeners/queues.py), in any event loop.
+
+`loop.create_server()` is no way: uvloop accepts in C, from a real socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web.listeners.reuseport.queues import Queues
+
+#: In one turn of the loop: other workers are to have their share of a burst, and of what follows the loop sees at once.
+AT_ONCE = 4
+
+#: As in asyncio (selector_events.py): how long no more are accepted when there are no descriptors left, seconds.
+RETRY_DELAY = 1.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class QueuesServer:
+    """Makes a connection's protocol with `factory` for everybody whom it accepts; `options` are those of TLS."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], queues: Queues, **options: Any):
+        """Accept from now on."""
+        self.sockets = (queues,)
+        self._loop, self._factory, self._queues = loop, factory, queues
+        self._options = {name: value for name, value in options.items() if name.startswith("ssl") and value is not None}
+        self._reader = queues.fileno()
+        self._connecting: set[asyncio.Task[None]] = set()
+        loop.add_reader(self._reader, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                client, _ = self._queues.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                logging.getLogger("asyncio").error("no connection can be accepted: %s", error.strerror)
+                self._loop.remove_reader(self._reader)
+                self._loop.call_later(RETRY_DELAY, self._accept_again)
+                return
+            client.setblocking(False)
+            task = self._loop.create_task(self._connect(client))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    def _accept_again(self) -> None:
+        if self.is_serving():
+            self._loop.add_reader(self._reader, self._accept)
+
+    async def _connect(self, client: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._factory, client, **self._options)
+        except (OSError, ssl.SSLError, asyncio.TimeoutError):
+            # A client that is gone, or that failed in its TLS handshake.
+            client.close()
+
+    def is_serving(self) -> bool:
+        """See `asyncio.Server`."""
+        return self._reader >= 0
+
+    def close(self) -> None:
+        """Accept no more, and close this process's copies."""
+        if self._reader >= 0:
+            self._loop.remove_reader(self._reader)
+            self._reader = -1
+            self._queues.close()
+
+    async def wait_closed(self) -> None:
+        """See `asyncio.Server`; of the connections nobody is waited for."""

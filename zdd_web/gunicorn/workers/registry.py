@@ -1,0 +1,33 @@
+"""What differs from one worker class to the next: a file for each family of them.
+
+`WorkerSide` (worker.py) asks its family wherever classes part ways: how a worker waits at the gate, how it stops
+accepting, how its loop is ended and what it waits for before. Line references are to gunicorn 27.0.1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.workers.base import Family
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.runtime import WorkerSide
+
+
+def family_of(side: WorkerSide) -> Family:
+    """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
+    name = compat.family(type(side.worker))
+    if name == "gevent":
+        from zdd_web.gunicorn.workers.gevent_adapter import Greenlets
+
+        return Greenlets(side)
+    if name == "asgi":
+        from zdd_web.gunicorn.workers.asyncio_adapter import AsgiLoop
+
+        return AsgiLoop(side)
+    if name == "uvicorn":
+        from zdd_web.gunicorn.workers.asyncio_adapter import UvicornLoop
+
+        return UvicornLoop(side)
+    return Family(side)
