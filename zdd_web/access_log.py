@@ -63,7 +63,7 @@ def _say(settings: FrameworkSettings) -> Any:
 def _brought() -> list[FrameworkSettings]:
     conf = sys.modules.get("django.conf")
     django = [FrameworkSettings.of_django(conf.settings)] if conf is not None and conf.settings.configured else []
-    return [*django, *process.brought()]
+    return [*django, *process.app_settings()]
 
 
 def _asked(args: Any) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def main(name: str, successor: int) -> int:
     statuses: dict[int, int] = {}
     last, board = successor, None
     while True:
-        generation = line.in_office()
+        generation = line.is_active()
         if generation is None:
             break
         if generation.serves:
@@ -87,7 +87,7 @@ def main(name: str, successor: int) -> int:
         if caught is None or caught.si_signo == signal.SIGCHLD:
             continue
         # The office may have changed hands since the last look.
-        generation = line.in_office()
+        generation = line.is_active()
         if generation is not None:
             proc.kill(generation.pid, generation.board.header.master_start, signal.Signals(caught.si_signo))
     # Its memory outlives it.

@@ -151,7 +151,7 @@ class Process:
             self._runner.stop()
         self._runner, self._run_for = None, None
 
-    def say(self, state: WorkerState) -> None:
+    def set_state(self, state: WorkerState) -> None:
         """Write this worker's state on the board."""
         assert self.slot is not None
         self.slot.state_since = clock.now_ns()
@@ -194,7 +194,7 @@ def current() -> Process:
 _apps: weakref.WeakKeyDictionary[Any, Callable[[Any], FrameworkSettings]] = weakref.WeakKeyDictionary()
 
 
-def bring(app: App, read: Callable[[App], FrameworkSettings]) -> None:
+def register_app_settings(app: App, read: Callable[[App], FrameworkSettings]) -> None:
     """Note an app with settings of its own; `read(app)` is called when it has been loaded.
 
     The app is not kept alive: a test run makes thousands.
@@ -216,7 +216,7 @@ def reset() -> None:
     waitgroup.reset()
 
 
-def brought() -> list[FrameworkSettings]:
+def app_settings() -> list[FrameworkSettings]:
     """Return what the apps of this process bring. Raises `SettingsError` for what cannot work."""
     return [read(app) for app, read in list(_apps.items())]
 

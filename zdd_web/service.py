@@ -58,7 +58,7 @@ def find(
     named = [line for line in descent(everything, note) if has_name(line, name)]
     # One that only retires, while another of its name serves, is over: what joined it to its successors has ended.
     in_service = {(each.owner, each.header.name) for line in named for each in line if each.serves}
-    found = [line for line in named if in_office(line).serves or (line[0].owner, line[0].header.name) not in in_service]
+    found = [line for line in named if is_active(line).serves or (line[0].owner, line[0].header.name) not in in_service]
     own = [line for line in found if line[0].owner == os.geteuid()]
     if own and owner is None:
         for line in found:
@@ -73,7 +73,7 @@ def find(
         others = sorted({each.header.name for each in everything})
         there = f"running here: {_listed(others)}" if others else "this user sees no service of zdd_web here"
         raise ServiceNotFound(f"no service{f' named {name!r}' if name else ''}: {there}")
-    return in_office(found[0])
+    return is_active(found[0])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -82,7 +82,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _several(name: str | None, found: list[list[Generation]]) -> str:
-    offices = [in_office(line) for line in found]
+    offices = [is_active(line) for line in found]
     names = sorted({each.header.name for each in offices})
     if name is None and len(names) > 1:
         return f"several services run here: {_listed(names)}: name one with --name"
@@ -117,7 +117,7 @@ def _by_pid(pid: int, owner: int | None, note: Note) -> Generation:
     if generation is None or not generation.serves:
         # With KEEP_PID the pid stays, and means the service: the active generation among those that descend from it.
         kept = (generation.header.name, generation.header.successor_pid) if generation else kept_by(pid)
-        generation = (Line(pid, *kept).in_office() if kept is not None else None) or generation
+        generation = (Line(pid, *kept).is_active() if kept is not None else None) or generation
     if generation is None:
         why = "".join(f"; {reason}" for reason in reasons)
         raise ServiceNotFound(
@@ -128,7 +128,7 @@ def _by_pid(pid: int, owner: int | None, note: Note) -> Generation:
     return generation
 
 
-def in_office(candidates: list[Generation]) -> Generation:
+def is_active(candidates: list[Generation]) -> Generation:
     """Return the generation that a signal to "the service" must go to: the oldest that nobody has succeeded yet."""
     seniors = [each for each in candidates if each.serves]
     # During an upgrade both are here; until the commit the older one rules.
@@ -197,14 +197,14 @@ class Line:
         self._names, self._pids = {name}, {successor}
         self._current: Generation | None = None
 
-    def in_office(self) -> Generation | None:
+    def is_active(self) -> Generation | None:
         """Return the generation that a signal must go to; None when all have ended."""
         current = self._current
         if current is not None and current.alive and current.serves:
             return current
         ours = self._find()
         if ours:
-            self._current = in_office(ours)
+            self._current = is_active(ours)
             return self._current
         # It cannot be looked at just now; to end here would end the service.
         return current if current is not None and current.alive else None
@@ -212,15 +212,15 @@ class Line:
     def _find(self) -> list[Generation]:
         # Workers are among them, which may run as another user and can have a board as well.
         own = [pid for pid in descendants(self._root) if proc.owner(pid) == self._owner]
-        strangers = [each for each in map(_look, own) if each is not None]
+        foreign_listeners = [each for each in map(_look, own) if each is not None]
         ours: list[Generation] = []
-        while found := [each for each in strangers if self._belongs(each)]:
+        while found := [each for each in foreign_listeners if self._belongs(each)]:
             ours += found
-            strangers = [each for each in strangers if each not in found]
+            foreign_listeners = [each for each in foreign_listeners if each not in found]
             self._names.update(each.header.name for each in found)
             self._pids.update(each.pid for each in found)
             self._pids.update(each.header.successor_pid for each in found)
-        for stranger in strangers:
+        for stranger in foreign_listeners:
             stranger.close()
         return sorted(ours, key=lambda each: each.header.generation)
 

@@ -21,7 +21,7 @@ from zdd_web.lifecycle import Phase
 #: Seconds between two looks.
 LOOK = 0.2
 #: How long a worker that leaves waits for its listeners, seconds.
-LAST_WORD = 1.0
+FINAL_POLL_TIMEOUT = 1.0
 
 #: Is called with the phase, the one before it, and the number of the generation.
 Told = Callable[[Phase, Phase, int], None]
@@ -54,7 +54,7 @@ def start() -> None:
 
 
 def end() -> None:
-    """Look a last time and end the watch; returns when the listeners were told, after `LAST_WORD` at the latest."""
+    """Look a last time and end the watch; returns when the listeners were told, `FINAL_POLL_TIMEOUT` later at most."""
     global _watch
     watch, _watch = _watch, None
     if watch is not None:
@@ -94,4 +94,4 @@ class Watch:
     def end(self) -> None:
         """See `end()` of the module."""
         self._over.set()
-        self._thread.join(LAST_WORD)
+        self._thread.join(FINAL_POLL_TIMEOUT)

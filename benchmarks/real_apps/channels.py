@@ -61,7 +61,7 @@ def main(worker_class: str, upgrades: int, clients: int, sockets: int) -> None:
                 outcome = follow.upgrade(generation)
                 if not outcome.ok:
                     failures.append(f"upgrade {number}: {outcome.reason}")
-                generation = service.in_office(server.generations())
+                generation = service.is_active(server.generations())
                 time.sleep(SETTLE)
             # As behind a load balancer that sends nothing more here; what is open stays open.
             http.dismiss()

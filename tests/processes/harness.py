@@ -240,16 +240,16 @@ class Service:
     def generations(self) -> list[finder.Generation]:
         return [each for each in finder.generations() if each.header.name == self.name]
 
-    def in_office(self) -> finder.Generation:
-        return until("a generation in office", lambda: (found := self.generations()) and finder.in_office(found), self)
+    def is_active(self) -> finder.Generation:
+        return until("a generation in office", lambda: (found := self.generations()) and finder.is_active(found), self)
 
     def snapshot(self) -> Snapshot:
-        return self.in_office().snapshot()
+        return self.is_active().snapshot()
 
     @property
     def pid(self) -> int:
         """The pid of the master in office."""
-        return self.in_office().pid
+        return self.is_active().pid
 
     # -- what is done to it
 

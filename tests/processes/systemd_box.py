@@ -108,7 +108,7 @@ def cgroup2() -> Path | None:
     return None
 
 
-def why_not() -> str:
+def describe_bind_error() -> str:
     """Say why no systemd can be booted here; "" when it can be tried."""
     if os.geteuid() != 0:
         return "not root"

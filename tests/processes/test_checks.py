@@ -74,7 +74,7 @@ def worker_class(request: pytest.FixtureRequest) -> str:
     return skip_unless_installed(request.param)
 
 
-class Neighbour:
+class PeerGeneration:
     """A server that says "ok", or "no", or nothing to whoever connects."""
 
     def __init__(self) -> None:
@@ -116,14 +116,14 @@ class Neighbour:
 
 
 @pytest.fixture
-def neighbour() -> Iterator[Neighbour]:
-    made = Neighbour()
+def neighbour() -> Iterator[PeerGeneration]:
+    made = PeerGeneration()
     yield made
     made.close()
 
 
 @pytest.fixture
-def service(make_service: Callable[..., Service], worker_class: str, neighbour: Neighbour) -> Service:
+def service(make_service: Callable[..., Service], worker_class: str, neighbour: PeerGeneration) -> Service:
     service = make_service(worker_class)
     kind = "asgi" if worker_class in ("asgi", "uvicorn_worker.UvicornWorker") else "wsgi"
     service.write_app(CHECKS + APPS[kind])
@@ -148,7 +148,7 @@ def threads(pid: int) -> int:
 
 @pytest.mark.parametrize("answer", [None, b"no"], ids=["silent", "wrong"])
 def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
-    service: Service, neighbour: Neighbour, answer: bytes | None
+    service: Service, neighbour: PeerGeneration, answer: bytes | None
 ):
     service.configure(details="always").start()
     workers = settled(service, 2)
@@ -183,7 +183,7 @@ def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
     service.stop()
 
 
-def test_new_workers_wait_for_a_neighbour_and_old_ones_serve(service: Service, neighbour: Neighbour):
+def test_new_workers_wait_for_a_neighbour_and_old_ones_serve(service: Service, neighbour: PeerGeneration):
     service.configure(upgrade_timeout=30).start()
     neighbour.answer = None
     until("readiness 503", lambda: status(service, "/readyz") == 503, service)
@@ -254,7 +254,7 @@ def test_many_async_checks_run_beside_each_other(make_service: Callable[..., Ser
 
 
 def test_checks_rest_while_a_generation_leaves_and_go_on_when_it_serves_again(
-    make_service: Callable[..., Service], neighbour: Neighbour
+    make_service: Callable[..., Service], neighbour: PeerGeneration
 ):
     service = make_service("gthread")
     service.write_app(CHECKS + APPS["wsgi"])
@@ -269,7 +269,7 @@ def test_checks_rest_while_a_generation_leaves_and_go_on_when_it_serves_again(
     service.ends()
 
 
-def rest(neighbour: Neighbour) -> int | None:
+def rest(neighbour: PeerGeneration) -> int | None:
     """Return how often the neighbour was asked, once nobody asks any more for four intervals."""
     asked, since = neighbour.asked, time.monotonic()
     while time.monotonic() - since < 0.2:

@@ -713,7 +713,7 @@ def when_ready(server):
         setattr(owner, name, raising)
 
     master = hooks.state.master
-    if hooks.state.heir is None:
+    if hooks.state.inherited is None:
         raise_in({owner}, {name!r})
 
 """
@@ -727,11 +727,11 @@ def injected(service: Service, owner: str, name: str, times: int = 3) -> Path:
 
 
 INSIDE = {
-    "tick": ("master.deploy", "follow", signal.SIGWINCH),
+    "tick": ("master.coordinator", "follow", signal.SIGWINCH),
     "manage_workers": ("master.roster", "repeat", signal.SIGWINCH),
     "reap_workers": ("master", "_gunicorn_reap", signal.SIGCHLD),
     "handle_term": ("master.stop", "_begin", signal.SIGTERM),
-    "handle_usr2": ("master.deploy", "_refuse_unless_possible", signal.SIGUSR2),
+    "handle_usr2": ("master.coordinator", "_refuse_unless_possible", signal.SIGUSR2),
     "handle_hup": ("master", "not_now", signal.SIGHUP),
 }
 
@@ -755,7 +755,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": ("__import__('zdd_web.gunicorn.adapter.compat').gunicorn.compat", "resume_control_server"),
-    "systemd": ("master.supervisor", "take_back"),
+    "systemd": ("master.notifier", "take_back"),
 }
 
 
@@ -781,7 +781,7 @@ def test_the_old_generation_returns_even_if_something_in_its_return_raises(make_
 
 def test_an_error_in_the_commit_does_not_hold_the_upgrade_for_ever(make_service):
     service = make_service("gthread")
-    raise_now = injected(service, "master.supervisor", "hand_over", times=10**6)
+    raise_now = injected(service, "master.notifier", "hand_over", times=10**6)
     raise_now.touch()
     with service.under_load(clients=6) as load:
         service.signal(signal.SIGUSR2)

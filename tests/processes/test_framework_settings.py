@@ -135,7 +135,7 @@ def test_master_setting_of_django_is_in_force(make_django: Callable[..., Service
     service.write_conf("from zdd_web.gunicorn import install\ninstall(globals())")
     set_django(service, f"{{'NAME': {service.name!r}}}")
     service.start()
-    assert service.in_office().board.header.name == service.name
+    assert service.is_active().board.header.name == service.name
     service.stop()
 
 

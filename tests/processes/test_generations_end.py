@@ -14,7 +14,7 @@ from tests.processes.harness import CONF, Held, Service, until
 def retire(service: Service) -> Held:
     """Upgrade with a request in hand in the generation that was in office; it does not end by itself."""
     held = Held(service)
-    before = service.in_office().board.header.generation
+    before = service.is_active().board.header.generation
     service.signal(signal.SIGUSR2)
     service.wait_for(rf"generation={before} event=phase\.retiring")
     until("the old workers to leave", lambda: not service._old_ones_that_accept(), service)
@@ -80,7 +80,7 @@ def test_a_master_whose_pid_stays_does_not_send_the_stop_back(make_service) -> N
     service = make_service("gthread", workers=1)
     service.configure(keep_pid=True, drain_delay=2, grace_period=20).start()
     with retire(service) as held:
-        until("office", lambda: service.in_office().board.header.generation == 2, service)
+        until("office", lambda: service.is_active().board.header.generation == 2, service)
         second = service.pid
         service.signal(signal.SIGTERM, second)
         service.wait_for("generation=2 event=stop.forwarded")

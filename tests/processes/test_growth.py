@@ -97,7 +97,7 @@ def figures(service: Service) -> Figures:
     until("idle workers", idle, service)
     # The channel to a predecessor is closed when the loop has turned once more after its end; SIGCHLD turns it.
     for _ in range(2):
-        header = service.in_office().board.header
+        header = service.is_active().board.header
         seen = header.tick_at
         os.kill(header.master_pid, signal.SIGCHLD)
         until("a turn of the loop", lambda header=header, seen=seen: header.tick_at != seen, service)

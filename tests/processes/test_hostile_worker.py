@@ -197,8 +197,8 @@ def test_whatever_a_worker_claims_the_master_obeys_and_says_the_truth(make_servi
     with bystander():
         ask(service, f"/claim/everything?{value}")
         # It has turned since, and all readers have had a look.
-        ticks = service.in_office().board.header.tick_at
-        until("ticks", lambda: service.in_office().board.header.tick_at > ticks, service)
+        ticks = service.is_active().board.header.tick_at
+        until("ticks", lambda: service.is_active().board.header.tick_at > ticks, service)
         assert service.get("/livez").status == 200
         assert service.run("status", "--name", service.name, "--json").returncode == 0
         service.upgrade()

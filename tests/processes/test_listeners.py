@@ -100,7 +100,7 @@ def test_a_stop_in_the_commit_window_answers_who_waits_at_a_new_bind(make_servic
     service.port = one
     commit = """
 import os
-from zdd_web.gunicorn import upgrade
+from zdd_web.gunicorn.upgrade import successor_process as upgrade
 upgrade.Upgrade.committed = property(lambda self: os.path.exists("commit"))
 """
     start(service.configure(f"{commit}\nbind = '127.0.0.1:{one}'\n", listener=listener))
@@ -112,7 +112,7 @@ upgrade.Upgrade.committed = property(lambda self: os.path.exists("commit"))
         waiting = [socket.create_connection(("127.0.0.1", two), PATIENCE) for _ in range(6)]
         for each in waiting:
             each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-        service.signal(signal.SIGTERM, pid=service.in_office().pid)
+        service.signal(signal.SIGTERM, pid=service.is_active().pid)
         service.wait_for("generation=2 event=phase.draining")
         assert held.is_answered()
 

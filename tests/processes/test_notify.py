@@ -24,7 +24,7 @@ CREDENTIALS = struct.Struct("3i")
 #: The loop turns as often as under load, and the commit window is short.
 QUICK = """
 import os
-import zdd_web.gunicorn.master as loop
+import zdd_web.gunicorn.master.master as loop
 loop.IDLE_TICK, os.environ["ZDD_WEB_COMMIT_WINDOW"] = 0.02, "0"
 """
 

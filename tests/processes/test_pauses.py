@@ -53,8 +53,8 @@ def test_a_pause_longer_than_the_timeout_costs_no_worker_and_no_request(service:
         alive = {ask(port, "/livez").status, service.get("/livez").status, ask(port, "/livez").status}
         answered_from(load, 50)
         # Whatever is decided upon the silence is decided within two of gunicorn's turns, and after one more heartbeat.
-        seen = service.in_office().board.header.tick_at
-        until("turns", lambda: service.in_office().board.header.tick_at > seen + 2 * TIMEOUT * 10**9, service)
+        seen = service.is_active().board.header.tick_at
+        until("turns", lambda: service.is_active().board.header.tick_at > seen + 2 * TIMEOUT * 10**9, service)
     assert alive == {200}
     assert settled(service, 2) == workers
     assert not service.matches("WORKER TIMEOUT")

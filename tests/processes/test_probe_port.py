@@ -76,7 +76,7 @@ def port_of(service: Service, generation: int = 1) -> int:
 
 def process_of(service: Service) -> int:
     """The pid of the process that answers for the generation in office."""
-    header = service.in_office().board.header
+    header = service.is_active().board.header
     return until("the probe port's process", lambda: header.probe_pid, service)
 
 

@@ -55,7 +55,7 @@ DRAIN = f"ExecStop={sys.executable} -m zdd_web.cli drain --pid $MAINPID"
 
 @pytest.fixture(scope="module")
 def box() -> Iterator[Box]:
-    reason = systemd_box.why_not()
+    reason = systemd_box.describe_bind_error()
     if reason:
         pytest.skip(f"no systemd can be booted here: {reason}")
     with contextlib.ExitStack() as stack:

@@ -28,7 +28,7 @@ from tests.processes.harness import (
 from tests.processes.test_listeners import free_port, refused
 from tests.processes.test_worker_classes import deploy
 from zdd_web.board import Slot
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.listeners.reuseport import bpf as kernel
 from zdd_web.system import proc
@@ -84,7 +84,7 @@ def has_queues(service: Service, count: int) -> None:
 
 def who_accepts(service: Service, slot: int) -> int:
     """Count the workers that have accepted from a queue."""
-    board = service.in_office().board
+    board = service.is_active().board
     at = next(index for record, index in board.listener_records() if record.name.endswith(f"#{slot}"))
     return sum(bool(each.words[each.base + Slot.ACCEPTS_AT + at]) for each in board.used_slots())
 
@@ -209,8 +209,8 @@ def test_whoever_waits_in_a_queue_on_its_way_out_is_answered(make_service: Make,
             each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         until("all queues used", lambda: all(each.length for each in service.snapshot().listeners), service)
         service.signal(signal.SIGTTOU)
-        doors = service.in_office().board.listener_records
-        until("a queue on its way out", lambda: any(each.door == Door.STEERED for each, _ in doors()), service)
+        doors = service.is_active().board.listener_records
+        until("a queue on its way out", lambda: any(each.door == Admission.STEERED for each, _ in doors()), service)
         service.signal(sig)
         if sig == signal.SIGUSR2:
             service.wait_for("event=upgrade.committed")

@@ -42,7 +42,7 @@ for _ in range(3000):
 #: The commit window lasts until the test says so.
 COMMIT_WAITS = """
 import os
-from zdd_web.gunicorn import upgrade
+from zdd_web.gunicorn.upgrade import successor_process as upgrade
 _committed = upgrade.Upgrade.committed
 upgrade.Upgrade.committed = property(lambda self: os.path.exists("commit") and _committed.fget(self))
 """

@@ -17,7 +17,7 @@ import pytest
 from tests.processes.harness import APP, LEAVES_BY, Service, answered_from, outlives, until
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome
-from zdd_web.listeners.accept_queue import Door, close_door
+from zdd_web.listeners.accept_queue import Admission, block_new_connections
 
 
 def test_a_request_in_hand_is_answered_and_the_port_is_closed(service: Service):
@@ -68,7 +68,7 @@ def test_what_waits_in_the_accept_queue_is_answered(service: Service):
 
 def may_close_the_door() -> bool:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return close_door(server) is Door.CLOSED
+        return block_new_connections(server) is Admission.BLOCKED
 
 
 @pytest.mark.skipif(not may_close_the_door(), reason="needs CAP_NET_ADMIN for a filter on a listener")

@@ -72,7 +72,7 @@ def held(service: Service, name: str, generation: int) -> Iterator[None]:
 
 def upgraded(service: Service) -> None:
     """Upgrade, and wait until nobody of the old generation accepts any more."""
-    old = service.in_office()
+    old = service.is_active()
     service.signal(signal.SIGUSR2)
     header = old.board.header
     until("the last accepts", lambda: header.upgrades_done or header.upgrades_failed, service)

@@ -34,7 +34,7 @@ from zdd_web.system import fd_passing
 #: The loop turns as often as under load, and the commit window is no longer than it takes to look at it.
 QUICK = """
 import os
-import zdd_web.gunicorn.master as loop
+import zdd_web.gunicorn.master.master as loop
 loop.IDLE_TICK, os.environ["ZDD_WEB_COMMIT_WINDOW"] = 0.02, "{window}"
 """
 

@@ -42,7 +42,7 @@ def test_no_answer_of_the_new_generation_before_it_is_ready(service: Service):
     with service.under_load() as load:
         service.upgrade()
         answered_from(load, 100)
-    ready_at = service.in_office().board.header.ready_at / 1e9
+    ready_at = service.is_active().board.header.ready_at / 1e9
     assert [sample for sample in load.samples if sample.generation == 2 and sample.ended < ready_at] == []
     assert generations_of(load) == {1, 2}
 

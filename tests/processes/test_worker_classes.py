@@ -34,7 +34,7 @@ from tests.processes.harness import (
 from zdd_web.board import WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome
-from zdd_web.listeners.accept_queue import Door, close_door
+from zdd_web.listeners.accept_queue import Admission, block_new_connections
 
 #: As the harness's app. `/block` keeps the loop itself from turning; `/task` is background work in the loop.
 ASGI_APP = """
@@ -398,7 +398,7 @@ def test_abort_ends_a_worker_that_does_not_beat(service: Service):
         with pytest.raises((ConnectionError, OSError)):
             reply.result()
     settled(service, 2, without=[stuck])
-    assert service.in_office().board.header.workers_lost == 1
+    assert service.is_active().board.header.workers_lost == 1
     service.stop()
 
 
@@ -514,7 +514,7 @@ def test_a_lame_duck_accepts_everything(service: Service):
 
 def may_close_the_door() -> bool:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return close_door(server) is Door.CLOSED
+        return block_new_connections(server) is Admission.BLOCKED
 
 
 @pytest.mark.skipif(not may_close_the_door(), reason="needs CAP_NET_ADMIN for a filter on a listener")

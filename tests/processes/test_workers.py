@@ -22,7 +22,7 @@ def test_slots_are_reused_and_name_live_processes(service: Service):
             service.signal(signal.SIGHUP)
             settled(service, 2, without=before)
         answered_from(load, 50)
-    board = service.in_office().board
+    board = service.is_active().board
     used = [slot.base for slot in board.slots() if slot.order.taken]
     # Sixteen workers have been here; the two that are left stand in the first few places.
     assert max(used) < board.slot(6).base

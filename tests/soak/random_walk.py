@@ -190,7 +190,7 @@ class Walk:
         generations = [each for each in self.service.generations() if each.alive]
         if not generations:
             return {}
-        office = finder.in_office(generations)
+        office = finder.is_active(generations)
         for each in generations:
             if each is office:
                 found["office"] = each

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from zdd_web.listeners import accept_queue
-from zdd_web.listeners.accept_queue import Door, close_door, is_empty
+from zdd_web.listeners.accept_queue import Admission, block_new_connections, is_empty
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
@@ -30,14 +30,14 @@ def connect(listener: socket.socket, timeout: float = 5.0) -> socket.socket:
 
 
 def needs_the_privilege(listener: socket.socket) -> None:
-    if close_door(listener) is not Door.CLOSED:
+    if block_new_connections(listener) is not Admission.BLOCKED:
         pytest.skip("needs CAP_NET_ADMIN for a filter on a listener")
 
 
 def test_who_waits_when_the_door_closes_is_served(listener: socket.socket) -> None:
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(connect(listener)) for _ in range(8)]
-        close_door(listener)
+        block_new_connections(listener)
         for client in waiting:
             served, _ = listener.accept()
             with served:
@@ -65,7 +65,7 @@ def test_nobody_passes_a_closed_door_and_the_kernel_says_refused_once_the_listen
 def test_without_the_privilege_the_queue_is_narrowed(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     # No such option: refused by the kernel as the real one is to whom it is not permitted.
     monkeypatch.setattr(accept_queue, "SO_ATTACH_FILTER", 9999)
-    assert close_door(listener) is Door.NARROW
+    assert block_new_connections(listener) is Admission.LIMITED
     # What the kernel calls a backlog of 0 is one place; who finds it taken tries again by itself.
     with connect(listener), pytest.raises(TimeoutError):
         for _ in range(64):
@@ -76,7 +76,7 @@ def test_unix_socket_is_narrowed(tmp_path: object) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{tmp_path}/socket")
         server.listen(64)
-        assert close_door(server) is Door.NARROW
+        assert block_new_connections(server) is Admission.LIMITED
 
 
 def test_queue_is_empty_until_somebody_waits_in_one_of_them(listener: socket.socket) -> None:

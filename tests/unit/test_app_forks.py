@@ -117,7 +117,7 @@ def test_a_signal_that_reaches_a_child_before_its_handlers_are_replaced_is_not_l
         board = Board.private("test-app-forks")
         signal.signal(signal.SIGTERM, app_forks.OwnHandler(lambda sig, frame: None))
         family = SimpleNamespace(in_a_child_of_the_app=lambda: None)
-        app_forks._side = SimpleNamespace(slot=board.slot(0), worker=SimpleNamespace(), family=family)  # type: ignore[assignment]
+        app_forks._runtime = SimpleNamespace(slot=board.slot(0), worker=SimpleNamespace(), adapter=family)  # type: ignore[assignment]
         ended = []
         for _ in range(20):
             child = spawn(lambda: time.sleep(PATIENCE))

@@ -16,20 +16,20 @@ def leaving(monkeypatch: pytest.MonkeyPatch, websockets: set[Any], connections: 
     """Have a worker leave; return whether it was over just before `LINGER` seconds, and after them."""
     now = [100.0]
     monkeypatch.setattr(asyncio_adapter.time, "monotonic", lambda: now[0])
-    side = SimpleNamespace(
+    runtime = SimpleNamespace(
         slot=SimpleNamespace(in_flight=0),
         process=SimpleNamespace(deadline_ns=clock.NEVER),
         background_is_over=lambda: True,
         give_up_background=lambda: None,
     )
     family = SimpleNamespace(
-        side=side,
+        runtime=runtime,
         app=SimpleNamespace(websockets=websockets),
         connections=connections,
         stop_accepting=lambda: None,
         is_reading_a_head=lambda: False,
     )
-    drain = asyncio_adapter._Drain(cast("asyncio_adapter.Loop", family))
+    drain = asyncio_adapter._Drain(cast("asyncio_adapter.AsyncioAdapter", family))
     assert not drain.over(), "a connection that was accepted a moment ago is not known yet"
     seen = []
     for seconds in (LINGER - 0.1, LINGER):

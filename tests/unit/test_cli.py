@@ -169,7 +169,7 @@ def test_several_services_are_refused_with_their_names(masters: Masters, name: s
 
 
 @pytest.mark.parametrize(
-    ("phases", "in_office"),
+    ("phases", "is_active"),
     [
         ([Phase.SERVING], 1),
         ([Phase.SERVING, Phase.BOOTING], 1),
@@ -181,11 +181,11 @@ def test_several_services_are_refused_with_their_names(masters: Masters, name: s
     ],
 )
 def test_generation_in_office_is_the_one_that_is_asked(
-    masters: Masters, name: str, phases: list[Phase], in_office: int
+    masters: Masters, name: str, phases: list[Phase], is_active: int
 ) -> None:
     masters.chain(name, *phases)
     found = service.find(name=name)
-    assert found.board.header.generation == in_office
+    assert found.board.header.generation == is_active
     assert [each.board.header.generation for each in service.line_of(found)] == list(range(1, len(phases) + 1))
 
 

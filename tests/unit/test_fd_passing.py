@@ -116,7 +116,7 @@ def test_a_path_is_replaced_when_nobody_listens_and_removed_by_who_made_it(tmp_p
     with pytest.raises(OSError) as taken:
         fd_passing.Rendezvous(where, 1)
     assert taken.value.errno == errno.EADDRINUSE
-    first.let_go()
+    first.close_inherited_copy()
     # Stale.
     second = fd_passing.Rendezvous(where, 1)
     os.unlink(where)

@@ -219,7 +219,7 @@ def test_config_that_cannot_work_is_an_error_of_the_extension(app: flask.Flask, 
 def test_apps_are_noted_with_what_they_bring(app: flask.Flask) -> None:
     ZddWeb(app)
     app.config["ZDD_WEB"] = {"HEALTH_PATH": "/noted"}
-    assert [each.said for each in process.brought() if each.said == {"health_path": "/noted"}] != []
+    assert [each.said for each in process.app_settings() if each.said == {"health_path": "/noted"}] != []
 
 
 def test_app_made_by_a_factory_is_reached_under_its_own_wsgi_app(app: flask.Flask) -> None:

@@ -242,11 +242,11 @@ def test_app_that_is_gone_brings_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(process, "_apps", type(process._apps)())
     app, other = App(), App()
-    process.bring(app, lambda app: flask("one"))
-    process.bring(other, lambda app: flask("two"))
+    process.register_app_settings(app, lambda app: flask("one"))
+    process.register_app_settings(other, lambda app: flask("two"))
     del other
     gc.collect()
-    assert process.brought() == [flask("one")]
+    assert process.app_settings() == [flask("one")]
 
 
 # -- the child process that reads Django's settings

@@ -220,7 +220,7 @@ def test_descriptor_that_comes_with_garbage_is_closed(pair: Pair) -> None:
 
 
 @pytest.fixture
-def heir() -> Iterator[Inheritance]:
+def inherited() -> Iterator[Inheritance]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener = socket.create_server(("127.0.0.1", 0))
     boot_log, stderr = os.memfd_create("boot-log"), os.dup(2)
@@ -241,44 +241,44 @@ def heir() -> Iterator[Inheritance]:
         end.close()
 
 
-def test_inheritance_comes_out_of_the_environment_as_it_went_in_and_once(heir: Inheritance) -> None:
-    environ = {ENV: heir.to_environ(), "PATH": "/bin"}
-    assert Inheritance.take(environ) == heir
+def test_inheritance_comes_out_of_the_environment_as_it_went_in_and_once(inherited: Inheritance) -> None:
+    environ = {ENV: inherited.to_environ(), "PATH": "/bin"}
+    assert Inheritance.take(environ) == inherited
     assert environ == {"PATH": "/bin"}
     assert Inheritance.take(environ) is None
 
 
-def test_inherited_descriptors_are_inherited_by_nobody_else(heir: Inheritance) -> None:
-    assert len(heir.descriptors) == 4
-    assert all(os.get_inheritable(fd) for fd in heir.descriptors)
-    Inheritance.take({ENV: heir.to_environ()})
-    assert not any(os.get_inheritable(fd) for fd in heir.descriptors)
+def test_inherited_descriptors_are_inherited_by_nobody_else(inherited: Inheritance) -> None:
+    assert len(inherited.descriptors) == 4
+    assert all(os.get_inheritable(fd) for fd in inherited.descriptors)
+    Inheritance.take({ENV: inherited.to_environ()})
+    assert not any(os.get_inheritable(fd) for fd in inherited.descriptors)
 
 
-def test_child_takes_its_inheritance_from_its_own_environment(heir: Inheritance) -> None:
+def test_child_takes_its_inheritance_from_its_own_environment(inherited: Inheritance) -> None:
     def child() -> object:
-        os.environ[ENV] = heir.to_environ()
+        os.environ[ENV] = inherited.to_environ()
         found = Inheritance.take(os.environ)
         assert found is not None
         with socket.socket(fileno=found.listeners[0]) as listener:
             return [ENV in os.environ, listener.getsockname()[1]]
 
-    with socket.socket(fileno=os.dup(heir.listeners[0])) as listener:
+    with socket.socket(fileno=os.dup(inherited.listeners[0])) as listener:
         assert in_child(child) == [False, listener.getsockname()[1]]
 
 
 def test_inherited_channel_leads_to_the_predecessor() -> None:
     ours, theirs = Channel.pair()
-    heir = Inheritance(2, 1, os.dup(theirs.fileno()), -1, -1, (), ())
-    channel = heir.open_channel()
+    inherited = Inheritance(2, 1, os.dup(theirs.fileno()), -1, -1, (), ())
+    channel = inherited.open_channel()
     channel.send("hello", pid=7)
     assert ours.receive() == Message("hello", {"pid": 7})
     for end in (ours, theirs, channel):
         end.close()
 
 
-def changed(heir: Inheritance, **fields: object) -> str:
-    return json.dumps({**json.loads(heir.to_environ()), **fields})
+def changed(inherited: Inheritance, **fields: object) -> str:
+    return json.dumps({**json.loads(inherited.to_environ()), **fields})
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def test_variable_that_is_no_inheritance_is_refused_by_name(text: str) -> None:
     assert environ == {}
 
 
-def test_what_a_later_version_gives_besides_is_left(heir: Inheritance) -> None:
-    assert Inheritance.take({ENV: changed(heir, colour="red")}) == heir
+def test_what_a_later_version_gives_besides_is_left(inherited: Inheritance) -> None:
+    assert Inheritance.take({ENV: changed(inherited, colour="red")}) == inherited
 
 
 @pytest.mark.parametrize(
@@ -317,15 +317,15 @@ def test_what_a_later_version_gives_besides_is_left(heir: Inheritance) -> None:
     ],
     ids=str,
 )
-def test_variable_with_one_false_field_is_refused_by_name(heir: Inheritance, fields: dict[str, object]) -> None:
+def test_variable_with_one_false_field_is_refused_by_name(inherited: Inheritance, fields: dict[str, object]) -> None:
     with pytest.raises(UpgradeError, match=f"^{ENV}=.*unset the variable$"):
-        Inheritance.take({ENV: changed(heir, **fields)})
+        Inheritance.take({ENV: changed(inherited, **fields)})
 
 
 def test_inheritance_of_a_predecessor_that_is_gone_names_the_closed_descriptor() -> None:
     reader, writer = os.pipe()
-    heir = Inheritance(2, 1, reader, reader, reader, (writer,), ("127.0.0.1:0",))
+    inherited = Inheritance(2, 1, reader, reader, reader, (writer,), ("127.0.0.1:0",))
     os.close(reader)
     os.close(writer)
     with pytest.raises(UpgradeError, match="Bad file descriptor"):
-        Inheritance.take({ENV: heir.to_environ()})
+        Inheritance.take({ENV: inherited.to_environ()})

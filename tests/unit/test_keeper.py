@@ -132,13 +132,13 @@ def test_master_that_cannot_be_looked_at_for_a_moment_is_not_given_up(monkeypatc
     def child() -> int:
         pid = master(on_signal=leave(2))
         line = service.Line(os.getpid(), NAME, pid)
-        assert line.in_office() is not None
+        assert line.is_active() is not None
         monkeypatch.setattr(service, "generation_of", lambda pid: (_ for _ in ()).throw(OSError("EMFILE")))
         line._current.board.header  # noqa: B018 - still mapped
-        found = line.in_office()
+        found = line.is_active()
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
-        return 0 if found is not None and found.pid == pid and line.in_office() is None else 1
+        return 0 if found is not None and found.pid == pid and line.is_active() is None else 1
 
     assert in_child(child) == 0
 

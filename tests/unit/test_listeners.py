@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web.listeners.accept_queue import Door, close_door, is_empty, open_door
+from zdd_web.listeners.accept_queue import Admission, allow_new_connections, block_new_connections, is_empty
 from zdd_web.listeners.matching import Address, Place, match, normal
 from zdd_web.listeners.reuseport import bpf
 
@@ -166,8 +166,8 @@ def test_addresses_that_cover_each_other(one: str, other: str, overlap: bool) ->
 
 def test_a_door_that_was_closed_opens_again() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=8) as listener:
-        assert close_door(listener) in (Door.CLOSED, Door.NARROW)
-        open_door(listener, 8)
+        assert block_new_connections(listener) in (Admission.BLOCKED, Admission.LIMITED)
+        allow_new_connections(listener, 8)
         with socket.create_connection(listener.getsockname(), 5):
             assert not is_empty([listener])
             assert not is_empty([listener.fileno()])

@@ -205,9 +205,9 @@ def test_worker_of_another_user_with_a_board_of_its_own_is_not_the_line_of_a_kee
         try:
             false = masters.start(name, 3, uid=NOBODY_UID)
             line = service.Line(os.getpid(), name, false)
-            alone = line.in_office()
+            alone = line.is_active()
             own = masters.start(name, 2)
-            found = line.in_office()
+            found = line.is_active()
             return [alone is None, found is not None and found.pid == own]
         finally:
             masters.stop()

@@ -125,7 +125,7 @@ def test_own_service_is_found_and_its_file_respected_where_others_are_hidden(pat
             file.create(own)
             os.utime(path, (1_000_000_000, 1_000_000_000))
             line = service.Line(os.getpid(), NAME, own)
-            kept = line.in_office()
+            kept = line.is_active()
             try:
                 hidden = service.find(pid=masters.pids[0]).pid
             except ServiceNotFound as error:

@@ -104,7 +104,11 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Any:
 def serving(port: Port) -> Any:
     header = port._header
     return SimpleNamespace(
-        phase=Phase.SERVING, header=header, succession=None, awaits_office=False, deploy=SimpleNamespace(upgrade=None)
+        phase=Phase.SERVING,
+        header=header,
+        predecessor_link=None,
+        awaits_promotion=False,
+        coordinator=SimpleNamespace(upgrade=None),
     )
 
 

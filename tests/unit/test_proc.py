@@ -136,7 +136,7 @@ def test_owner_of_a_process_that_is_not_dumpable_is_not_root() -> None:
     assert in_child(look) == 65534
 
 
-class Family:
+class WorkerAdapter:
     """A grandparent (this process), a parent that lives until told otherwise, and a child that holds a pipe."""
 
     def __init__(self, child: Callable[[int, int], None]) -> None:
@@ -164,7 +164,7 @@ def test_child_dies_with_its_parent_when_it_asked_for_it() -> None:
         os.write(writer, f"{proc.die_with_parent(signal.SIGKILL, parent)}\n".encode())
         hang()
 
-    family = Family(child)
+    family = WorkerAdapter(child)
     assert os.read(family.reader, 100) == b"True\n"
     family.end_parent()
     assert read_to_end(family.reader) == b""
@@ -177,7 +177,7 @@ def test_child_is_sent_the_signal_that_it_asked_for() -> None:
         os.write(writer, b"listening\n")
         hang()
 
-    family = Family(child)
+    family = WorkerAdapter(child)
     assert os.read(family.reader, 100) == b"listening\n"
     family.end_parent()
     assert read_to_end(family.reader) == b"heard\n"
@@ -190,7 +190,7 @@ def test_child_that_asks_too_late_is_told_so() -> None:
             os.sched_yield()
         os.write(writer, f"{proc.die_with_parent(signal.SIGKILL, parent)}\n".encode())
 
-    family = Family(child)
+    family = WorkerAdapter(child)
     assert os.read(family.reader, 100) == b"forked\n"
     family.end_parent()
     assert read_to_end(family.reader) == b"False\n"

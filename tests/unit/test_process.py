@@ -125,10 +125,10 @@ def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Proces
 
 def test_worker_says_its_state_and_since_when(worker: Process) -> None:
     assert worker.slot is not None
-    worker.say(WorkerState.READY)
+    worker.set_state(WorkerState.READY)
     assert worker.slot.state == WorkerState.READY
     since = worker.slot.state_since
-    worker.say(WorkerState.SERVING)
+    worker.set_state(WorkerState.SERVING)
     assert worker.slot.state_since >= since > 0
     assert worker.board.snapshot().workers[0].state is WorkerState.SERVING
 

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 def a_master(**changed: Any) -> Any:
     refused: list[str] = []
-    supervisor = SimpleNamespace(refused=lambda what, reason: refused.append(reason))
+    notifier = SimpleNamespace(refused=lambda what, reason: refused.append(reason))
     values: dict[str, Any] = {
         "server": SimpleNamespace(cfg=SimpleNamespace(preload_app=False)),
         "settings": Settings(upgrade_timeout=60),
-        "deploy": SimpleNamespace(forwards=lambda sig: False),
-        "supervisor": supervisor,
+        "coordinator": SimpleNamespace(forwards=lambda sig: False),
+        "notifier": notifier,
         "not_now": lambda: "",
         "header": SimpleNamespace(slot_count=4),
         "roster": SimpleNamespace(room=1),

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zdd_web.board import Board, ListenerRecord, Slot
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 from zdd_web.board.record import WORD
 from zdd_web.gunicorn.sockets.listener import Listener, Port
 from zdd_web.listeners.accept_queue import is_full, queue
 from zdd_web.listeners.reuseport import arrivals as arrivals_module
 from zdd_web.listeners.reuseport import bpf, drain
 from zdd_web.listeners.reuseport.arrivals import Arrivals
-from zdd_web.listeners.reuseport.drain import Neighbour
+from zdd_web.listeners.reuseport.drain import PeerGeneration
 from zdd_web.listeners.reuseport.queues import Queues
 
 
@@ -65,18 +65,18 @@ class Master:
     def succeeded(self) -> Master:
         """Go on as the next generation does, with what it is given."""
         self.port.hold()
-        _, ordered, elders = self.port.group
+        _, ordered, earlier = self.port.group
         self.members = self.port.in_order()
-        self.port = Port(self.members, 100, elders, ordered=ordered)
+        self.port = Port(self.members, 100, earlier, ordered=ordered)
         return self
 
-    def seen_by_others(self, *, stops: bool = False) -> Neighbour:
-        return Neighbour(frozenset(each.record.inode for each in self.members), stops)
+    def seen_by_others(self, *, stops: bool = False) -> PeerGeneration:
+        return PeerGeneration(frozenset(each.record.inode for each in self.members), stops)
 
     def waiting(self) -> int:
         return sum(queue(each.socket)[0] for each in self.members if each.listens and each.is_open)
 
-    def leave(self, neighbours: list[Neighbour], each_time: Callable[[], None]) -> None:
+    def leave(self, neighbours: list[PeerGeneration], each_time: Callable[[], None]) -> None:
         self.port.leave_to_others(neighbours)
         assert self.port.is_left_to_others
 
@@ -261,7 +261,7 @@ def test_as_many_listen_as_there_are_workers_and_stand_as_believed(workers: list
             assert stands_as_believed(master)
             for each in master.members:
                 assert each.listens == bpf.listens(each.socket)
-                assert (each.record.door == Door.IDLE) == (not each.listens)
+                assert (each.record.door == Admission.BOUND) == (not each.listens)
     finally:
         master.close()
 
@@ -275,7 +275,7 @@ def test_a_queue_on_its_way_out_that_somebody_waits_in_is_waited_for_and_taken_b
             master.port._looked_at = 0
             master.port.fit(2)
         assert master.port.is_busy
-        assert master.members[2].record.door == Door.STEERED
+        assert master.members[2].record.door == Admission.STEERED
         master.port.fit(3)
         assert not master.port.is_busy
         assert master.order() == [0, 1, 2]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from zdd_web.gunicorn.upgrade import takeover as module
-from zdd_web.gunicorn.upgrade.takeover import BACKLOG, MOST_WAITING, Offer
+from zdd_web.gunicorn.upgrade.takeover import BACKLOG, MOST_WAITING, TakeoverListener
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 from zdd_web.system import clock
@@ -22,21 +22,21 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect
 
 
 @pytest.fixture
-def offer() -> Iterator[Offer]:
+def offer() -> Iterator[TakeoverListener]:
     # An abstract address, which any user can connect to.
     master: Any = SimpleNamespace(
         settings=Settings(takeover=True),
         header=SimpleNamespace(name=f"unit-{os.getpid()}", successor_pid=0),
-        awaits_office=False,
+        awaits_promotion=False,
         phase=Phase.SERVING,
     )
-    offer = Offer(master)
+    offer = TakeoverListener(master)
     offer.open()
     yield offer
     offer.close()
 
 
-def connect(offer: Offer, stack: contextlib.ExitStack, *, uid: int = 0) -> None:
+def connect(offer: TakeoverListener, stack: contextlib.ExitStack, *, uid: int = 0) -> None:
     end = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     end.setblocking(False)
     with contextlib.ExitStack() as user:
@@ -48,7 +48,7 @@ def connect(offer: Offer, stack: contextlib.ExitStack, *, uid: int = 0) -> None:
 
 @root_only
 def test_connections_of_another_user_take_no_place_and_are_gone_in_a_turn(
-    offer: Offer, monkeypatch: pytest.MonkeyPatch
+    offer: TakeoverListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ACCEPTS_FOR", 60.0)
     with contextlib.ExitStack() as stack:
@@ -65,7 +65,7 @@ def test_connections_of_another_user_take_no_place_and_are_gone_in_a_turn(
 
 
 @root_only
-def test_turn_ends_although_others_go_on_to_connect(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turn_ends_although_others_go_on_to_connect(offer: TakeoverListener, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [clock.now_ns()]
 
     def later() -> int:
@@ -86,7 +86,7 @@ def test_turn_ends_although_others_go_on_to_connect(offer: Offer, monkeypatch: p
         left.close()
 
 
-def test_no_more_of_ours_are_let_in_than_have_a_place(offer: Offer) -> None:
+def test_no_more_of_ours_are_let_in_than_have_a_place(offer: TakeoverListener) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(MOST_WAITING + 2):
             connect(offer, stack)
@@ -100,7 +100,7 @@ def test_path_belongs_to_this_user_alone(tmp_path: Path) -> None:
     master: Any = SimpleNamespace(
         settings=Settings(takeover=True, takeover_socket=str(where)), header=SimpleNamespace(name="unit")
     )
-    offer = Offer(master)
+    offer = TakeoverListener(master)
     offer.open()
     try:
         assert where.stat().st_mode & 0o777 == 0o600

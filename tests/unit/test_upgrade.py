@@ -35,13 +35,13 @@ from zdd_web.system import clock, proc
 from zdd_web.board import Board, WorkerState
 from zdd_web.gunicorn.handoff.handover import Inheritance
 
-heir = Inheritance.take(os.environ)
-os.dup2(heir.stderr, 2) if {real_stderr} else None
-channel = heir.open_channel()
+inherited = Inheritance.take(os.environ)
+os.dup2(inherited.stderr, 2) if {real_stderr} else None
+channel = inherited.open_channel()
 board = Board.create("unit")
-board.header.generation, board.header.master_pid = heir.generation, os.getpid()
+board.header.generation, board.header.master_pid = inherited.generation, os.getpid()
 board.header.tick_at = clock.now_ns()
-pipe = heir.listeners[0]
+pipe = inherited.listeners[0]
 
 def hello():
     channel.send("hello", fd=board.fd, pid=os.getpid(), pid_file="/run/unit.pid")
@@ -189,7 +189,7 @@ def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench) -> 
     await_news(upgrade)
     assert upgrade.poll() is None
     assert upgrade.committed is True
-    upgrade.hand_over_office()
+    upgrade.promote_successor()
     assert (upgrade.stage, upgrade.committed) == (Stage.IN_OFFICE, False)
     until(upgrade, lambda: upgrade.released)
     assert bench.said() == ["go", "office"]
@@ -227,7 +227,7 @@ def test_successor_that_has_not_turned_since_go_is_not_in_office(bench: Bench) -
 
 def test_successor_starts_in_the_recorded_directory_with_the_recorded_environment(bench: Bench) -> None:
     upgrade = bench.begin("""
-        channel.send("failed", reason=f"{os.getcwd()} {heir.generation} {heir.predecessor} {heir.binds} "
+        channel.send("failed", reason=f"{os.getcwd()} {inherited.generation} {inherited.predecessor} {inherited.binds} "
                      f"{'ZDD_WEB_HANDOVER' in os.environ} {os.environ['GUNICORN_FD'].isdigit()}")
     """)
     cwd = bench.directory.resolve()
@@ -257,7 +257,7 @@ def test_successor_has_no_other_descriptor_of_ours(bench: Bench) -> None:
     handed_on = {link for fd, link in descriptors() if os.get_inheritable(fd)}
     reader, writer = os.pipe()
     upgrade = bench.begin("""
-        known = {0, 1, 2, board.fd, *heir.descriptors}
+        known = {0, 1, 2, board.fd, *inherited.descriptors}
         links = []
         for fd in set(map(int, os.listdir("/proc/self/fd"))) - known:
             try:
@@ -341,7 +341,7 @@ def test_end_after_the_handover_says_so(bench: Bench) -> None:
     upgrade = bench.begin('hello(); channel.send("ready", workers=1); hear(); hear(); sys.exit(6)')
     assert verdict(upgrade).ready
     upgrade.go()
-    upgrade.hand_over_office()
+    upgrade.promote_successor()
     assert verdict(upgrade) == Verdict(False, "the new master ended after the handover: exit status 6")
 
 
@@ -349,7 +349,7 @@ def test_end_after_the_handover_that_it_was_asked_for_is_no_failure(bench: Bench
     upgrade = bench.begin('hello(); channel.send("ready", workers=1); hear(); hear(); channel.send("release")')
     assert verdict(upgrade).ready
     upgrade.go()
-    upgrade.hand_over_office()
+    upgrade.promote_successor()
     until(upgrade, lambda: upgrade._channel.ended)
     assert upgrade.poll() is None
 
@@ -421,20 +421,20 @@ def test_time_is_not_up_for_a_successor_that_serves(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("in_office", "said"), [(False, "5 s in the commit window"), (True, "15 s after the handover")]
+    ("is_active", "said"), [(False, "5 s in the commit window"), (True, "15 s after the handover")]
 )
-def test_successor_that_stands_still_has_failed(bench: Bench, in_office: bool, said: str) -> None:
+def test_successor_that_stands_still_has_failed(bench: Bench, is_active: bool, said: str) -> None:
     upgrade = bench.begin('board.header.tick_at = 1; hello(); channel.send("ready", workers=1); hang()')
     assert verdict(upgrade).ready
     upgrade.go()
-    if in_office:
-        upgrade.hand_over_office()
+    if is_active:
+        upgrade.promote_successor()
     assert upgrade.poll() == Verdict(False, f"the new master has stood still for {said}")
 
 
 def test_hello_without_a_board_of_ours_is_still_a_hello(bench: Bench) -> None:
     upgrade = bench.begin("""
-        channel.send("hello", fd=heir.boot_log, pid=os.getpid(), pid_file="/run/unit.pid")
+        channel.send("hello", fd=inherited.boot_log, pid=os.getpid(), pid_file="/run/unit.pid")
         channel.send("hello", pid=os.getpid(), pid_file="/run/other.pid")
         channel.send("ready", workers=2)
         hang()
@@ -661,7 +661,7 @@ def test_only_what_the_first_master_was_started_with_is_passed_on(bench: Bench) 
     os.set_inheritable(passed, True)
     os.set_inheritable(leaked, True)
     launch_descriptors = (passed,)
-    look = f"say(f'{{[os.path.exists(f\"/proc/self/fd/{{fd}}\") for fd in {passed, leaked}]}} {{heir.passed_on}}')"
+    look = f"say(f'{{[os.path.exists(f\"/proc/self/fd/{{fd}}\") for fd in {passed, leaked}]}} {{inherited.passed_on}}')"
     upgrade = bench.begin(look, descriptors=launch_descriptors)
     assert not verdict(upgrade).ready
     os.close(passed)

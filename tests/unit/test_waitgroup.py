@@ -136,14 +136,14 @@ def test_wait_returns_when_another_thread_is_done(group: WaitGroup) -> None:
     waiting = threading.Event()
     threads = []
 
-    class Listening(threading.Condition):
+    class ListenerManager(threading.Condition):
         """The group's own condition; tells when somebody has begun to wait on it."""
 
         def wait(self, timeout: float | None = None) -> bool:
             waiting.set()
             return super().wait(timeout)
 
-    group._changed = Listening()
+    group._changed = ListenerManager()
     threads.append(threading.Thread(target=lambda: waiting.wait(PATIENCE) and entry.done()))
     threads[0].start()
     assert group.wait(PATIENCE) is True

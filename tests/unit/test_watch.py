@@ -99,7 +99,7 @@ def test_listener_that_raises_is_logged_and_keeps_nobody_from_hearing(
 
 
 def test_listener_that_hangs_keeps_no_worker_from_leaving(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "LAST_WORD", 0.05)
+    monkeypatch.setattr(watch, "FINAL_POLL_TIMEOUT", 0.05)
     called, released = threading.Event(), threading.Event()
 
     def hang(*change: object) -> None:

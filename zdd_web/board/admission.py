@@ -5,20 +5,20 @@ from __future__ import annotations
 import enum
 
 
-class Door(enum.IntEnum):
+class Admission(enum.IntEnum):
     """How far a listener lets new connections in. Append, never renumber."""
 
     OPEN = 0
     #: One may wait at a time; the others' kernels try again.
-    NARROW = 1
-    CLOSED = 2
+    LIMITED = 1
+    BLOCKED = 2
     #: Not ours to close: somebody else serves, or will.
-    KEPT = 3
+    HANDED_OFF = 3
     #: New connections go to others on the same port (listeners/reuseport.py).
     STEERED = 4
     #: Bound, and it does not listen: for workers that SIGTTIN may bring.
-    IDLE = 5
+    BOUND = 5
 
 
 #: Nobody new comes in, and somebody may still wait.
-SHUT = (Door.NARROW, Door.CLOSED, Door.STEERED)
+SHUT = (Admission.LIMITED, Admission.BLOCKED, Admission.STEERED)

@@ -32,7 +32,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 from zdd_web.board.layout import (
     LAYOUT,
     MAGIC,
@@ -240,7 +240,7 @@ class Board:
     def listeners(self) -> Iterator[ListenerView]:
         """Return the listeners that have a record, and are more than bound."""
         for record, index in self.listener_records():
-            if record.door == Door.IDLE:
+            if record.door == Admission.BOUND:
                 continue
             accepted = sum(slot.words[slot.base + Slot.ACCEPTS_AT + index] for slot in self.used_slots())
             yield ListenerView(record.name, record.length, record.limit, accepted)

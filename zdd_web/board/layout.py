@@ -60,9 +60,9 @@ MOST_LISTENERS = 256
 class ListenerRecord(Record):
     """A listener and its accept queue; the master's words. Times are monotonic nanoseconds."""
 
-    #: A `Door`, and since when.
+    #: A `Admission`, and since when.
     door = Word(0)
-    door_since = Word(1)
+    blocked_since = Word(1)
     #: Nothing is under way to it any more, although others stay on its port.
     settled = Word(2)
     #: Connections that wait in its queue, and how many may.
@@ -109,7 +109,7 @@ class Header(Record):
     #: When SIGTERM came.
     stop_since = Word(26)
     #: When it was decided what becomes of the listeners' queues: each has its door, see `ListenerRecord`.
-    door_since = Word(28)
+    blocked_since = Word(28)
     #: Where the orders stand; 0 on a board of zdd_web 0.1.0, whose slots hold them.
     orders_at = Word(25)
     #: The user of the workers, plus one; 0 for unknown.
@@ -226,7 +226,7 @@ class Slot(Record):
     #: How many of the records behind are in use.
     checks = Count(15, most=MAX_CHECKS)
     #: The worker has answered `max_requests` and asks for a replacement.
-    weary = Word(12)
+    recycle_requested = Word(12)
     # 8 to 10 were the master's orders in zdd_web 0.1.0.
     #: Requests that came after SIGTERM; how late the last of them, nanoseconds, and from where.
     late = Count(13)

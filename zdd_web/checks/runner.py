@@ -51,7 +51,7 @@ class State:
         self._cancel: Callable[[], object] = lambda: None
 
     @property
-    def holds_up(self) -> bool:
+    def blocks_readiness(self) -> bool:
         """Whether it keeps a worker from getting ready."""
         return self.result is Result.NONE or (self.check.critical and self.result is not Result.PASSED)
 
@@ -249,7 +249,7 @@ class Runner:
     def trouble(self) -> str:
         """Say what keeps a worker from getting ready; "" for nothing."""
         for state in self.states:
-            if state.holds_up and state.message:
+            if state.blocks_readiness and state.message:
                 return f"check {state.check.name!r} failed: {state.message}"
         return ""
 
@@ -283,7 +283,7 @@ def _is_patched_by_gevent() -> bool:
 def pass_all(runner: Runner, beat: Callable[[], None], say: Callable[[str], None]) -> None:
     """Wait until no critical check fails, beating meanwhile; `say` is told what fails, and "" at the end."""
     runner.again, said = AGAIN, ""
-    while any(state.holds_up for state in runner.states):
+    while any(state.blocks_readiness for state in runner.states):
         runner.wake.wait(min(BEAT, runner.turn()))
         beat()
         trouble = runner.trouble()

@@ -44,7 +44,7 @@ class ZddWeb:
         settings_of(app)
         own = app.extensions[EXTENSION] = Registry()
         # In a gunicorn worker all apps are heard when they have been loaded.
-        process.bring(app, settings_of)
+        process.register_app_settings(app, settings_of)
         app.wsgi_app = ProbeMiddleware(  # type: ignore[method-assign]
             app.wsgi_app, Probes(lambda: settings_of(app), own)
         )

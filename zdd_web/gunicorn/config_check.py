@@ -34,4 +34,4 @@ def examine_configuration(cfg: Any, settings: Settings) -> None:
 
 def examine_app(settings: Settings) -> None:
     """Raise `SettingsError` for what ends a worker's boot, when the app is loaded."""
-    checks.load(settings_sources.heard(settings).checks)
+    checks.load(settings_sources.apply_app_settings(settings).checks)

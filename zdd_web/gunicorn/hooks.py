@@ -1,4 +1,4 @@
-"""gunicorn's hooks, ours and the user's side by side.
+"""gunicorn's hooks, ours and the user's runtime by runtime.
 
 State lives in this module and not in the functions that `install()` puts into the configuration: a reload runs that
 file again, in a fresh namespace, and must find the master that is there.
@@ -25,7 +25,7 @@ from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade import takeover
 from zdd_web.gunicorn.workers import boot_watch
-from zdd_web.gunicorn.workers.runtime import WorkerSide
+from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 from zdd_web.settings import Settings
 from zdd_web.system import escaping, masking, stdio
 
@@ -37,10 +37,10 @@ class State:
     """What this process knows: set in the master, inherited by its workers."""
 
     launch: Launch
-    heir: Inheritance | None
+    inherited: Inheritance | None
     settings: Settings = field(default_factory=Settings)
     master: Master | None = None
-    worker: WorkerSide | None = None
+    worker: WorkerRuntime | None = None
     users: dict[str, Callable[..., Any]] = field(default_factory=dict)
     #: As far as it is known before the settings are, or when one of them cannot work.
     termination_log: str = ""
@@ -60,8 +60,8 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         # First of all, before anything is opened that would get the number of a stream.
         stdio.fill_closed_descriptors()
         # Before anything else: what is inherited is in the environment, where no successor and no app may find it.
-        heir = Inheritance.take(os.environ)
-        state = State(launch=Launch.record(heir.passed_on if heir else None), heir=heir)
+        inherited = Inheritance.take(os.environ)
+        state = State(launch=Launch.record(inherited.passed_on if inherited else None), inherited=inherited)
         state.termination_log = termination_message.path(settings, os.environ)
         check_config.examine(_examine_configuration, _examine_app)
     compat.check_version()
@@ -74,7 +74,7 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
     namespace[MARK] = True
 
 
-def _then_users(name: str) -> Callable[..., Any] | None:
+def _user_hook(name: str) -> Callable[..., Any] | None:
     assert state is not None
     return state.users.get(name)
 
@@ -97,7 +97,7 @@ def fail(error: ZddError, server: Any = None) -> NoReturn:
 
 def _start_message() -> StartMessage:
     """Return the termination message of the start that is under way; none in a reload, or in an upgrade."""
-    if state is None or (state.heir is not None and not state.heir.taken):
+    if state is None or (state.inherited is not None and not state.inherited.taken):
         return StartMessage("")
     if state.master is not None:
         return state.master.start_message
@@ -166,27 +166,27 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             fail(error, server)
         try:
             name = service_name(state.settings, server.cfg)
-            if state.heir is None and state.settings.takeover:
-                state.heir = takeover.ask(state.settings, name, server.cfg.pidfile or "")
-            state.master = Master(server, state.settings, state.launch, name, state.heir)
-            if server.cfg.pidfile and state.heir is None:
+            if state.inherited is None and state.settings.takeover:
+                state.inherited = takeover.ask(state.settings, name, server.cfg.pidfile or "")
+            state.master = Master(server, state.settings, state.launch, name, state.inherited)
+            if server.cfg.pidfile and state.inherited is None:
                 PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
             server.pidfile = None
-            takeover.decline(state.heir, str(error))
+            takeover.decline(state.inherited, str(error))
             fail(ZddError(f"the board or the pid file cannot be made: {error}"), server)
         except (SettingsError, ListenerError, UpgradeError) as error:
             server.pidfile = None
-            takeover.decline(state.heir, str(error))
+            takeover.decline(state.inherited, str(error))
             fail(error, server)
-        if state.master.succession is not None:
-            state.master.succession.hide_pid_file()
+        if state.master.predecessor_link is not None:
+            state.master.predecessor_link.hide_pid_file()
         if server.cfg.preload_app:
             _report_preloading(server.app, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
         state.settings = settings_sources.settle(server.cfg)
-    hook = _then_users("nworkers_changed")
+    hook = _user_hook("nworkers_changed")
     if hook is not None:
         # Called from SIGTTIN's handler too, where what it raises would end a service that serves.
         serves = state.master is not None and state.master.gate.opened
@@ -209,23 +209,23 @@ def on_starting(server: Any) -> None:
     if state.master is None:
         server_error = SettingsError("nworkers_changed was set after install(): define it before, install() runs both")
         fail(server_error, server)
-    succession = state.master.succession
+    predecessor_link = state.master.predecessor_link
     try:
-        if succession is not None:
-            succession.speak()
-        hook = _then_users("on_starting")
+        if predecessor_link is not None:
+            predecessor_link.speak()
+        hook = _user_hook("on_starting")
         if hook is not None:
             hook(server)
         state.master.take_over()
     except (SettingsError, UpgradeError, ListenerError) as error:
-        if succession is not None:
-            succession.fail(str(error))
+        if predecessor_link is not None:
+            predecessor_link.fail(str(error))
         fail(error, server)
     except BaseException as error:
         reason = f"on_starting: {type(error).__name__}: {error}"
         state.master.start_message.failed(reason)
-        if succession is not None:
-            succession.fail(reason)
+        if predecessor_link is not None:
+            predecessor_link.fail(reason)
         # gunicorn creates the pid file before this hook and leaves it behind (arbiter.py:180-186).
         if server.pidfile is not None:
             server.pidfile.unlink()
@@ -235,7 +235,7 @@ def on_starting(server: Any) -> None:
 def when_ready(server: Any) -> None:
     """Nothing of ours; but a predecessor should hear why its successor ends here."""
     assert state is not None and state.master is not None
-    hook = _then_users("when_ready")
+    hook = _user_hook("when_ready")
     if hook is None:
         return
     try:
@@ -243,8 +243,8 @@ def when_ready(server: Any) -> None:
     except BaseException as error:
         reason = f"when_ready: {type(error).__name__}: {error}"
         state.master.start_message.failed(reason)
-        if state.master.succession is not None:
-            state.master.succession.fail(reason)
+        if state.master.predecessor_link is not None:
+            state.master.predecessor_link.fail(reason)
         raise
 
 
@@ -253,7 +253,7 @@ def pre_fork(server: Any, worker: Any) -> None:
     assert state is not None and state.master is not None
     state.master.roster.claim(worker)
     compat.discount_pauses(worker)
-    hook = _then_users("pre_fork")
+    hook = _user_hook("pre_fork")
     if hook is not None:
         hook(server, worker)
 
@@ -263,18 +263,18 @@ def post_fork(server: Any, worker: Any) -> None:
     assert state is not None and state.master is not None
     master = state.master
     slot = master.roster.slot_of(worker)
-    boot_log = master.succession.handler if master.succession is not None else None
+    boot_log = master.predecessor_link.handler if master.predecessor_link is not None else None
     master.after_fork(slot)
     listeners = master.listening.for_worker(worker, slot)
-    state.worker = WorkerSide(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
-    state.worker.last_word = lambda: worker.cfg.worker_exit(server, worker)
+    state.worker = WorkerRuntime(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
+    state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
-    counts = state.worker.family.counts_by_hook
+    counts = state.worker.adapter.counts_by_hook
     for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):
         if name not in state.users:
             worker.cfg.set(name, ours if counts else worker.cfg.settings[name].default)
-    hook = _then_users("post_fork")
+    hook = _user_hook("post_fork")
     if hook is not None:
         with state.worker.boot_step():
             state.worker.boot.step("post_fork")
@@ -284,7 +284,7 @@ def post_fork(server: Any, worker: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Stand at the gate, after whatever the user does to a worker that is about to serve."""
     assert state is not None and state.worker is not None
-    hook = _then_users("post_worker_init")
+    hook = _user_hook("post_worker_init")
     if hook is not None:
         with state.worker.boot_step():
             hook(worker)
@@ -293,7 +293,7 @@ def post_worker_init(worker: Any) -> None:
 
 def pre_request(worker: Any, req: Any) -> None:
     """Count the request in; only called where the user has such a hook, see `post_fork`."""
-    if state.worker.family.counts_by_hook:  # type: ignore[union-attr]
+    if state.worker.adapter.counts_by_hook:  # type: ignore[union-attr]
         state.worker.request_started(worker, req)  # type: ignore[union-attr]
     state.users["pre_request"](worker, req)  # type: ignore[union-attr]
 
@@ -303,7 +303,7 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
     try:
         state.users["post_request"](worker, req, environ, resp)  # type: ignore[union-attr]
     finally:
-        if state.worker.family.counts_by_hook:  # type: ignore[union-attr]
+        if state.worker.adapter.counts_by_hook:  # type: ignore[union-attr]
             state.worker.request_finished(worker, req, environ, resp)  # type: ignore[union-attr]
 
 
@@ -311,7 +311,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     """Let the user's hook run, then leave for good."""
     assert state is not None
     try:
-        hook = _then_users("worker_exit")
+        hook = _user_hook("worker_exit")
         if hook is not None:
             hook(server, worker)
     finally:
@@ -324,9 +324,9 @@ def on_exit(server: Any) -> None:
     """Let the user's hook run, while probes are still answered; then close the probe port, as the very last thing."""
     assert state is not None and state.master is not None
     try:
-        hook = _then_users("on_exit")
+        hook = _user_hook("on_exit")
         # One that was given up before it was in office has nothing to end: the generation before it serves.
-        if hook is not None and not state.master.awaits_office:
+        if hook is not None and not state.master.awaits_promotion:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()

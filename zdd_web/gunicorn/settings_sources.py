@@ -212,7 +212,7 @@ def _wait(child: subprocess.Popen[bytes], output: CapturedOutput, timeout: float
 # -- in a worker
 
 
-def heard(settings: Settings) -> Settings:
+def apply_app_settings(settings: Settings) -> Settings:
     """Return the settings of this worker, now that its apps are loaded.
 
     `settings` are those of its master. Raises `SettingsError` when an app contradicts them.
@@ -220,7 +220,7 @@ def heard(settings: Settings) -> Settings:
     master = _in_force or Sourced(settings)
     here = process.current()
     here.fixed = master.fixed
-    here.settings = join(master, [*_of_django(), *process.brought()])
+    here.settings = join(master, [*_of_django(), *process.app_settings()])
     return here.settings
 
 
@@ -253,7 +253,7 @@ def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
             apart = master.settings.has_probe_port and name in PROBE_SETTINGS
             if name in APP_SETTINGS and name not in master.fixed and not apart:
                 values[name] = value
-            elif value != getattr(master.settings, name) and not _was_weighed(master, app, name):
+            elif value != getattr(master.settings, name) and not _master_already_considered(master, app, name):
                 raise SettingsError(
                     f"{app.text(name)} contradicts {master.text(name)}, which gunicorn's master runs with: "
                     f"{_remedy(master, app, name)}"
@@ -269,7 +269,7 @@ def _is_djangos(master: Sourced, name: str) -> bool:
     return name in master.origin and master.origin[name].source is Source.DJANGO
 
 
-def _was_weighed(master: Sourced, app: FrameworkSettings, name: str) -> bool:
+def _master_already_considered(master: Sourced, app: FrameworkSettings, name: str) -> bool:
     # The master has read this very value, and a stronger source has overruled it, as the order of sources has it.
     known = master.django
     return known is not None and known.source == app.source and known.values.get(name) == app.values[name]

@@ -4,7 +4,8 @@ Only the generation in office speaks. A new one is not the main process yet, and
 (`NotifyAccess=main`); an old one is it no more, and its STOPPING=1 would have systemd end the new one as well. In the
 commit the old one names the new: after its own exit there is nobody left whom systemd knows.
 
-The first part of this module makes the messages and does nothing; `Supervisor` is told what happens, and sends them.
+The first part of this module makes the messages and does nothing; `SystemdNotifier` is told what happens and
+sends them.
 """
 
 from __future__ import annotations
@@ -90,14 +91,14 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-class Supervisor:
+class SystemdNotifier:
     """This master's voice to systemd."""
 
-    def __init__(self, master: Master, heir: Inheritance | None) -> None:
+    def __init__(self, master: Master, inherited: Inheritance | None) -> None:
         self._master, self._header = master, master.header
         #: Whether systemd has started this very process, which then has a unit of its own, whoever served before it.
-        self._was_started = heir is None or heir.taken
-        forked_by = heir.predecessor if heir is not None and not heir.taken else 0
+        self._was_started = inherited is None or inherited.taken
+        forked_by = inherited.predecessor if inherited is not None and not inherited.taken else 0
         self._watchdog = watchdog_seconds(os.environ, os.getpid(), forked_by)
         self._is_ready = False
         #: Whether the service lives on in another unit, and this one ends with this generation.
@@ -117,7 +118,7 @@ class Supervisor:
         """Whether this master is its unit's main process."""
         if self._master.phase is Phase.RETIRING:
             return self._superseded
-        return self._was_started or not self._master.awaits_office
+        return self._was_started or not self._master.awaits_promotion
 
     def _status(self, text: str) -> str:
         return f"generation {self._header.generation}: {text}"
@@ -136,7 +137,7 @@ class Supervisor:
 
     def _say_ready(self) -> None:
         # One that takes over from another unit has to be in office first: until then it may come to nothing.
-        if not self._is_ready and not self._master.awaits_office:
+        if not self._is_ready and not self._master.awaits_promotion:
             self._is_ready = True
             self._tell(*ready(self._status(f"serving, {count(len(self._master.roster), 'worker')}")))
 

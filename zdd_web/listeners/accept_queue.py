@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
@@ -34,11 +34,11 @@ _DROP_SYN = b"".join(
 )
 
 
-def close_door(listener: socket.socket) -> Door:
+def block_new_connections(listener: socket.socket) -> Admission:
     """Let nobody new into a listener's queue, as far as this process may. What waits there stays.
 
     >>> with socket.create_server(("127.0.0.1", 0)) as server:
-    ...     close_door(server) is not Door.OPEN
+    ...     block_new_connections(server) is not Admission.OPEN
     True
     """
     if listener.family in (socket.AF_INET, socket.AF_INET6):
@@ -46,15 +46,15 @@ def close_door(listener: socket.socket) -> Door:
         try:
             filter_ = struct.pack("HxxxxxxQ", len(_DROP_SYN) // 8, ctypes.addressof(program))
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_)
-            return Door.CLOSED
+            return Admission.BLOCKED
         except OSError:
             pass  # EPERM without CAP_NET_ADMIN; a kernel without filters
     listener.listen(0)
-    return Door.NARROW
+    return Admission.LIMITED
 
 
-def open_door(listener: socket.socket, backlog: int) -> None:
-    """Undo `close_door()`."""
+def allow_new_connections(listener: socket.socket, backlog: int) -> None:
+    """Undo `block_new_connections()`."""
     with contextlib.suppress(OSError):  # ENOENT: it was only narrowed
         listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
     listener.listen(backlog)

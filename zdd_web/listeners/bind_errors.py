@@ -33,7 +33,7 @@ def refuse_mixed(places: list[Place]) -> None:
             )
 
 
-def make_way(path: str) -> None:
+def unlink_stale_socket(path: str) -> None:
     """Remove a stale socket from a path; raises `ListenerError` where somebody answers, or it is something else."""
     if path.startswith("\0"):
         return
@@ -51,7 +51,7 @@ def make_way(path: str) -> None:
     os.unlink(path)
 
 
-def why_not(error: OSError | OverflowError, address: Address, *, shared: bool) -> str:
+def describe_bind_error(error: OSError | OverflowError, address: Address, *, shared: bool) -> str:
     """Say why an address cannot be bound, which is to be shared with others or not, and what to do."""
     if isinstance(error, OverflowError):
         return "no such port: choose one from 1 to 65535, or 0 for any that is free"

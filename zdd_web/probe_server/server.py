@@ -100,26 +100,26 @@ class Server:
     def _turn(self) -> None:
         now = time.monotonic()
         pauses.turn()
-        self._hear(now)
+        self._sync_with_board(now)
         if self._goes_from:
             # Where nobody else holds it the port is closed at once.
             self._listener.close()
-        self._let_go(now)
+        self._close_expired(now)
         nobody = not self._connections and not self._beginning
         if self._goes_from and (nobody or now - self._goes_from > LINGER + TURN):
             self._loop.stop()
         elif self._accepting and now - self._looked_at >= LOOK:
             self._looked_at = now
-            self._see()
+            self._log_verdict_changes()
 
-    def _see(self) -> None:
+    def _log_verdict_changes(self) -> None:
         header = self._header
         # Workers pass the gate one by one.
         passing = header.phase == Phase.SERVING and clock.since(header.ready_at) < GATE_SECONDS
         if self._accepting and not passing:
             self._verdicts.see(self._answers.look())
 
-    def _hear(self, now: float) -> None:
+    def _sync_with_board(self, now: float) -> None:
         named = self._header.probe_pid == os.getpid()
         self._named = self._named or named
         self._answers.orphaned = os.getppid() != self._master
@@ -136,7 +136,7 @@ class Server:
             self._loop.remove_reader(self._listener)
         self._accepting = accept
 
-    def _let_go(self, now: float) -> None:
+    def _close_expired(self, now: float) -> None:
         silent = self._closes_from and now - self._closes_from > LINGER
         for connection in [each for each in self._connections if now > each.deadline or (silent and not each.closing)]:
             connection.close()
@@ -144,7 +144,7 @@ class Server:
     # -- clients
 
     def _accept(self) -> None:
-        self._hear(time.monotonic())
+        self._sync_with_board(time.monotonic())
         if not self._accepting:
             return
         for _ in range(AT_ONCE):
@@ -168,8 +168,8 @@ class Server:
         # A connection that was answered before is likely a prober's: those that never asked go first, but for new
         # ones, whose request is on its way.
         before = time.monotonic() - NEW_SECONDS
-        strangers = (each for each in self._connections if not each.known and each.made_at < before)
-        longest = next(strangers, next(iter(self._connections), None))
+        foreign_listeners = (each for each in self._connections if not each.known and each.made_at < before)
+        longest = next(foreign_listeners, next(iter(self._connections), None))
         if longest is None:
             return False
         self.lost(longest)
@@ -203,16 +203,16 @@ class Server:
     def reply(self, asked: Asked) -> Reply:
         """Answer a request, from what the board says now."""
         # The master may be gone since the last turn.
-        self._hear(time.monotonic())
+        self._sync_with_board(time.monotonic())
         try:
             reply = self._answers.reply(asked)
             if reply.status == HTTPStatus.SERVICE_UNAVAILABLE:
                 # It may have seen the end of its master, whose workers leave: this process, the first of its children,
                 # hears of it before any of them.
-                self._hear(time.monotonic())
+                self._sync_with_board(time.monotonic())
                 reply = self._answers.reply(asked)
             # What somebody was told stands in the log, however soon it changes again.
-            self._see()
+            self._log_verdict_changes()
         except Exception as error:
             self._complain(self._loop, {"exception": error})
             return FAILED

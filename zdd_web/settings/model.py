@@ -123,10 +123,10 @@ class StopBudget:
     margin: float
 
     @property
-    def last_words(self) -> float:
+    def abandon_window(self) -> float:
         """Seconds of the margin in which workers name what they abandon, before they are killed.
 
-        >>> Settings(grace_period=30).stop_budget().last_words
+        >>> Settings(grace_period=30).stop_budget().abandon_window
         1.7
         """
         return max(0.4 * self.margin, self.margin - 0.3)

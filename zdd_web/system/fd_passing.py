@@ -114,9 +114,9 @@ class Rendezvous:
             with contextlib.suppress(OSError):
                 if _identity(self.where) == self._file:
                     os.unlink(self.where)
-        self.let_go()
+        self.close_inherited_copy()
 
-    def let_go(self) -> None:
+    def close_inherited_copy(self) -> None:
         """Close this process's copy of the socket, in a child of the one that listens."""
         self._listener.close()
 

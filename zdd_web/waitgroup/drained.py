@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from zdd_web.waitgroup.threads import Apart, name_of, refuse_coroutines, report
+from zdd_web.waitgroup.threads import DaemonCall, name_of, refuse_coroutines, report
 
 Hook = TypeVar("Hook", bound=Callable[[], object])
 
@@ -57,6 +57,6 @@ def run_drained_hooks(deadline: float | None = None, beat: Callable[[], object] 
         until = now + timeout if deadline is None else min(now + timeout, deadline)
         fields = {"hook": "on_drained", "name": name_of(function)}
         if until > now:
-            Apart(function, **fields).join(until, beat)
+            DaemonCall(function, **fields).join(until, beat)
         else:
             report(TimeoutError("not called, the deadline has passed"), **fields)

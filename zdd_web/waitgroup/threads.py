@@ -42,10 +42,10 @@ class Threads:
         return self._pools[pid]
 
 
-class Apart:
+class DaemonCall:
     """A call in a daemon thread of its own: however it hangs, the process can end. What it raises is logged.
 
-    >>> Apart(lambda: print("called"), name="doctest").join(time.monotonic() + 60)
+    >>> DaemonCall(lambda: print("called"), name="doctest").join(time.monotonic() + 60)
     called
     """
 

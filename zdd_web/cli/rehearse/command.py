@@ -121,7 +121,7 @@ def _upgrade(server: Server, generation: service.Generation, number: int) -> tup
     done_at = time.monotonic()
     ready_at = None
     if outcome.ok:
-        generation = service.in_office(server.generations())
+        generation = service.is_active(server.generations())
         # From the board: the instant before the gate opened, on the clock that the samples have too.
         ready_at = generation.board.header.ready_at / 1e9
     else:

@@ -208,7 +208,7 @@ class Inheritance:
             fields[name] = tuple(fields.get(name, ()))
         if fields.get("passed_on") is not None:
             fields["passed_on"] = tuple(fields["passed_on"])
-        fields["groups"] = tuple((port, ordered, tuple(elders)) for port, ordered, elders in fields.get("groups", ()))
+        fields["groups"] = tuple((port, ordered, tuple(earlier)) for port, ordered, earlier in fields.get("groups", ()))
         fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
         # A predecessor of a later version may give more.
         return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})

@@ -14,8 +14,8 @@ A handful of the arbiter's methods are replaced on the *instance* when `on_start
 Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
 
-The master's roles each have a module of their own, and move the phase through `Master.move()`: `Succession` (it has a
-predecessor), `Deploy` (it has a successor), `Reload`, `Roster` (its workers), `Stop` (its end).
+The master's roles each have a module of their own, and move the phase through `Master.move()`: `PredecessorLink`
+(it has a predecessor), `UpgradeCoordinator` (it has a successor), `Reload`, `Roster` (its workers), `Stop` (its end).
 
 While something is under way the loop is made to turn fifty times a second instead of once.
 """
@@ -44,12 +44,12 @@ from zdd_web.gunicorn.master.reload import Reload, too_many_workers
 from zdd_web.gunicorn.master.roster import Plan, Roster, plan
 from zdd_web.gunicorn.master.stop import Stop
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.sockets.manager import Listening
-from zdd_web.gunicorn.systemd import Supervisor
+from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
-from zdd_web.gunicorn.upgrade.accession import Succession
-from zdd_web.gunicorn.upgrade.coordinator import Deploy
-from zdd_web.gunicorn.upgrade.takeover import Offer
+from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
+from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once
 from zdd_web.lifecycle import Event, Phase
@@ -70,7 +70,9 @@ NO_EXIT_STATUS = -1
 class Master:
     """What zdd_web adds to gunicorn's arbiter, in the master's process."""
 
-    def __init__(self, server: Any, settings: Settings, launch: Launch, name: str, heir: Inheritance | None) -> None:
+    def __init__(
+        self, server: Any, settings: Settings, launch: Launch, name: str, inherited: Inheritance | None
+    ) -> None:
         self.server, self.settings = server, settings
         self.board = Board.create(name)
         self.header = self.board.header
@@ -78,32 +80,32 @@ class Master:
         if too_many:
             self.board.close()
             raise SettingsError(too_many)
-        self.header.generation = heir.generation if heir else 1
-        self.header.predecessor_pid = heir.predecessor if heir else 0
+        self.header.generation = inherited.generation if inherited else 1
+        self.header.predecessor_pid = inherited.predecessor if inherited else 0
         self.header.master_start = proc.start_time(os.getpid())
         self.header.started_at = self.header.phase_since = clock.now_ns()
         self.header.master_pid = os.getpid()
-        was_started = heir is None or heir.taken
+        was_started = inherited is None or inherited.taken
         self.start_message = StartMessage(settings.termination_log if was_started else "")
         self.start_message.doing("importing the app (preload_app)" if server.cfg.preload_app else "starting")
         self.gate = Gate()
         self.once = Once()
         self.roster = Roster(server, self.board)
-        self.succession = Succession(heir, server, self.board) if heir else None
-        self._inherited_as_kept = heir.kept if heir else False
-        self.supervisor = Supervisor(self, heir)
-        self.stderr_relay = StderrRelay(heir.stderr_pipes if heir else ())
-        self.deploy = Deploy(self, launch, heir)
-        self.offer = Offer(self)
+        self.predecessor_link = PredecessorLink(inherited, server, self.board) if inherited else None
+        self._inherited_as_kept = inherited.kept if inherited else False
+        self.notifier = SystemdNotifier(self, inherited)
+        self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
+        self.coordinator = UpgradeCoordinator(self, launch, inherited)
+        self.takeover = TakeoverListener(self)
         self.reload = Reload(self)
         self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
         self.stop = Stop(self)
         self._has_room = True
-        self.listening = Listening(server, self.board, settings, heir)
+        self.listening = ListenerManager(server, self.board, settings, inherited)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
-        self.probes = ProbePort(server, self.board, settings, heir, self.listening.probe_socket)
-        if heir is None:
+        self.probes = ProbePort(server, self.board, settings, inherited, self.listening.probe_socket)
+        if inherited is None:
             # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
             self.probes.start(None)
 
@@ -123,7 +125,8 @@ class Master:
         self._gunicorn_stop: Callable[[bool], None] = server.stop
         self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
-        # in the middle of anything. No process can exit with a negative one; `_bury_workers` decides, in the loop.
+        # in the middle of anything. No process can exit with a negative one;
+        # `_handle_exited_workers` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
         compat.tell_exits(self._reaped)
         compat.silence_systemd()
@@ -133,7 +136,7 @@ class Master:
         server.stop = self._stop
         self.stop.take_over()
         server.handle_hup = guarded("handle_hup", self.reload.request)
-        server.handle_usr2 = guarded("handle_usr2", self.deploy.request)
+        server.handle_usr2 = guarded("handle_usr2", self.coordinator.request)
         server.handle_usr1 = guarded("handle_usr1", self.rotation.request)
         compat.set_wait(server, self._interval)
         server.handle_winch = guarded("handle_winch", self.handle_winch)
@@ -144,14 +147,14 @@ class Master:
             for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
                 handler = f"handle_{sig.name[3:].lower()}"
                 setattr(server, handler, self._unless_forwarded(sig, getattr(server, handler)))
-        if self.succession is not None:
-            self.succession.adopt(self.listening)
+        if self.predecessor_link is not None:
+            self.predecessor_link.adopt(self.listening)
         else:
             if server.pidfile is not None:
                 server.pidfile = PidFile(server.pidfile.fname, os.getpid())
             self.listening.take()
-            self.offer.open()
-        self.probes.start(self.succession)
+            self.takeover.open()
+        self.probes.start(self.predecessor_link)
         self.start_message.doing("its workers booted")
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
@@ -160,11 +163,11 @@ class Master:
 
     def _interval(self) -> float:
         if self.phase is Phase.SERVING and self._settled():
-            return min(IDLE_TICK, self.supervisor.interval)
+            return min(IDLE_TICK, self.notifier.interval)
         return BUSY_TICK
 
     def _settled(self) -> bool:
-        if self.deploy.under_way or self.awaits_office or self.reload.under_way or self.offer.busy:
+        if self.coordinator.under_way or self.awaits_promotion or self.reload.under_way or self.takeover.busy:
             return False
         if self.listening.is_busy or self.stderr_relay.busy:
             return False
@@ -186,8 +189,8 @@ class Master:
         self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
         self.header.worker_uid = self.server.cfg.uid + 1
         try:
-            if self.succession is not None and self.succession.follow():
-                self.succession = None
+            if self.predecessor_link is not None and self.predecessor_link.follow():
+                self.predecessor_link = None
             if self.phase is Phase.BOOTING:
                 self._follow_boot()
         except HaltServer as halt:
@@ -196,19 +199,19 @@ class Master:
             raise
         # Whatever may go wrong below, a lame duck ends.
         self.stop.follow()
-        self.deploy.follow()
-        if self.succession is None or self.succession.in_office or self.succession.alone:
+        self.coordinator.follow()
+        if self.predecessor_link is None or self.predecessor_link.is_active or self.predecessor_link.alone:
             # The predecessor does it until then.
             guarded("stderr", self.stderr_relay.follow)()
-        guarded("takeover", self.offer.follow)()
+        guarded("takeover", self.takeover.follow)()
         self.reload.follow()
         self.rotation.follow()
         guarded("probe port", self.probes.follow)(self)
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
-        guarded("systemd", self.supervisor.follow)()
-        if self.phase is Phase.SERVING and self.succession is None and not self.deploy.under_way:
+        guarded("systemd", self.notifier.follow)()
+        if self.phase is Phase.SERVING and self.predecessor_link is None and not self.coordinator.under_way:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
 
@@ -221,9 +224,9 @@ class Master:
         self.header.phase_since = clock.now_ns()
         self.header.phase = phase
         log.emit(f"phase.{phase.label}", level, after=round(clock.since(since), 3), workers=len(self.roster), **fields)
-        guarded("systemd", self.supervisor.moved)(before, phase)
+        guarded("systemd", self.notifier.moved)(before, phase)
 
-    def _bury_workers(self) -> None:
+    def _handle_exited_workers(self) -> None:
         for gone in self.roster.reconcile():
             self.stop.count(gone)
             self.header.requests_gone += gone.requests
@@ -236,8 +239,8 @@ class Master:
                 continue
             why = "; ".join(part for part in (gone.ended, gone.error) if part) or "no reason given"
             reason = f"worker {gone.pid} ended before it served: {why}"
-            if self.phase is Phase.BOOTING and self.succession is not None and not self.succession.alone:
-                self.succession.fail(reason)
+            if self.phase is Phase.BOOTING and self.predecessor_link is not None and not self.predecessor_link.alone:
+                self.predecessor_link.fail(reason)
                 raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR)
             if self.phase is Phase.BOOTING and gone.could_not_boot:
                 raise HaltServer(log.one_line(reason), gone.exit_status)
@@ -256,18 +259,18 @@ class Master:
         ready = sum(member.state is WorkerState.READY for member in self.roster.members())
         if ready < self.server.num_workers:
             return
-        if self.succession is None or self.succession.may_serve(ready):
+        if self.predecessor_link is None or self.predecessor_link.may_serve(ready):
             self._serve()
 
     def _serve(self) -> None:
-        if self.succession is not None:
-            self.succession.about_to_serve()
+        if self.predecessor_link is not None:
+            self.predecessor_link.about_to_serve()
         try:
             self.listening.open()
         except OSError as error:
             reason = f"the listeners cannot listen: {error.strerror}"
-            if self.succession is not None:
-                self.succession.fail(reason)
+            if self.predecessor_link is not None:
+                self.predecessor_link.fail(reason)
             raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR) from None
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
@@ -282,14 +285,14 @@ class Master:
     # -- as a successor
 
     @property
-    def awaits_office(self) -> bool:
+    def awaits_promotion(self) -> bool:
         """Whether the predecessor has not handed over yet."""
-        return self.succession is not None and not self.succession.in_office
+        return self.predecessor_link is not None and not self.predecessor_link.is_active
 
     def release_predecessor(self) -> None:
         """Tell a predecessor that still retires not to come back."""
-        if self.succession is not None:
-            self.succession.release()
+        if self.predecessor_link is not None:
+            self.predecessor_link.release()
 
     def reloaded(self) -> None:
         """Have everybody replaced, now that a new configuration is in force."""
@@ -326,7 +329,7 @@ class Master:
         """Say why the workers are not to be touched just now; "" when nothing is under way."""
         if self.phase is not Phase.SERVING:
             return f"the generation is {self.phase.label}"
-        if self.deploy.under_way or self.awaits_office:
+        if self.coordinator.under_way or self.awaits_promotion:
             return "an upgrade is under way"
         return "a reload is under way" if self.reload.under_way else ""
 
@@ -336,11 +339,15 @@ class Master:
 
     def _adjacent_generations(self) -> list[AdjacentGeneration]:
         """The generations that this one has a channel to."""
-        return [each for each in (self.succession, self.deploy.upgrade, self.deploy.cancelled) if each is not None]
+        return [
+            each
+            for each in (self.predecessor_link, self.coordinator.upgrade, self.coordinator.cancelled)
+            if each is not None
+        ]
 
     def _unless_forwarded(self, sig: signal.Signals, handler: Callable[[], None]) -> Callable[[], None]:
         def handle() -> None:
-            if not guarded("forward", self.deploy.forwards)(sig):
+            if not guarded("forward", self.coordinator.forwards)(sig):
                 handler()
 
         return handle
@@ -350,14 +357,14 @@ class Master:
     def manage_workers(self) -> None:
         """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
         # After the reaper and before anybody is spawned in place of one whose end should end the start.
-        self._bury_workers()
+        self._handle_exited_workers()
         # Those of a reload or a SIGTTIN.
         self.roster.note_forks()
-        if self.gate.opened or (self.succession is not None and self.succession.alone):
+        if self.gate.opened or (self.predecessor_link is not None and self.predecessor_link.alone):
             # A first start takes as long as it takes; a successor whose predecessor died shall not hang for ever.
             self.roster.give_up_boots(self.settings.upgrade_timeout)
-        if self.phase is Phase.DRAINING and not self.header.door_since:
-            guarded("close_door", self._close_door)()
+        if self.phase is Phase.DRAINING and not self.header.blocked_since:
+            guarded("block_new_connections", self._close_door)()
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             guarded("listeners", self.listening.follow)()
             if not self.server.WORKERS:
@@ -372,7 +379,7 @@ class Master:
         deadline = self.stop.ends_at
         if self.phase in lifecycle.SPAWNING:
             deadline = clock.after_ns(self.settings.recycle_timeout)
-            slack = self.settings.stop_budget().last_words + OVERDUE_SLACK
+            slack = self.settings.stop_budget().abandon_window + OVERDUE_SLACK
             for pid in self.roster.kill_overdue(slack):
                 log.emit("worker.overdue", logging.ERROR, pid=pid, timeout=self.settings.recycle_timeout)
         self.roster.retire(decision.retire, deadline)
@@ -411,21 +418,21 @@ class Master:
             with self.start_message.reporting():
                 self.manage_workers()
         except Exception as error:
-            if self.succession is not None and not isinstance(error, StopIteration):
-                self.succession.fail(f"{type(error).__name__}: {error}")
+            if self.predecessor_link is not None and not isinstance(error, StopIteration):
+                self.predecessor_link.fail(f"{type(error).__name__}: {error}")
             raise
 
     def _close_door(self) -> None:
-        if self.kept or self.header.successor_pid or self.awaits_office:
-            self.listening.keep(but_added=self.awaits_office)
+        if self.kept or self.header.successor_pid or self.awaits_promotion:
+            self.listening.keep(but_added=self.awaits_promotion)
         else:
             self.listening.shut()
 
     def _stop(self, graceful: bool = True) -> None:
         # gunicorn's own closes them in an order of its own, and cannot close an abstract Unix socket.
-        is_last = not (self.kept or self.server.reexec_pid or self.header.successor_pid or self.awaits_office)
-        guarded("takeover", self.offer.close)()
-        guarded("takeover", self.deploy.end_given_up)()
+        is_last = not (self.kept or self.server.reexec_pid or self.header.successor_pid or self.awaits_promotion)
+        guarded("takeover", self.takeover.close)()
+        guarded("takeover", self.coordinator.end_given_up)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
 
@@ -436,7 +443,7 @@ class Master:
 
     def _reaped(self, pid: int, status: int) -> None:
         self.roster.reaped(pid, status)
-        for child in (self.deploy.upgrade, self.deploy.cancelled, self.reload.proof):
+        for child in (self.coordinator.upgrade, self.coordinator.cancelled, self.reload.proof):
             if child is not None and child.pid == pid:
                 child.reaped(status)
 
@@ -449,12 +456,12 @@ class Master:
         del self.server.WORKER_BOOT_ERROR, self.server.APP_LOAD_ERROR
         self.gate.keep_reader()
         self.probes.after_fork()
-        self.deploy.after_fork()
+        self.coordinator.after_fork()
         self.reload.after_fork()
         self.stderr_relay.after_fork()
-        self.offer.after_fork()
-        if self.succession is not None:
-            self.succession.forget()
+        self.takeover.after_fork()
+        if self.predecessor_link is not None:
+            self.predecessor_link.forget()
         if self.board.fd >= 0:
             os.close(self.board.fd)
             self.board.fd = -1

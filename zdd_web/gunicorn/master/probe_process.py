@@ -44,7 +44,7 @@ from zdd_web.system import clock, proc
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.master.master import Master
-    from zdd_web.gunicorn.upgrade.accession import Succession
+    from zdd_web.gunicorn.upgrade.accession import PredecessorLink
 
 #: Clients that may wait while the process is forked again.
 BACKLOG = 1024
@@ -139,7 +139,7 @@ class ProbePort:
         server: Any,
         board: Board,
         settings: Settings,
-        heir: Inheritance | None,
+        inherited: Inheritance | None,
         activated: tuple[int, str] = (-1, ""),
     ) -> None:
         """Bind, or take what was inherited or what systemd has `activated` (descriptor and name; -1 for nothing).
@@ -158,14 +158,14 @@ class ProbePort:
         self._forked_at = 0
         self._not_before = clock.NEVER
         self._deaths = 0
-        if heir is not None and heir.probe >= 0:
-            inherited = socket.socket(fileno=heir.probe)
-            if self._bind == heir.probe_bind or (not self._bind and heir.probe_bind.startswith(SYSTEMD)):
-                self._bind = heir.probe_bind
-                self._listener = inherited
+        if inherited is not None and inherited.probe >= 0:
+            listener = socket.socket(fileno=inherited.probe)
+            if self._bind == inherited.probe_bind or (not self._bind and inherited.probe_bind.startswith(SYSTEMD)):
+                self._bind = inherited.probe_bind
+                self._listener = listener
                 self._header.probe_shared = 1
             else:
-                inherited.close()
+                listener.close()
         if activated[0] >= 0:
             fd, name = activated
             if self._bind:
@@ -187,13 +187,13 @@ class ProbePort:
 
     # -- in the master
 
-    def start(self, succession: Succession | None) -> None:
+    def start(self, predecessor_link: PredecessorLink | None) -> None:
         """Fork the process, if there is to be one and there is none yet."""
         if self._listener is None or self._pid:
             return
-        if succession is not None:
-            self._predecessors = succession.predecessors
-        self._header.probe_accepts = succession is None
+        if predecessor_link is not None:
+            self._predecessors = predecessor_link.predecessors
+        self._header.probe_accepts = predecessor_link is None
         if guarded("probe port", self._fork)():
             log.emit("probes.listening", address=spell(self._listener.getsockname()), pid=self._pid)
 
@@ -238,10 +238,10 @@ class ProbePort:
     def _accepts(master: Master) -> bool:
         if master.phase is Phase.BOOTING:
             # Beside one that serves nobody shall hear of this generation, until it serves too.
-            return master.succession is None or master.succession.alone
-        if master.awaits_office and not any(each.state is WorkerState.SERVING for each in master.roster.members()):
+            return master.predecessor_link is None or master.predecessor_link.alone
+        if master.awaits_promotion and not any(each.state is WorkerState.SERVING for each in master.roster.members()):
             return False  # the gate was opened a moment ago
-        upgrade = master.deploy.upgrade
+        upgrade = master.coordinator.upgrade
         if not master.header.successor_pid:
             # Two that answer in turn would each tell their own counts.
             board = upgrade.board if upgrade is not None and not upgrade.gone else None
@@ -344,7 +344,7 @@ class ProbePort:
         # Here workers' code does not run, but what a client sends does arrive.
         self._board.restrict()
         keep = {0, 1, 2, self._listener.fileno(), *log.own_streams()}
-        _let_go_of_all_but(keep)
+        _close_fds_except(keep)
         # Here, since neither the master nor a worker shall load asyncio before gevent has patched what is below it.
         from zdd_web.probe_server.server import Server
 
@@ -368,7 +368,7 @@ def _forget_imports() -> None:
             del sys.modules[name]
 
 
-def _let_go_of_all_but(keep: set[int]) -> None:
+def _close_fds_except(keep: set[int]) -> None:
     """Let go of every other descriptor.
 
     /dev/null takes their places: objects of the master's that are collected later close a number that was theirs.

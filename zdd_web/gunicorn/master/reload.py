@@ -128,12 +128,12 @@ class Reload:
 
     def request(self) -> None:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
-        if self._master.deploy.forwards(signal.SIGHUP):
+        if self._master.coordinator.forwards(signal.SIGHUP):
             return
         if self._server.cfg.preload_app:
             # The app is imported in this process, and a module is imported once.
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
-            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            guarded("systemd", self._master.notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade)")
             return
         obstacle = self._master.not_now()
@@ -143,23 +143,23 @@ class Reload:
         if not self._master.roster.room:
             slots = self._master.header.slot_count
             reason = f"all {slots} slots of the board are taken, and a new worker starts before an old one retires"
-            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            guarded("systemd", self._master.notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), or send SIGTTOU before")
             return
         unreachable = self._master.listening.unreachable_paths()
         if unreachable:
             reason = f"the file of a Unix socket is gone, or leads to another socket: {', '.join(unreachable)}"
-            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            guarded("systemd", self._master.notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), which binds it again")
             return
         try:
             self.proof = Proof.begin(self._server, self._master.settings, self._master.header.slot_count)
         except OSError as error:
             reason = f"config and app cannot be tried in a child process: {error.strerror}"
-            guarded("systemd", self._master.supervisor.refused)("reload", reason)
+            guarded("systemd", self._master.notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, _REMEDIES.get(error.errno or 0, "send it again later"))
             return
-        guarded("systemd", self._master.supervisor.reload_began)()
+        guarded("systemd", self._master.notifier.reload_began)()
         log.emit("reload.started", child=self.proof.pid)
 
     def follow(self) -> None:
@@ -172,7 +172,7 @@ class Reload:
         said = proof.close()
         if not reason:
             reason = apply(self._server)
-        guarded("systemd", self._master.supervisor.reload_ended)(reason)
+        guarded("systemd", self._master.notifier.reload_ended)(reason)
         if reason:
             stdio.write_stderr(said)
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
@@ -186,7 +186,7 @@ class Reload:
             self.proof.end()
             self.proof.close()
             self.proof = None
-            guarded("systemd", self._master.supervisor.reload_ended)("the service was stopped")
+            guarded("systemd", self._master.notifier.reload_ended)("the service was stopped")
 
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
@@ -238,7 +238,7 @@ def _try(server: Any, settings: Settings, slots: int, output: int) -> None:
         server.app.callable = None
         server.app.wsgi()
         with _no_traceback():
-            settings_sources.heard(settings)
+            settings_sources.apply_app_settings(settings)
         status = 0
     except NeedsUpgrade as error:
         status = NEEDS_UPGRADE

@@ -85,7 +85,7 @@ def plan(members: Sequence[Member], wanted: int, phase: Phase, room: int = SLOTS
 
 
 @dataclass(frozen=True)
-class Gone:
+class ExitedWorker:
     """What a worker that is no more had last said on the board."""
 
     pid: int
@@ -134,7 +134,7 @@ class Gone:
 
 
 @dataclass
-class _Place:
+class _Entry:
     worker: Any
     slot: Slot
     since: int
@@ -166,7 +166,7 @@ class Roster:
 
     def __init__(self, server: Any, board: Board) -> None:
         self._server, self._board = server, board
-        self._places: list[_Place] = []
+        self._places: list[_Entry] = []
         self._current_age = 0
         self._failures = 0
         self._spawn_not_before = 0
@@ -174,7 +174,7 @@ class Roster:
     def claim(self, worker: Any) -> Slot:
         """Give a worker that is about to be forked its slot. Raises `BoardError` when there is none."""
         slot = self._board.claim(worker.age)
-        self._places.append(_Place(worker, slot, since=clock.now_ns()))
+        self._places.append(_Entry(worker, slot, since=clock.now_ns()))
         return slot
 
     def note_forks(self) -> None:
@@ -205,7 +205,7 @@ class Roster:
                 age=place.worker.age,
                 state=place.state,
                 told=bool(place.slot.order.retire),
-                outdated=place.worker.age <= self._current_age or bool(place.slot.weary),
+                outdated=place.worker.age <= self._current_age or bool(place.slot.recycle_requested),
                 lingers=place.lingers,
             )
             for place in self._places
@@ -217,14 +217,14 @@ class Roster:
             member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
         )
 
-    def reconcile(self) -> list[Gone]:
+    def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
         gone = []
         for place in [p for p in self._places if self._server.WORKERS.get(p.worker.pid) is not p.worker]:
             self._places.remove(place)
             slot = place.slot
             gone.append(
-                Gone(
+                ExitedWorker(
                     pid=place.worker.pid,
                     state=place.state,
                     error=slot.error,
@@ -325,7 +325,7 @@ class Roster:
             self._server.kill_worker(place.worker.pid, signal.SIGKILL)
         return len(self._places)
 
-    def _term(self, place: _Place) -> None:
+    def _term(self, place: _Entry) -> None:
         place.told_at = clock.now_ns()
         self._server.kill_worker(place.worker.pid, signal.SIGTERM)
 

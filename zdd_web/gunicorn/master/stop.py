@@ -21,7 +21,7 @@ from zdd_web.board import WorkerState
 from zdd_web.gunicorn import process_exit, termination_message
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.master.roster import Gone
+from zdd_web.gunicorn.master.roster import ExitedWorker
 from zdd_web.gunicorn.upgrade.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.workers import late_arrivals
 from zdd_web.lifecycle import Event, Phase
@@ -70,7 +70,7 @@ class Stop:
         if self._master.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self._master.move(Event.LAME_DUCK_OVER)
 
-    def count(self, gone: Gone) -> None:
+    def count(self, gone: ExitedWorker) -> None:
         """Count what a worker that has ended leaves behind."""
         self._late.add(gone)
         if self._master.phase in lifecycle.WORKERS_LEAVE:
@@ -112,13 +112,13 @@ class Stop:
             # The whole service ends: this generation's part of it has the same time.
             own = clock.after_ns(budget.lame_duck + budget.work)
             self._header.deadline = guarded("deadline", deadline_of_the_stop)(own) or own
-        if not guarded("forward", self._master.deploy.forwards)(signal.SIGTERM, unless_it_stops=is_first):
+        if not guarded("forward", self._master.coordinator.forwards)(signal.SIGTERM, unless_it_stops=is_first):
             self._header.stop_since = self._header.stop_since or clock.now_ns()
 
     def _stop_ancestors(self, sig: signal.Signals) -> None:
         # The active master speaks for the service; any other ends alone.
-        if self._master.phase is not Phase.RETIRING and not self._master.awaits_office:
-            guarded("forward", self._master.deploy.ancestors.tell)(sig)
+        if self._master.phase is not Phase.RETIRING and not self._master.awaits_promotion:
+            guarded("forward", self._master.coordinator.ancestors.tell)(sig)
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
@@ -153,11 +153,11 @@ class Stop:
     def _prepare_to_end(self, sig: signal.Signals) -> None:
         guarded("cancel", self._cancel)(sig)
         guarded("release_predecessor", self._master.release_predecessor)()
-        guarded("forward", self._master.deploy.forwards)(sig)
+        guarded("forward", self._master.coordinator.forwards)(sig)
         self._stop_ancestors(sig)
-        if self._master.succession is not None:
-            guarded("pid file", self._master.succession.unlink_pid_file)()
-        guarded("systemd", self._master.supervisor.ends_now)(STOP_NOW_WITHIN)
+        if self._master.predecessor_link is not None:
+            guarded("pid file", self._master.predecessor_link.unlink_pid_file)()
+        guarded("systemd", self._master.notifier.ends_now)(STOP_NOW_WITHIN)
         self._ends_now = True
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self._header.phase = Phase.STOPPED
@@ -166,7 +166,7 @@ class Stop:
 
     def _cancel(self, sig: signal.Signals) -> None:
         self._master.reload.cancel()
-        self._master.deploy.cancel(sig)
+        self._master.coordinator.cancel(sig)
 
     def halt(self, reason: str | None = None, exit_status: int = 0) -> None:
         """End the process as gunicorn does, and in time, whatever threads of the app do."""
@@ -193,10 +193,10 @@ class Stop:
 
     def end_when_no_worker_is_left(self) -> None:
         """End the loop, unless a cancelled successor is still here. Raises `StopIteration` or `HaltServer`."""
-        if self._master.deploy.waits_for_cancelled():
+        if self._master.coordinator.waits_for_cancelled():
             return
         if self._header.successor_pid:
-            self._master.deploy.follow_last_accepts()
+            self._master.coordinator.follow_last_accepts()
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self._server.reexec_pid = self._header.successor_pid
         seconds = self._leaving_for()
@@ -224,7 +224,7 @@ class Stop:
     def end_at_the_deadline(self) -> None:
         """Kill what is left once the deadline has passed, and end the loop as `end_when_no_worker_is_left()` does."""
         deadline = self.ends_at
-        if deadline == clock.NEVER or clock.since(deadline) < self._settings.stop_budget().last_words:
+        if deadline == clock.NEVER or clock.since(deadline) < self._settings.stop_budget().abandon_window:
             return
         requests = self._master.board.snapshot().in_flight + self._cut
         tasks = self._master.roster.unfinished() + self._abandoned
@@ -263,7 +263,7 @@ class Stop:
         )
 
     def _leave(self, *, abandoned: bool) -> NoReturn:
-        if self._header.successor_pid and self._master.deploy.becomes_the_keeper:
+        if self._header.successor_pid and self._master.coordinator.becomes_the_keeper:
             self._end_with_the_service()
             # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
             compat.suspend_control_server(self._server)
@@ -277,7 +277,7 @@ class Stop:
         raise StopIteration
 
     def _end_with_the_service(self) -> None:
-        status = self._master.deploy.services_status()
+        status = self._master.coordinator.identity_status()
         if status is not None:
             raise HaltServer("the service was stopped", status)
 

@@ -21,14 +21,14 @@ from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.sockets.listener import LEAST_QUEUES, Listener, how_many
 from zdd_web.listeners import socket_file
-from zdd_web.listeners.bind_errors import make_way, refuse_mixed, why_not
+from zdd_web.listeners.bind_errors import describe_bind_error, refuse_mixed, unlink_stale_socket
 from zdd_web.listeners.matching import Address, Place, match, same_bind
 from zdd_web.listeners.reuseport import bpf
 from zdd_web.settings import Settings
 from zdd_web.system import sd_listen_fds
 
 
-class Obtaining:
+class ListenerFactory:
     """Done once by each generation; `listeners` is what it has obtained."""
 
     def __init__(self, server: Any, header: Header, settings: Settings) -> None:
@@ -44,14 +44,14 @@ class Obtaining:
             self._make(activated)
         return ()
 
-    def adopt(self, heir: Inheritance) -> tuple[int, ...]:
+    def adopt(self, inherited: Inheritance) -> tuple[int, ...]:
         """Take what was inherited, and add what is new; return which of the inherited are not wanted, by index.
 
         Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
         self._is_first = False
         with self._or_undo(lambda: paths_added(self.listeners)):
-            return self._adopt(heir)
+            return self._adopt(inherited)
 
     @contextlib.contextmanager
     def _or_undo(self, made: Callable[[], list[str]]) -> Iterator[None]:
@@ -97,7 +97,7 @@ class Obtaining:
     def _create(self, place: Place) -> None:
         if isinstance(place.address, str):
             # gunicorn takes the file away from whoever serves there (sock.py:128).
-            make_way(place.address)
+            unlink_stale_socket(place.address)
         try:
             self._add(place.bind, place.address, compat.create_listener(self._server, place.address))
         except (SystemExit, OverflowError):
@@ -141,10 +141,10 @@ class Obtaining:
             address = next(each for each in self.listeners if each.bind == place.bind).sock.getsockname()[:2]
         try:
             if isinstance(address, str):
-                make_way(address)
+                unlink_stale_socket(address)
             sock = compat.bind_listener(self._server, address, shared=self._shares)
         except (OSError, OverflowError) as error:
-            why = why_not(error, address, shared=self._shares)
+            why = describe_bind_error(error, address, shared=self._shares)
             if self._settings.takeover and self._is_first:
                 why += (
                     "; TAKEOVER = True has found no master to take it from: was the running one started with TAKEOVER, "
@@ -170,19 +170,21 @@ class Obtaining:
                 f"address; '[::]' takes IPv4 and IPv6"
             )
 
-    def _adopt(self, heir: Inheritance) -> tuple[int, ...]:
+    def _adopt(self, inherited: Inheritance) -> tuple[int, ...]:
         server = self._server
-        if heir.mode != self._mode:
-            self._close_given(heir.listeners)
+        if inherited.mode != self._mode:
+            self._close_given(inherited.listeners)
             raise UpgradeError(
-                f"LISTENER is {self._mode!r} in the new configuration and {heir.mode!r} in the running one: an upgrade "
-                f"keeps the listeners; restore LISTENER, or restart the service"
+                f"LISTENER is {self._mode!r} in the new configuration and {inherited.mode!r} in the running one: "
+                f"an upgrade keeps the listeners; restore LISTENER, or restart the service"
             )
-        binds = heir.binds if len(heir.binds) == len(heir.listeners) else ("",) * len(heir.listeners)
-        slots = heir.slots if len(heir.slots) == len(heir.listeners) else (0,) * len(heir.listeners)
+        binds = (
+            inherited.binds if len(inherited.binds) == len(inherited.listeners) else ("",) * len(inherited.listeners)
+        )
+        slots = inherited.slots if len(inherited.slots) == len(inherited.listeners) else (0,) * len(inherited.listeners)
         # One of a release that names its listeners otherwise goes by its address.
         given = [
-            Place(bind, _address_of(fd), slot) for fd, bind, slot in zip(heir.listeners, binds, slots, strict=True)
+            Place(bind, _address_of(fd), slot) for fd, bind, slot in zip(inherited.listeners, binds, slots, strict=True)
         ]
         inherited_only = all(place.bind.startswith("systemd:") for place in given)
         if self._mode == "systemd" or inherited_only:
@@ -198,7 +200,7 @@ class Obtaining:
         kept = dict(found.kept)
         for at, place in enumerate(wanted):
             if at in kept:
-                sock = compat.adopt_listener(server, heir.listeners[kept[at]], shared=self._shares)
+                sock = compat.adopt_listener(server, inherited.listeners[kept[at]], shared=self._shares)
                 self._rebind_unless_reached(place, sock)
                 self._add(place.bind, place.address, sock, place.slot)
             elif isinstance(place.address, int):
@@ -207,7 +209,7 @@ class Obtaining:
                 )
             else:
                 self._bind(place).added = True
-        self._close_given(heir.listeners[index] for index in found.dropped)
+        self._close_given(inherited.listeners[index] for index in found.dropped)
         had = {each.bind for each in given}
         for bind in dict.fromkeys(wanted[at].bind for at in found.added if wanted[at].bind not in had):
             log.emit("listener.added", bind=bind)

@@ -27,13 +27,20 @@ from typing import Any
 
 from zdd_web import log
 from zdd_web.board import ListenerRecord, Slot
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 from zdd_web.listeners import socket_file
 from zdd_web.listeners.accept_queue import is_empty
 from zdd_web.listeners.matching import Address
 from zdd_web.listeners.reuseport import bpf
 from zdd_web.listeners.reuseport.arrivals import Arrivals
-from zdd_web.listeners.reuseport.drain import Farewell, Neighbour, Others, Steering, others_that_stay, strangers
+from zdd_web.listeners.reuseport.drain import (
+    Others,
+    PeerGeneration,
+    PortDrain,
+    Steering,
+    foreign_listeners,
+    others_that_stay,
+)
 from zdd_web.listeners.reuseport.queues import Queues, new_epoll
 from zdd_web.system import clock
 
@@ -112,18 +119,18 @@ class Listener:
         """Say so on the board."""
         self.listens = True
         self.record.inode = bpf.inode(self.socket)
-        self.say(Door.OPEN)
+        self.set_admission(Admission.OPEN)
 
     def stop_listening(self) -> None:
         """End its queue, whoever else has a copy of it; it stays bound."""
         self.socket.shutdown(socket.SHUT_RD)
         self.listens = False
-        self.say(Door.IDLE)
+        self.set_admission(Admission.BOUND)
 
-    def say(self, door: Door) -> None:
+    def set_admission(self, door: Admission) -> None:
         """Tell workers and the operator how far it lets new connections in."""
         self.record.settled = 0
-        self.record.door_since = clock.now_ns()
+        self.record.blocked_since = clock.now_ns()
         self.record.door = door
 
 
@@ -140,13 +147,13 @@ class Port:
     """Those that share one."""
 
     def __init__(
-        self, members: Sequence[Listener], backlog: int, elders: Iterable[int] = (), *, ordered: bool = True
+        self, members: Sequence[Listener], backlog: int, earlier: Iterable[int] = (), *, ordered: bool = True
     ) -> None:
-        """Take them; those that listen as they stand in the group, if `ordered`, behind the `elders`."""
+        """Take them; those that listen as they stand in the group, if `ordered`, behind the `earlier`."""
         self.members, self._backlog = members, backlog
         self.number: int = members[0].sock.getsockname()[1]
         self._order = [each for each in members if each.listens]
-        self._elders = frozenset(elders)
+        self._elders = frozenset(earlier)
         #: Whether they are known to stand in that order.
         self._is_ordered = ordered
         self._epoll = new_epoll(len(members))
@@ -155,9 +162,9 @@ class Port:
             if each.listens:
                 self._epoll.register(each.socket.fileno(), select.EPOLLIN)
             else:
-                each.say(Door.IDLE)
+                each.set_admission(Admission.BOUND)
         self._closing: Steering | None = None
-        self._farewell: Farewell | None = None
+        self._farewell: PortDrain | None = None
         self._looked_at = clock.NEVER
 
     def in_order(self) -> list[Listener]:
@@ -231,7 +238,7 @@ class Port:
         last, staying = self._order[-1], len(self._order) - 1
         self._say_that_it_changes(staying)
         self._closing = Steering(self.number, [last.socket], 0, staying)
-        last.say(Door.STEERED)
+        last.set_admission(Admission.STEERED)
 
     def _say_that_it_changes(self, wanted: int) -> None:
         log.emit("listener.queues", bind=self.members[0].bind, before=len(self._order), wanted=wanted)
@@ -252,19 +259,19 @@ class Port:
         if self._closing is not None:
             self._closing = None
             bpf.let_the_kernel_choose(self._order[0].socket)
-            self._order[-1].say(Door.OPEN)
+            self._order[-1].set_admission(Admission.OPEN)
 
     # -- who else is here
 
     def _strangers(self) -> frozenset[int]:
-        return strangers(self.number, [each.socket for each in self.members])
+        return foreign_listeners(self.number, [each.socket for each in self.members])
 
     def _is_shared(self) -> bool:
         there = self._strangers()
-        self._follow_elders(there)
+        self._follow_earlier(there)
         return bool(there)
 
-    def _follow_elders(self, there: frozenset[int]) -> None:
+    def _follow_earlier(self, there: frozenset[int]) -> None:
         """Put our order right when those that stood before ours have left."""
         left = self._elders - there
         if not left:
@@ -284,27 +291,27 @@ class Port:
         """Whether new connections go to somebody else."""
         return self._farewell is not None
 
-    def leave_to_others(self, neighbours: Iterable[Neighbour]) -> None:
+    def leave_to_others(self, neighbours: Iterable[PeerGeneration]) -> None:
         """Steer new connections to whoever else is on the port, if somebody stays. Raises OSError."""
         self.hold()
         others = self._others(neighbours)
         if others is None:
             return
-        self._farewell = Farewell(self.number, [each.socket for each in self._order], others)
+        self._farewell = PortDrain(self.number, [each.socket for each in self._order], others)
         for each in self._order:
-            each.say(Door.STEERED)
+            each.set_admission(Admission.STEERED)
         log.emit("listener.steered", port=self.number, listeners=len(self._order), others=others.count,
                  migrates="yes" if bpf.migrates() else "no")  # fmt: skip
 
-    def others_stay(self, neighbours: Iterable[Neighbour]) -> bool:
+    def others_stay(self, neighbours: Iterable[PeerGeneration]) -> bool:
         """Tell whether somebody whom new connections go to is there for good. Raises OSError."""
         return self._others(neighbours) is not None
 
-    def _others(self, neighbours: Iterable[Neighbour]) -> Others | None:
+    def _others(self, neighbours: Iterable[PeerGeneration]) -> Others | None:
         if not self._order:
             return None
         there = self._strangers()
-        self._follow_elders(there)
+        self._follow_earlier(there)
         return others_that_stay(there, self._elders, len(self._order), neighbours)
 
     def follow_farewell(self) -> None:

@@ -28,16 +28,16 @@ from typing import Any
 
 from zdd_web import log, service
 from zdd_web.board import LAYOUT, Board, Slot
-from zdd_web.board.admission import Door
+from zdd_web.board.admission import Admission
 from zdd_web.errors import ListenerError
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.handoff.handover import Inheritance
-from zdd_web.gunicorn.sockets.factory import Obtaining, paths_added
+from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
 from zdd_web.lifecycle import Phase
-from zdd_web.listeners.accept_queue import close_door, open_door, queue
-from zdd_web.listeners.reuseport.drain import Neighbour
+from zdd_web.listeners.accept_queue import allow_new_connections, block_new_connections, queue
+from zdd_web.listeners.reuseport.drain import PeerGeneration
 from zdd_web.settings import Settings
 from zdd_web.system import clock, sd_listen_fds
 
@@ -45,13 +45,13 @@ from zdd_web.system import clock, sd_listen_fds
 LOOK_WHETHER_THEY_STAY_EVERY = 0.1
 
 
-class Listening:
+class ListenerManager:
     """The listeners of this generation."""
 
-    def __init__(self, server: Any, board: Board, settings: Settings, heir: Inheritance | None) -> None:
+    def __init__(self, server: Any, board: Board, settings: Settings, inherited: Inheritance | None) -> None:
         """Take what systemd has passed. Raises `ListenerError`."""
         self._server, self._board, self._header, self._settings = server, board, board.header, settings
-        self._heir = heir
+        self._inherited = inherited
         self._mode = settings.listener
         self._shares = self._mode == "reuseport"
         self._all: list[Listener] = []
@@ -61,14 +61,14 @@ class Listening:
         self._given: list[Listener] = []
         self._looked_at, self._look_every = clock.NEVER, LOOK_WHETHER_THEY_STAY_EVERY
         self._activated: tuple[sd_listen_fds.Activated, ...] = ()
-        if heir is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
+        if inherited is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
             if self._shares:
                 raise ListenerError(
                     "LISTENER = 'reuseport' and LISTEN_FDS contradict each other: systemd has made the sockets; use "
                     "LISTENER = 'systemd', or start the service without its socket unit"
                 )
             self._activated = sd_listen_fds.take(os.environ, os.getpid(), settings.systemd_names)
-        elif heir is None and settings.systemd_names:
+        elif inherited is None and settings.systemd_names:
             raise ListenerError(
                 f"SYSTEMD_NAMES = {dict(settings.systemd_names)!r}, and systemd has passed no sockets (LISTEN_FDS): "
                 f"set LISTENER = 'systemd' and start the service by its socket unit, or remove the names"
@@ -86,8 +86,8 @@ class Listening:
 
         Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
-        obtaining = Obtaining(self._server, self._header, self._settings)
-        dropped = obtaining.adopt(self._heir) if self._heir is not None else obtaining.make(self._activated)
+        obtaining = ListenerFactory(self._server, self._header, self._settings)
+        dropped = obtaining.adopt(self._inherited) if self._inherited is not None else obtaining.make(self._activated)
         self._all = obtaining.listeners
         self._publish()
         if self._shares:
@@ -103,12 +103,15 @@ class Listening:
         self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
 
     def _share_ports(self) -> None:
-        groups = {number: (ordered, elders) for number, ordered, elders in (self._heir.groups if self._heir else ())}
+        groups = {
+            number: (ordered, earlier)
+            for number, ordered, earlier in (self._inherited.groups if self._inherited else ())
+        }
         backlog = self._server.cfg.backlog
         for _, members in groupby(sorted(self._all, key=attrgetter("bind")), attrgetter("bind")):
             ours = list(members)
-            ordered, elders = groups.get(ours[0].sock.getsockname()[1], (True, ()))
-            self._ports.append(Port(ours, backlog, elders, ordered=ordered))
+            ordered, earlier = groups.get(ours[0].sock.getsockname()[1], (True, ()))
+            self._ports.append(Port(ours, backlog, earlier, ordered=ordered))
 
     @property
     def added_paths(self) -> list[str]:
@@ -132,10 +135,10 @@ class Listening:
 
     def _name_others(self) -> None:
         known: frozenset[int] = frozenset()
-        elders = [(port, elders) for port in self._ports for _, _, elders in [port.group] if elders]
-        if elders:
+        earlier = [(port, earlier) for port in self._ports for _, _, earlier in [port.group] if earlier]
+        if earlier:
             known = known.union(*(each.listens for each in _neighbours()))
-        for port, inodes in elders:
+        for port, inodes in earlier:
             unknown = len(frozenset(inodes) - known)
             log.emit("listener.shared", logging.WARNING if unknown else logging.INFO, port=port.number,
                      others=len(inodes), unknown=unknown)  # fmt: skip
@@ -193,16 +196,16 @@ class Listening:
     def drop(self, indices: Collection[int]) -> None:
         """Begin to empty those that a successor does not want, before the workers are told to leave."""
         # First of all: without it no worker goes by the doors.
-        self._header.door_since = clock.now_ns()
+        self._header.blocked_since = clock.now_ns()
         for each in [self._given[index] for index in indices if index < len(self._given)]:
             # One that is lent stays as it is, open too: it could not be had again.
             each.dropped = not each.is_lent
             if not each.dropped:
-                each.say(Door.KEPT)
+                each.set_admission(Admission.HANDED_OFF)
         self._leave_ports_to_others(port for port in self._ports if port.members[0].dropped)
         for each in self._all:
             if each.dropped and each.listens and not self._is_left_to_others(each):
-                each.say(close_door(each.socket))
+                each.set_admission(block_new_connections(each.socket))
 
     def close_dropped(self) -> None:
         """Close them, when no worker accepts any more."""
@@ -221,7 +224,7 @@ class Listening:
 
     def take_back(self) -> None:
         """Listen on them again, as far as possible: the successor that did not want them is gone."""
-        self._header.door_since = 0
+        self._header.blocked_since = 0
         dropped = [each for each in self._all if each.dropped]
         for port in self._ports:
             port.stop_steering()
@@ -237,12 +240,12 @@ class Listening:
                 # No worker could be forked with it; nor does anybody accept from others on its port.
                 each.sock.close()
                 each.listens = False
-                each.say(Door.IDLE)
+                each.set_admission(Admission.BOUND)
         for bind, why in lost.items():
             log.emit("listener.lost", logging.ERROR, bind=bind, error=why)
         for each in self._all:
             if each.listens:
-                each.say(Door.OPEN)
+                each.set_admission(Admission.OPEN)
         self._ports = [self._taken_back(port, dropped) for port in self._ports if port.members[0].is_open]
         self._publish()
 
@@ -257,32 +260,32 @@ class Listening:
             if each.listens:
                 each.listen(backlog)
         elif each.listens:
-            open_door(each.socket, backlog)
+            allow_new_connections(each.socket, backlog)
 
     def keep(self, *, but_added: bool) -> None:
         """Leave the queues to somebody else, who serves or will; `but_added`: shut those that nobody else has."""
         self.hold()
-        self._header.door_since = clock.now_ns()
+        self._header.blocked_since = clock.now_ns()
         for each in self._all:
             if but_added and each.added:
                 self._shut_alone(each)
             elif each.listens:
-                each.say(Door.KEPT)
+                each.set_admission(Admission.HANDED_OFF)
 
     def shut(self) -> None:
         """Let nobody new in, for good: the service stops."""
         # First of all: what fails below is not tried at each turn.
-        self._header.door_since = clock.now_ns()
+        self._header.blocked_since = clock.now_ns()
         self._leave_ports_to_others(self._ports)
         for each in self._all:
             if each.is_lent:
-                each.say(Door.KEPT)
+                each.set_admission(Admission.HANDED_OFF)
             elif not self._is_left_to_others(each):
                 self._shut_alone(each)
 
     def _shut_alone(self, each: Listener) -> None:
         if each.listens and each.is_open:
-            each.say(close_door(each.socket))
+            each.set_admission(block_new_connections(each.socket))
         if not self._shares:
             # The workers have their own: the last of them closes the queue, right after it has found it empty.
             self._close(each, for_good=True)
@@ -342,9 +345,9 @@ class Listening:
         each.sock.close()
 
 
-def _neighbours() -> list[Neighbour]:
+def _neighbours() -> list[PeerGeneration]:
     return [
-        Neighbour(
+        PeerGeneration(
             listens=frozenset(record.inode for record, _ in each.board.listener_records()),
             stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
         )

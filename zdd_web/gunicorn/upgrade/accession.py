@@ -15,23 +15,23 @@ from zdd_web.errors import BoardError
 from zdd_web.gunicorn.adapter import compat, logger_class
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.sockets.manager import Listening
+from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.system import boot_log, clock, pauses, proc
 
 #: Seconds in which a master that was killed is gone for good, also on a machine that is short of everything.
 GIVEN_UP_AFTER = 5.0
 
 
-class Succession:
+class PredecessorLink:
     """What a new master inherited, and how far it has come towards office."""
 
-    def __init__(self, heir: Inheritance, server: Any, board: Board) -> None:
-        self.heir, self._server, self._board = heir, server, board
-        self._channel = heir.open_channel()
+    def __init__(self, inherited: Inheritance, server: Any, board: Board) -> None:
+        self.inherited, self._server, self._board = inherited, server, board
+        self._channel = inherited.open_channel()
         #: Copies what this generation says to the boot log, until it is in office.
-        self.handler: boot_log.Handler | None = boot_log.Handler(heir.boot_log)
+        self.handler: boot_log.Handler | None = boot_log.Handler(inherited.boot_log)
         self.alone = False
-        self.in_office = False
+        self.is_active = False
         self._asked = False
         self._told = False
         self._ended_at = clock.NEVER
@@ -40,13 +40,13 @@ class Succession:
         self.reopen_number = 0
         self._pid_file = ""
         self._predecessors: Board | None = None
-        if heir.board >= 0:
+        if inherited.board >= 0:
             try:
-                self._predecessors = Board.open(heir.board)
+                self._predecessors = Board.open(inherited.board)
             except (BoardError, OSError, ValueError):
                 pass  # counters begin anew
             finally:
-                os.close(heir.board)
+                os.close(inherited.board)
 
     @property
     def predecessors(self) -> Board | None:
@@ -67,11 +67,11 @@ class Succession:
         else:
             self._server.log = logger_class.Copying(self._server.log, self.handler)
             log.use_gunicorn(self._server.log)
-        if not self.heir.taken:
-            boot_log.give_back_stderr(self.heir.stderr, self.heir.boot_log)
+        if not self.inherited.taken:
+            boot_log.give_back_stderr(self.inherited.stderr, self.inherited.boot_log)
         self._channel.send("speaks")
 
-    def adopt(self, listening: Listening) -> None:
+    def adopt(self, listening: ListenerManager) -> None:
         """Make the inherited listeners this master's, and introduce it to its predecessor.
 
         Raises `UpgradeError` or `ListenerError` when the configuration wants what cannot be had.
@@ -80,7 +80,7 @@ class Succession:
         self._server.cfg.set("pidfile", self._pid_file or None)
         dropped = listening.take()
         # gunicorn's stop() unlinks Unix sockets while this is 0 (arbiter.py:449): not before they are ours alone.
-        self._server.master_pid = self.heir.predecessor
+        self._server.master_pid = self.inherited.predecessor
         compat.hold_control_server(self._server)
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path, dropped=dropped,
@@ -112,37 +112,37 @@ class Succession:
                 self._end()
         if self._given_up is not None or not self._channel.ended:
             return False
-        if not self.in_office and self._predecessor_lives():
+        if not self.is_active and self._predecessor_lives():
             # A process's descriptors close a moment before it is gone. One that stays has given this master up.
             self._ended_at = self._ended_at or clock.now_ns()
             if pauses.since(self._ended_at) > GIVEN_UP_AFTER:
                 raise HaltServer("the predecessor has given this generation up", 1)
             return False
-        if not self.in_office and not self.alone:
+        if not self.is_active and not self.alone:
             self.alone = True
             log.emit(
                 "predecessor.lost",
                 logging.WARNING,
-                predecessor=self.heir.predecessor,
+                predecessor=self.inherited.predecessor,
             )
         if self._board.header.ready_at:
             self.about_to_serve()
         if self._predecessors is not None:
             # Once more: what it wrote last.
             metrics.carry(self._board, self._predecessors)
-        return self.in_office
+        return self.is_active
 
     def _predecessor_lives(self) -> bool:
-        if not self.heir.taken:
-            return os.getppid() == self.heir.predecessor
+        if not self.inherited.taken:
+            return os.getppid() == self.inherited.predecessor
         # One in another pid namespace cannot be looked at; it would have said that it gives this one up.
-        return proc.alive(self.heir.predecessor, self.heir.predecessor_start)
+        return proc.alive(self.inherited.predecessor, self.inherited.predecessor_start)
 
     def _end(self) -> None:
         """End because the predecessor, which is not this one's parent and cannot simply kill it, has given it up."""
-        log.emit("upgrade.given_up", logging.ERROR, predecessor=self.heir.predecessor, reason=self._given_up)
+        log.emit("upgrade.given_up", logging.ERROR, predecessor=self.inherited.predecessor, reason=self._given_up)
         # Whatever it was told before: the listeners and their paths are the other's.
-        self.in_office = False
+        self.is_active = False
         if self._board.header.ready_at:
             # Its gate is open: what it has in hand it finishes.
             self._server.handle_term()
@@ -153,7 +153,7 @@ class Succession:
 
     def about_to_serve(self) -> None:
         """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""
-        if self.alone and not self.in_office:
+        if self.alone and not self.is_active:
             self._take_office()
 
     def release(self) -> None:
@@ -183,7 +183,7 @@ class Succession:
 
     def _take_office(self) -> None:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
-        self.in_office = True
+        self.is_active = True
         self._server.master_pid = 0
         if self.handler is not None:
             self.handler.end()

@@ -27,8 +27,8 @@ from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
 from zdd_web.gunicorn.termination_message import first_boot
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
-from zdd_web.gunicorn.upgrade.external_successor import Newcomer
-from zdd_web.gunicorn.upgrade.identity import Office
+from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
+from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.orphans import Orphans
 from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 LAST_ACCEPTS_WITHIN = 2.0
 
 
-def _word_of(board: Board) -> tuple[int, str]:
+def _successor_health(board: Board) -> tuple[int, str]:
     """Return the phase that a successor's probes speak of, and what is wrong with it while it serves."""
     header = board.header
     if header.layout != LAYOUT:
@@ -60,27 +60,27 @@ def _word_of(board: Board) -> tuple[int, str]:
     return header.phase, "; ".join(each.name if each.is_check else f"{each.name}: {each.text}" for each in failed)
 
 
-class Deploy:
+class UpgradeCoordinator:
     """What this master knows of its successor, if there is one."""
 
-    def __init__(self, master: Master, launch: Launch, heir: Inheritance | None) -> None:
+    def __init__(self, master: Master, launch: Launch, inherited: Inheritance | None) -> None:
         self._master, self._launch = master, launch
         self._server, self._header, self._settings = master.server, master.header, master.settings
-        self.ancestors = Ancestors(heir.ancestors if heir else ())
+        self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         env_file = self._settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
         #: A successor that was told to stop, together with this generation, when it had requests in hand already.
         self.cancelled: Upgrade | None = None
         #: Successors that were given up, are nobody's children here, and have not ended yet.
-        self._given_up: list[Newcomer] = []
+        self._given_up: list[ExternalSuccessor] = []
         #: Workers of successors whose master was killed after `go`.
         self._orphans: list[Orphans] = []
         #: Whoever has started this process waits for its pid.
-        self._was_started = heir is None or heir.taken
+        self._was_started = inherited is None or inherited.taken
         self._boot_log: BootLog | None = None
-        self._office = Office(master.server, master.supervisor)
-        self._when_in_office = False
+        self._identity = ServiceIdentity(master.server, master.notifier)
+        self._when_active = False
         self._line: Line | None = None
 
     def request(self) -> None:
@@ -88,9 +88,9 @@ class Deploy:
         if self.forwards(signal.SIGUSR2):
             return
         master = self._master
-        if master.awaits_office and master.phase is Phase.SERVING:
+        if master.awaits_promotion and master.phase is Phase.SERVING:
             # A deploy right after a deploy: a second at most, and worth waiting for.
-            self._when_in_office = True
+            self._when_active = True
             return
         try:
             self._refuse_unless_possible()
@@ -103,11 +103,11 @@ class Deploy:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
-            guarded("systemd", master.supervisor.refused)("upgrade", str(error))
+            guarded("systemd", master.notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        guarded("systemd", master.supervisor.upgrade_began)()
+        guarded("systemd", master.notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
         self._outcome(UpgradeState.BOOTING, "")
@@ -126,7 +126,7 @@ class Deploy:
             self._refuse_unless_possible(forks=False)
             boot_log = self._new_boot_log()
             inheritance = self._inheritance(boot_log)
-            self.upgrade = Newcomer.welcome(
+            self.upgrade = ExternalSuccessor.send_handoff(
                 end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
             )
         except (ZddError, OSError) as error:
@@ -226,8 +226,8 @@ class Deploy:
 
     def follow(self) -> None:
         """Hear the successor and do what its verdict means; the tick's call."""
-        if self._when_in_office and not self._master.awaits_office:
-            self._when_in_office = False
+        if self._when_active and not self._master.awaits_promotion:
+            self._when_active = False
             self.request()
         self._given_up = [each for each in self._given_up if not each.follow_end()]
         self._orphans = [each for each in self._orphans if not each.follow()]
@@ -242,7 +242,7 @@ class Deploy:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
             self._master.listening.close(for_good=False)
         if verdict is not None and verdict.ready:
-            self._let_go(upgrade, verdict.workers)
+            self._approve(upgrade, verdict.workers)
         elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
             self._return_to_office(upgrade, verdict.reason)
         elif verdict is not None:
@@ -253,7 +253,7 @@ class Deploy:
             self.follow_last_accepts()
 
     def _speak_for(self, successor: Board) -> None:
-        self._header.successor_phase, self._header.successor_trouble = _word_of(successor)
+        self._header.successor_phase, self._header.successor_trouble = _successor_health(successor)
 
     def follow_last_accepts(self) -> None:
         """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
@@ -268,9 +268,9 @@ class Deploy:
             self._header.upgrades_done += 1
             self._outcome(UpgradeState.DONE, "")
 
-    def _let_go(self, upgrade: Upgrade, workers: int) -> None:
+    def _approve(self, upgrade: Upgrade, workers: int) -> None:
         try:
-            self._office.prepare(upgrade.pid, upgrade.pid_file)
+            self._identity.prepare(upgrade.pid, upgrade.pid_file)
         except OSError as error:
             self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
             return
@@ -280,15 +280,15 @@ class Deploy:
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
         self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
-        self._office.discard()
-        self._office.forget_attempt(upgrade.pid)
+        self._identity.discard()
+        self._identity.forget_attempt(upgrade.pid)
         self._forget_successor()
         said = upgrade.boot_log.text()
         if said and not upgrade.speaks:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
-        guarded("systemd", self._master.supervisor.upgrade_ended)("failed", reason)
+        guarded("systemd", self._master.notifier.upgrade_ended)("failed", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
@@ -301,7 +301,7 @@ class Deploy:
             # As long as an old generation may take for what it has in hand.
             limit = clock.after_ns(self._settings.retire_timeout)
             self._orphans.append(Orphans(board, upgrade.signal_worker, limit))
-        if isinstance(upgrade, Newcomer) and not upgrade.follow_end():
+        if isinstance(upgrade, ExternalSuccessor) and not upgrade.follow_end():
             self._given_up.append(upgrade)
 
     def end_given_up(self) -> None:
@@ -322,17 +322,17 @@ class Deploy:
     def _commit(self, upgrade: Upgrade) -> None:
         try:
             workers = upgrade.board.header.workers_wanted if upgrade.board is not None else 0
-            self._office.hand_over(upgrade.pid, workers=workers, is_child=upgrade.is_child)
+            self._identity.hand_over(upgrade.pid, workers=workers, is_child=upgrade.is_child)
         except Exception as error:
             # Each step once: tried again at every tick, an error that lasts would hold the upgrade for ever.
             self._fail(upgrade, f"the office cannot be handed over: {type(error).__name__}: {error}")
-            self._office.take_back()
+            self._identity.take_back()
             return
         self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         # First of all: the successor offers itself there when it hears that it is in office.
-        guarded("takeover", self._master.offer.close)()
-        upgrade.hand_over_office()
+        guarded("takeover", self._master.takeover.close)()
+        upgrade.promote_successor()
         if upgrade.dropped:
             guarded("listeners", self._master.listening.drop)(upgrade.dropped)
         self._master.release_predecessor()
@@ -352,13 +352,13 @@ class Deploy:
         # First of all: whatever fails below, there is nobody else to serve.
         self._master.move(Event.SUCCESSOR_LOST)
         guarded("listeners", self._master.listening.take_back)()
-        self._office.take_back()
+        self._identity.take_back()
 
     def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
         if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
             return False
-        current = self._descendants(self.upgrade).in_office()
+        current = self._descendants(self.upgrade).is_active()
         if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
             proc.kill(current.pid, current.board.header.master_start, sig)
         return True
@@ -379,12 +379,12 @@ class Deploy:
         """Whether this is the process that stays: the first of those that have forked each other."""
         return self.leaves_a_keeper and self._was_started
 
-    def services_status(self) -> int | None:
+    def identity_status(self) -> int | None:
         """Return the exit status of the service that this master's successors were; None while one of them lives."""
         upgrade = self.upgrade
         if upgrade is None or upgrade.status is None:
             return None
-        if self._descendants(upgrade).in_office() is not None:
+        if self._descendants(upgrade).is_active() is not None:
             return None
         code = os.waitstatus_to_exitcode(upgrade.status)
         return 128 - code if code < 0 else code
@@ -405,9 +405,9 @@ class Deploy:
             self.cancelled = upgrade
         else:
             self._end(upgrade, now=True, reason=reason)
-        self._office.discard()
+        self._identity.discard()
         self._forget_successor()
-        guarded("systemd", self._master.supervisor.upgrade_ended)("was cancelled", reason)
+        guarded("systemd", self._master.notifier.upgrade_ended)("was cancelled", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
@@ -430,7 +430,7 @@ class Deploy:
             self.cancelled = None
             self._end(upgrade, now=False, reason="")
             return bool(self._orphans)
-        if too_late or upgrade.stands_still():
+        if too_late or upgrade.is_stalled():
             upgrade.end(now=True)
             return False
         return True

@@ -26,7 +26,7 @@ from zdd_web.system.boot_log import BootLog
 ENDS_WITHIN = 2.0
 
 
-class Newcomer(Upgrade):
+class ExternalSuccessor(Upgrade):
     """One successor that has come by itself, from its request to the end of this master."""
 
     is_child = False
@@ -48,7 +48,7 @@ class Newcomer(Upgrade):
         self.speaks = True
 
     @classmethod
-    def welcome(
+    def send_handoff(
         cls,
         end: socket.socket,
         who: fd_passing.Credentials,
@@ -57,7 +57,7 @@ class Newcomer(Upgrade):
         boot_log: BootLog,
         timeout: float,
         commit_window: float,
-    ) -> Newcomer:
+    ) -> ExternalSuccessor:
         """Send what a successor inherits. Raises OSError when it cannot be sent."""
         fields, descriptors = inheritance.to_message()
         fd_passing.send(end, {"kind": "inheritance", **fields}, descriptors)
@@ -99,7 +99,7 @@ class Newcomer(Upgrade):
             self.forget()
             return True
         stuck = self.stage is Stage.BOOTING and (not wait or pauses.since(self._given_up_at) > ENDS_WITHIN)
-        if stuck or self.stands_still():
+        if stuck or self.is_stalled():
             if not self._killable:
                 self.forget()
                 return True

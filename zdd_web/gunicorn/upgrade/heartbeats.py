@@ -77,9 +77,9 @@ class Heartbeats:
     def _workers(self) -> Iterator[WorkerSeen]:
         for slot in self._board.taken_slots():
             if slot.order.pid:
-                yield self._see(slot)
+                yield self._log_verdict_changes(slot)
 
-    def _see(self, slot: Slot) -> WorkerSeen:
+    def _log_verdict_changes(self, slot: Slot) -> WorkerSeen:
         pid, state, kind, beat_at = slot.order.pid, slot.state, slot.heartbeat, slot.beat_at
         known = kind in (Heartbeat.ALWAYS, Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)
         requests = kind != Heartbeat.ALWAYS and slot.in_flight > 0

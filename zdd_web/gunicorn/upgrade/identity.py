@@ -14,13 +14,13 @@ from typing import Any
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.systemd import Supervisor
+from zdd_web.gunicorn.systemd import SystemdNotifier
 
 
-class Office:
+class ServiceIdentity:
     """What this master holds of it, or hands over."""
 
-    def __init__(self, server: Any, supervisor: Supervisor) -> None:
+    def __init__(self, server: Any, supervisor: SystemdNotifier) -> None:
         self._server, self._supervisor = server, supervisor
         self._prepared = ""
 

@@ -143,7 +143,7 @@ class Upgrade:
         self.boot_log.drain()
         for message in self._channel.receive_some():
             if message.kind == "hello":
-                self._meet(message)
+                self._handle_hello(message)
             elif message.kind == "speaks":
                 self.speaks = True
                 self.boot_log.speaks()
@@ -167,7 +167,7 @@ class Upgrade:
                 reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: "
                 + "; ".join(filter(None, [self._how_far(), self.hint])),
             )
-        if self.stands_still():
+        if self.is_stalled():
             reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
             return Verdict(ready=False, reason=reason)
         if self.stage is Stage.COMMITTING and self._window is not None:
@@ -176,7 +176,7 @@ class Upgrade:
                 return Verdict(ready=False, reason=self._judgement.reason)
         return None
 
-    def _meet(self, message: Message) -> None:
+    def _handle_hello(self, message: Message) -> None:
         self.pid_file = str(message.fields.get("pid_file", ""))
         self.dropped = tuple(map(_number, _list(message.fields.get("dropped"))))
         self.added_paths = tuple(map(str, _list(message.fields.get("added_paths"))))
@@ -186,7 +186,7 @@ class Upgrade:
     def _patience(self) -> float:
         return STALE_AFTER_OFFICE if self.stage is Stage.IN_OFFICE else STALE_AFTER
 
-    def stands_still(self) -> bool:
+    def is_stalled(self) -> bool:
         """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
         if self.stage is Stage.BOOTING or self.board is None:
             return False
@@ -213,7 +213,7 @@ class Upgrade:
             and self._judgement.confirmed
         )
 
-    def hand_over_office(self) -> None:
+    def promote_successor(self) -> None:
         """Tell the successor that it is the service now."""
         self.stage = Stage.IN_OFFICE
         self._channel.send("office")
@@ -236,7 +236,7 @@ class Upgrade:
         for message in self._channel.receive_some(MOST_QUEUED):
             # Not heard yet: which workers and paths there are.
             if message.kind == "hello":
-                self._meet(message)
+                self._handle_hello(message)
         self._end_workers(now=now)
         self.forget()
 
@@ -347,12 +347,14 @@ def _exec(
     try:
         stderr = stdio.duplicate_stderr()
         os.dup2(boot_log.output.writer, 2)
-        heir = dataclasses.replace(inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors)
+        inherited = dataclasses.replace(
+            inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors
+        )
         launch = pre_exec(launch)
         # After the hook, which may open what it likes.
-        descriptors.inherit_only(heir.descriptors, launch.descriptors)
+        descriptors.inherit_only(inherited.descriptors, launch.descriptors)
         environ = dict(launch.environ)
-        environ[ENV] = heir.to_environ()
+        environ[ENV] = inherited.to_environ()
         if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
             # systemd's watchdog is the main process's, which this one is to be.
             environ["WATCHDOG_PID"] = str(os.getpid())

@@ -77,7 +77,7 @@ class _Waiting:
     deadline: int
 
 
-class Offer:
+class TakeoverListener:
     """The running master's side: the socket at which it can be found."""
 
     def __init__(self, master: Master) -> None:
@@ -119,7 +119,7 @@ class Offer:
         if not self._settings.takeover:
             return
         master = self._master
-        if master.awaits_office or master.header.successor_pid or master.phase in (Phase.RETIRING, Phase.STOPPED):
+        if master.awaits_promotion or master.header.successor_pid or master.phase in (Phase.RETIRING, Phase.STOPPED):
             self.close()
             return
         if self._rendezvous is None and not self._listen_again():
@@ -180,7 +180,7 @@ class Offer:
         if fields.get("kind") != "takeover" or not isinstance(told, int) or not 0 < told < 1 << 31:
             self._reject(end, who, "what it said is no request")
             return True
-        self._master.deploy.admit(end, who, told, str(name))
+        self._master.coordinator.admit(end, who, told, str(name))
         return True
 
     def _reject(self, end: socket.socket, who: fd_passing.Credentials, reason: str) -> None:
@@ -203,7 +203,7 @@ class Offer:
         """Close, in a worker, what is the master's alone."""
         self._forget()
         if self._rendezvous is not None:
-            self._rendezvous.let_go()
+            self._rendezvous.close_inherited_copy()
 
     def _forget(self) -> None:
         for each in self._waiting:
@@ -276,9 +276,9 @@ def ask(settings: Settings, name: str, pid_file: str) -> Inheritance | None:
         if fields.get("kind") == "refused":
             end.close()
             raise UpgradeError(f"{called}: the running master (pid {who.pid}) refuses: {fields.get('reason')}")
-        heir = Inheritance.from_message(fields, descriptors, end.detach(), who.pid, start)
-        log.emit("takeover.found", predecessor=who.pid, listeners=len(heir.listeners))
-        return heir
+        inherited = Inheritance.from_message(fields, descriptors, end.detach(), who.pid, start)
+        log.emit("takeover.found", predecessor=who.pid, listeners=len(inherited.listeners))
+        return inherited
 
 
 def _refuse(called: str, who: fd_passing.Credentials, pid_file: str) -> None:
@@ -305,10 +305,10 @@ def _refuse(called: str, who: fd_passing.Credentials, pid_file: str) -> None:
         )
 
 
-def decline(heir: Inheritance | None, reason: str) -> None:
+def decline(inherited: Inheritance | None, reason: str) -> None:
     """Tell a master that was asked why this one ends before it could do anything with what it was given."""
-    if heir is not None and heir.taken:
+    if inherited is not None and inherited.taken:
         with contextlib.suppress(OSError):
-            channel = Channel(socket.socket(fileno=os.dup(heir.channel)))
+            channel = Channel(socket.socket(fileno=os.dup(inherited.channel)))
             channel.send("failed", reason=reason)
             channel.close()

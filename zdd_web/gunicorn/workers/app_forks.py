@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: The handlers that gunicorn installs in a worker (base.py:164), by the names it looks them up by.
 HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle_winch")
@@ -37,7 +37,7 @@ HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle
 #: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
 MAP_FIXED = 0x10
 
-_side: WorkerSide | None = None
+_runtime: WorkerRuntime | None = None
 #: The signals that a thread which forks had blocked before.
 _blocked = threading.local()
 _inodes: dict[int, int] = {}
@@ -64,17 +64,17 @@ def ignore(*signals: signal.Signals) -> None:
         signal.signal(sig, OwnHandler(lambda sig, frame: None))
 
 
-def attach(side: WorkerSide) -> None:
+def attach(runtime: WorkerRuntime) -> None:
     """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`."""
-    global _side, _inodes
+    global _runtime, _inodes
     for name in HANDLERS:
-        setattr(side.worker, name, OwnHandler(getattr(side.worker, name)))
-    _side = side
-    _inodes = {fd: os.fstat(fd).st_ino for fd in side.listeners}
+        setattr(runtime.worker, name, OwnHandler(getattr(runtime.worker, name)))
+    _runtime = runtime
+    _inodes = {fd: os.fstat(fd).st_ino for fd in runtime.listeners}
 
 
 def _before() -> None:
-    if _side is not None:
+    if _runtime is not None:
         _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, own_signals())
 
 
@@ -92,17 +92,17 @@ def _in_child() -> None:
 
 
 def _leave_the_worker() -> None:
-    global _side
-    side, _side = _side, None
-    if side is None:
+    global _runtime
+    runtime, _runtime = _runtime, None
+    if runtime is None:
         return
     reset_handlers()
-    slot = side.slot
+    slot = runtime.slot
     size = slot.words.itemsize
     write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
-    side.worker.notify = lambda: None
+    runtime.worker.notify = lambda: None
     close_copies(_inodes)
-    side.family.in_a_child_of_the_app()
+    runtime.adapter.in_a_child_of_the_app()
 
 
 def own_signals() -> list[int]:

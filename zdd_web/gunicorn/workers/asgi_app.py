@@ -10,7 +10,7 @@ from zdd_web.gunicorn.workers.base import request_number
 from zdd_web.settings import REQUEST_HEADER
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.base import Family
+    from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 _NUMBER = REQUEST_HEADER.lower().encode()
 
@@ -37,7 +37,12 @@ class Counted:
     """Counts requests in and out: from the moment their headers are here until the app has returned."""
 
     def __init__(
-        self, app: Callable[..., Any], family: Family, headers: tuple[tuple[bytes, bytes], ...], *, says_close: bool
+        self,
+        app: Callable[..., Any],
+        family: WorkerAdapter,
+        headers: tuple[tuple[bytes, bytes], ...],
+        *,
+        says_close: bool,
     ) -> None:
         self.app = app
         self.websockets: set[Send] = set()
@@ -45,14 +50,14 @@ class Counted:
         self.closing: set[asyncio.Task[None]] = set()
         #: What the app said of a lifespan start-up that failed.
         self.startup_error: str | None = None
-        self._family, self._side, self._headers, self._says_close = family, family.side, headers, says_close
+        self._family, self._runtime, self._headers, self._says_close = family, family.runtime, headers, says_close
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
             asked = _Asked(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
             noted = _Noted()
-            self._side.request_started(None, asked)
+            self._runtime.request_started(None, asked)
             try:
                 await self.app(scope, receive, self._noting(send, noted, scope))
             except Exception:
@@ -61,10 +66,10 @@ class Counted:
                 raise
             finally:
                 if noted.error:
-                    self._side.count_server_error(asked)
+                    self._runtime.count_server_error(asked)
                 # What is cut at the deadline stays in the count.
                 if not self._family.has_cut:
-                    self._side.request_finished(None, None, None, None)
+                    self._runtime.request_finished(None, None, None, None)
         elif scope["type"] == "websocket":
             self.websockets.add(send)
             try:
@@ -93,7 +98,7 @@ class Counted:
                 noted.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *ours]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
-                if http1 and self._says_close and self._side.process.is_leaving():
+                if http1 and self._says_close and self._runtime.process.is_leaving():
                     headers = [each for each in headers if each[0].lower() != b"connection"]
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}

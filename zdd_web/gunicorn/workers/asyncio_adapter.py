@@ -24,14 +24,14 @@ from gunicorn.workers.base import Worker
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
 from zdd_web.gunicorn.workers.asgi_app import Counted
-from zdd_web.gunicorn.workers.base import LINGER, Family, Leaving
+from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter
 from zdd_web.gunicorn.workers.queue_server import QueuesServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
@@ -43,7 +43,7 @@ SETTLE = 0.2
 FAREWELL = 5.0
 
 
-class Loop(Family):
+class AsyncioAdapter(WorkerAdapter):
     """What both have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
@@ -53,8 +53,8 @@ class Loop(Family):
     #: Whether a reply is to say `Connection: close` itself.
     says_close = True
 
-    def __init__(self, side: WorkerSide) -> None:
-        super().__init__(side)
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        super().__init__(runtime)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.servers: list[asyncio.Server | QueuesServer] = []
         #: When each was accepted, monotonic nanoseconds.
@@ -68,7 +68,7 @@ class Loop(Family):
     # -- boot
 
     def enter(self) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
@@ -76,27 +76,27 @@ class Loop(Family):
 
     def count(self, app: Callable[..., Any]) -> Counted:
         """Put what counts between the server and the app."""
-        header, generation = self.side.settings.generation_header, self.side.board.header.generation
+        header, generation = self.runtime.settings.generation_header, self.runtime.board.header.generation
         named = ((header.lower().encode(), str(generation).encode()),) if header else ()
         self.app = Counted(app, self, named, says_close=self.says_close)
         return self.app
 
     def run(self, run: Callable[[], None]) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         try:
             run()
         except SystemExit as error:
-            if error.code and self.side.slot.state == WorkerState.BOOTING:
+            if error.code and self.runtime.slot.state == WorkerState.BOOTING:
                 self._could_not_boot()
             raise
-        if self.side.slot.state == WorkerState.BOOTING:
+        if self.runtime.slot.state == WorkerState.BOOTING:
             # So gunicorn up to 26 says that the start-up failed of an app that must have one.
             self._could_not_boot()
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
 
     def _could_not_boot(self) -> None:
-        if not self.side.boot_has_failed:
-            with contextlib.suppress(RuntimeError), self.side.boot_step():
+        if not self.runtime.boot_has_failed:
+            with contextlib.suppress(RuntimeError), self.runtime.boot_step():
                 self._raise_startup_error("see the log")
 
     def _raise_startup_error(self, why: str | None) -> None:
@@ -137,8 +137,8 @@ class Loop(Family):
         async def shutdown(*arguments: Any) -> None:
             # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
             # by the deadline is left, and logged when the loop is closed.
-            while self.side.threads_left(pools_only=True):
-                left = clock.remaining(self.side.threads_deadline())
+            while self.runtime.threads_left(pools_only=True):
+                left = clock.remaining(self.runtime.threads_deadline())
                 if left == 0:
                     return
                 await asyncio.sleep(TURN if left is None else min(TURN, left))
@@ -153,40 +153,40 @@ class Loop(Family):
         if self._at_gate:
             return
         self._at_gate = True
-        side = self.side
+        runtime = self.runtime
         assert self.loop is not None and self.app is not None
         try:
-            with side.boot_step():
+            with runtime.boot_step():
                 # gunicorn up to 26 serves such an app.
                 self._raise_startup_error(None)
-                await warm_up_asgi(self.app.app, side.settings.warmup, side.boot.step)
+                await warm_up_asgi(self.app.app, runtime.settings.warmup, runtime.boot.step)
                 # The loop goes on beating.
-                await asyncio.to_thread(side.pass_checks, lambda: None, self.loop)
+                await asyncio.to_thread(runtime.pass_checks, lambda: None, self.loop)
         except Exception:
             # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-        side.arrive_at_gate()
+        runtime.arrive_at_gate()
         opened = asyncio.Event()
-        self.loop.add_reader(side.gate.fileno(), opened.set)
+        self.loop.add_reader(runtime.gate.fileno(), opened.set)
         try:
             await opened.wait()
         finally:
-            self.loop.remove_reader(side.gate.fileno())
-        side.gate.look(side.board)
-        side.pass_gate()
+            self.loop.remove_reader(runtime.gate.fileno())
+        runtime.gate.look(runtime.board)
+        runtime.pass_gate()
         # The next heartbeat is due a whole interval from here: the predecessor waits for it.
         self._turn()
 
     # -- the way out
 
     def _handle_exit(self, sig: int, frame: Any) -> None:
-        if self.loop is None or self.side.slot.state == WorkerState.BOOTING:
-            self.side.handle_exit(sig, frame)
+        if self.loop is None or self.runtime.slot.state == WorkerState.BOOTING:
+            self.runtime.handle_exit(sig, frame)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._obey_term)
 
     def _obey_term(self) -> None:
-        self.side.handle_exit(signal.SIGTERM, None)
+        self.runtime.handle_exit(signal.SIGTERM, None)
         self._turn()
 
     def _turn(self) -> None:
@@ -195,9 +195,9 @@ class Loop(Family):
         if self._timer is not None:
             self._timer.cancel()
         try:
-            self.side.notify()
+            self.runtime.notify()
         finally:
-            self._timer = self.loop.call_later(TURN if self.side.is_finishing else self.interval, self._turn)
+            self._timer = self.loop.call_later(TURN if self.runtime.is_finishing else self.interval, self._turn)
 
     def stop_accepting(self) -> None:
         """Close the listeners of this process."""
@@ -206,22 +206,22 @@ class Loop(Family):
             server.close()
 
     def wake(self) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         assert self.loop is not None
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._turn)
 
     def leaving(self) -> Leaving | None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         return _Drain(self)
 
     def in_a_child_of_the_app(self) -> None:
-        """See `Family`: asyncio's loop does not run there."""
+        """See `WorkerAdapter`: asyncio's loop does not run there."""
 
     def is_on_new_connection(self, request: Any) -> bool:
-        """See `Family`: a scope does not tell; connections that were open before the stop are known by their peers."""
+        """See `WorkerAdapter`: a scope does not tell; connections open before the stop are known by their peers."""
         if self._peers_before_the_stop is None:
-            since = self.side.board.header.stop_since
+            since = self.runtime.board.header.stop_since
             before = [each for each, at in list(self.connections.items()) if at < since and each.transport is not None]
             self._peers_before_the_stop = {_peer(each.transport.get_extra_info("peername")) for each in before}
         # uvicorn has put a forwarded address into the scope.
@@ -239,9 +239,9 @@ class Loop(Family):
         raise NotImplementedError
 
     def end_now(self, status: int) -> NoReturn:
-        """See `Family`: SystemExit would be taken for an error of the app that happens to run (h11_impl.py:414)."""
+        """See `WorkerAdapter`: SystemExit would be taken for an error of the app that runs (h11_impl.py:414)."""
         try:
-            self.side.last_word()
+            self.runtime.run_exit_hook()
         finally:
             os._exit(status)
 
@@ -254,31 +254,31 @@ def _peer(address: Any) -> Any:
 class _Drain:
     """A worker between the order to leave and the end of its loop."""
 
-    def __init__(self, family: Loop) -> None:
-        self._family, self._side = family, family.side
+    def __init__(self, family: AsyncioAdapter) -> None:
+        self._family, self._runtime = family, family.runtime
         self._since: float | None = None
 
     def over(self) -> bool:
         """See `Leaving`."""
-        family, side = self._family, self._side
+        family, runtime = self._family, self._runtime
         if self._since is None:
             self._since = time.monotonic()
             family.stop_accepting()
-        if side.slot.in_flight:
+        if runtime.slot.in_flight:
             # What is cut stays in the count.
-            family.has_cut = clock.passed(side.process.deadline_ns)
+            family.has_cut = clock.passed(runtime.process.deadline_ns)
             if family.has_cut:
-                side.give_up_background()
+                runtime.give_up_background()
             return family.has_cut
-        if family.is_reading_a_head() and not clock.passed(side.process.deadline_ns):
+        if family.is_reading_a_head() and not clock.passed(runtime.process.deadline_ns):
             return False
         # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
         if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
             return False
-        if not side.background_is_over():
+        if not runtime.background_is_over():
             return False
         # The end of the loop cancels tasks, and who is cancelled is done.
-        side.give_up_background()
+        runtime.give_up_background()
         return True
 
     def _is_connected(self) -> bool:
@@ -290,11 +290,11 @@ class _Drain:
         return any(transport is None or not transport.is_closing() for transport in transports)
 
 
-class AsgiLoop(Loop):
+class AsgiAdapter(AsyncioAdapter):
     """gunicorn.workers.gasgi.ASGIWorker."""
 
-    def __init__(self, side: WorkerSide) -> None:
-        super().__init__(side)
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        super().__init__(runtime)
         self._drained = asyncio.Event()
         from gunicorn.asgi.protocol import ASGIProtocol
 
@@ -304,11 +304,11 @@ class AsgiLoop(Loop):
             # 25 and 26 have no place where it is decided; the header has the client close.
             return
         self.says_close = False
-        will_close, leaving = protocol._will_close, side.process.is_leaving
+        will_close, leaving = protocol._will_close, runtime.process.is_leaving
         protocol._will_close = lambda self, *arguments: leaving() or will_close(self, *arguments)
 
     def stand_at_gate(self) -> None:
-        """See `Family`; the gate itself comes after lifespan start-up."""
+        """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
         worker = self.worker
         worker.asgi = self.count(worker.asgi)
         serve, shutdown = worker._serve, worker._shutdown
@@ -339,7 +339,7 @@ class AsgiLoop(Loop):
         self.worker.alive = False
 
     def end_loop(self) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         self._drained.set()
 
     async def _close_connections(self) -> None:
@@ -357,7 +357,7 @@ class AsgiLoop(Loop):
                 if not (connection.reader or connection._websocket):
                     connection.transport.close()
         since = time.monotonic()
-        while not clock.passed(self.side.process.deadline_ns):
+        while not clock.passed(self.runtime.process.deadline_ns):
             unsent = any(transport.get_write_buffer_size() for transport in transports)
             is_open = not all(transport.is_closing() for transport in transports)
             if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
@@ -365,16 +365,16 @@ class AsgiLoop(Loop):
             await asyncio.sleep(TURN)
 
 
-class UvicornLoop(Loop):
+class UvicornAdapter(AsyncioAdapter):
     """uvicorn_worker.UvicornWorker."""
 
-    def __init__(self, side: WorkerSide) -> None:
-        super().__init__(side)
-        side.worker.config.limit_max_requests = None
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        super().__init__(runtime)
+        runtime.worker.config.limit_max_requests = None
         self._server: Any = None
 
     def stand_at_gate(self) -> None:
-        """See `Family`; the gate itself comes after lifespan start-up."""
+        """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
         self.worker.wsgi = self.count(self.worker.wsgi)
         self.worker._serve = self._serve
 
@@ -395,8 +395,8 @@ class UvicornLoop(Loop):
         return heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:
-        """See `Family`; uvicorn closes what is idle, and websockets with 1012 (server.py:291 of uvicorn 0.54)."""
-        left = clock.remaining(self.side.process.deadline_ns)
+        """See `WorkerAdapter`; uvicorn closes what is idle, and websockets with 1012 (uvicorn 0.54, server.py:291)."""
+        left = clock.remaining(self.runtime.process.deadline_ns)
         config = self.worker.config
         config.timeout_graceful_shutdown = None if left is None else 0 if self.has_cut else max(1, math.ceil(left))
         self._server.should_exit = True

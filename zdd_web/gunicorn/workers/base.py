@@ -18,7 +18,7 @@ from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
 LINGER = compat.WindDown.LINGER
@@ -46,7 +46,7 @@ def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
 MOST_DIGITS = 20
 
 
-class Family:
+class WorkerAdapter:
     """One worker's; made right after the fork, before `init_process()`."""
 
     #: Whether gunicorn's `pre_request` and `post_request` see every request.
@@ -55,11 +55,11 @@ class Family:
     #: Whether requests in hand were given up at the deadline.
     has_cut = False
 
-    def __init__(self, side: WorkerSide) -> None:
-        self.side, self.worker = side, side.worker
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        self.runtime, self.worker = runtime, runtime.worker
         #: The heartbeat, and nothing else: gunicorn's, and the board's.
-        self.beat = on_board(side.worker.notify, side.slot)
-        self._obey: Callable[[int, Any], None] = side.worker.handle_exit
+        self.beat = on_board(runtime.worker.notify, runtime.slot)
+        self._obey: Callable[[int, Any], None] = runtime.worker.handle_exit
 
     @property
     def interval(self) -> float:
@@ -68,7 +68,7 @@ class Family:
 
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
-        slot, words = self.side.slot, self.side.slot.words
+        slot, words = self.runtime.slot, self.runtime.slot.words
         slot.heartbeat = Heartbeat.ALWAYS if compat.beats_always(self.worker) else Heartbeat.BETWEEN_REQUESTS
         at, values = slot.base + Slot.heartbeat.index, (Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)
 
@@ -82,16 +82,16 @@ class Family:
 
     def stand_at_gate(self) -> None:
         """Warm up and wait for the gate; called when the app has been loaded."""
-        side = self.side
-        with side.boot_step():
-            header, generation = side.settings.generation_header, side.board.header.generation
+        runtime = self.runtime
+        with runtime.boot_step():
+            header, generation = runtime.settings.generation_header, runtime.board.header.generation
             if header:
                 self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
-            warm_up(self.worker.wsgi, side.settings.warmup, self.beat, side.boot.step)
-            side.pass_checks(self.beat)
-        side.arrive_at_gate()
-        side.gate.wait(side.board, side.turn, self.interval)
-        side.pass_gate()
+            warm_up(self.worker.wsgi, runtime.settings.warmup, self.beat, runtime.boot.step)
+            runtime.pass_checks(self.beat)
+        runtime.arrive_at_gate()
+        runtime.gate.wait(runtime.board, runtime.turn, self.interval)
+        runtime.pass_gate()
 
     def run(self, run: Callable[[], None]) -> None:
         """Run the worker's loop."""
@@ -119,10 +119,13 @@ class Family:
     def end_loop(self) -> None:
         """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""
         self._obey(signal.SIGTERM, None)
-        if not compat.tell_when_not_accepting(self.worker, self.side.accepts_no_more) and self.side.slot.in_flight:
+        if (
+            not compat.tell_when_not_accepting(self.worker, self.runtime.accepts_no_more)
+            and self.runtime.slot.in_flight
+        ):
             # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
             compat.accept_nobody(self.worker)
-            self.side.accepts_no_more()
+            self.runtime.accepts_no_more()
         self.wake()
 
     def is_on_new_connection(self, request: Any) -> bool:

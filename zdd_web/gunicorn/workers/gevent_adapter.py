@@ -18,28 +18,28 @@ from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn.workers.base import LINGER, Family, on_board
+from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
 from zdd_web.listeners.reuseport.queues import Queues
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 
-class Greenlets(Family):
+class GeventAdapter(WorkerAdapter):
     """gunicorn.workers.ggevent.GeventWorker."""
 
-    def __init__(self, side: WorkerSide) -> None:
-        super().__init__(side)
+    def __init__(self, runtime: WorkerRuntime) -> None:
+        super().__init__(runtime)
         # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
-        self.beat = on_board(functools.partial(Worker.notify, self.worker), side.slot)
+        self.beat = on_board(functools.partial(Worker.notify, self.worker), runtime.slot)
         self._servers: list[Any] = []
         self._idle: dict[Any, _Idle] = {}
         self._main: Any = None
 
     def enter(self) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         super().enter()
-        worker, side, servers = self.worker, self.side, self._servers
+        worker, runtime, servers = self.worker, self.runtime, self._servers
         names: dict[Any, _Named] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
@@ -71,8 +71,8 @@ class Greenlets(Family):
         worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
         self._note_heads()
-        worker.handle_exit = self._in_a_greenlet(side.handle_exit)
-        worker.handle_quit = self._in_a_greenlet(side.handle_quit)
+        worker.handle_exit = self._in_a_greenlet(runtime.handle_exit)
+        worker.handle_quit = self._in_a_greenlet(runtime.handle_quit)
 
     def _patch(self) -> None:
         # It makes gevent's sockets of the listeners (ggevent.py:40).
@@ -98,7 +98,7 @@ class Greenlets(Family):
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
         def handle(sig: int, frame: Any) -> None:
-            if self.side.slot.state == WorkerState.BOOTING:
+            if self.runtime.slot.state == WorkerState.BOOTING:
                 handler(sig, frame)
             else:
                 gevent.spawn(handler, sig, frame)
@@ -106,45 +106,45 @@ class Greenlets(Family):
         return handle
 
     def before_load(self) -> None:
-        """See `Family`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
+        """See `WorkerAdapter`: threads have become greenlets meanwhile, and a lock from before would stop them all."""
         self._main = getcurrent()
         waitgroup.renew_locks()
 
     def wake(self) -> None:
-        """See `Family`."""
+        """See `WorkerAdapter`."""
         gevent.spawn(self.worker.notify)
 
     def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
-        """See `Family`: a thread would be waited for until it has started."""
+        """See `WorkerAdapter`: a thread would be waited for until it has started."""
         gevent.spawn_later(seconds, function, *arguments)
 
     def call_stop_hooks(self) -> None:
-        """See `Family`: one that blocks is not to keep this greenlet from its turns."""
+        """See `WorkerAdapter`: one that blocks is not to keep this greenlet from its turns."""
         gevent.spawn(waitgroup.run_stop_hooks)
 
     def end_loop(self) -> None:
-        """See `Family`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
+        """See `WorkerAdapter`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
         for server in self._servers:
             server.close()
-        self.side.accepts_no_more()
+        self.runtime.accepts_no_more()
         self.worker.alive = False
         # gunicorn waits for as long as `keepalive` for the next request.
         self.later(LINGER, self._close_idle)
 
     def in_a_child_of_the_app(self) -> None:
-        """See `Family`: the greenlets are there too, and the child's hub would accept connections."""
+        """See `WorkerAdapter`: the greenlets are there too, and the child's hub would accept connections."""
         # Not `alive`: the main greenlet would end the child in the middle of its work.
         for server in self._servers:
             server.stop_accepting()
 
     def cut(self) -> None:
-        """See `Family`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` says that they are done."""
-        if self.side.slot.in_flight:
+        """See `WorkerAdapter`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` counts them out."""
+        if self.runtime.slot.in_flight:
             self.has_cut = True
-            self.side.stop_counting()
+            self.runtime.stop_counting()
 
     def frames(self) -> Mapping[int, FrameType]:
-        """See `Family`: threads are greenlets, and their `ident` is the greenlet's address."""
+        """See `WorkerAdapter`: threads are greenlets, and their `ident` is the greenlet's address."""
         greenlets = (each for each in gc.get_objects() if isinstance(each, gevent.Greenlet))
         return {id(each): each.gr_frame for each in greenlets if each.gr_frame is not None}
 
@@ -153,7 +153,7 @@ class Greenlets(Family):
             gevent.get_hub().loop.run_callback(idle.end)
 
     def end_now(self, status: int) -> NoReturn:
-        """See `Family`: in the main greenlet, from any other; elsewhere gunicorn swallows it (base_async.py:127)."""
+        """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it (base_async.py:127)."""
         self._main.throw(SystemExit(status))
         raise AssertionError("the main greenlet came back")
 

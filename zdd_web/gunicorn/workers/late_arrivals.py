@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zdd_web.board import Slot
-    from zdd_web.gunicorn.master.roster import Gone
+    from zdd_web.gunicorn.master.roster import ExitedWorker
 
 #: New connections in the last part of a lame duck mean that others came after it. Load balancers take five seconds at
 #: least: a shorter lame duck does not tell a slow one from one that ignores probes.
@@ -134,7 +134,7 @@ class LateArrivals:
         """How many came on new connections."""
         return sum(self.quarters)
 
-    def add(self, gone: Gone) -> None:
+    def add(self, gone: ExitedWorker) -> None:
         """Count in those of a worker that has ended."""
         self.count += gone.late
         # Of the last new connection; of the last one at all where none was new.

@@ -23,7 +23,7 @@ from zdd_web import log
 from zdd_web.board import Order
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How often a worker looks whose loop has nothing else to do, and one that signals do not reach, seconds.
 LOOK = 1.0
@@ -51,25 +51,25 @@ class Once:
 class Orders:
     """The orders to one worker; `once` is the right to report a replaced handler."""
 
-    def __init__(self, side: WorkerSide, once: Once) -> None:
-        self._side, self._once = side, once
-        self._handler = side.worker.handle_exit
+    def __init__(self, runtime: WorkerRuntime, once: Once) -> None:
+        self._runtime, self._once = runtime, once
+        self._handler = runtime.worker.handle_exit
         self._reported = False
 
     def are_to_leave(self) -> bool:
         """Tell whether this worker is to leave: it was told to, or has no master any more."""
-        return bool(self._side.slot.retire) or os.getppid() != self._side.worker.ppid
+        return bool(self._runtime.slot.retire) or os.getppid() != self._runtime.worker.ppid
 
     def turn(self, beat: Callable[[], None]) -> Callable[[], None]:
         """Return the heartbeat of a worker that serves, which follows orders. A closure: sync beats before requests."""
-        slot, ppid = self._side.slot, self._side.worker.ppid
+        slot, ppid = self._runtime.slot, self._runtime.worker.ppid
         words, retire = slot.words, slot.order.base + Order.retire.index
         handler, getsignal, getppid, term = self._handler, signal.getsignal, os.getppid, signal.SIGTERM
 
         def turn() -> None:
             beat()
             if words[retire] or getppid() != ppid:
-                self._side.follow_orders()
+                self._runtime.follow_orders()
             elif getsignal(term) is not handler and not self._reported:
                 self._report(getsignal(term))
 
@@ -86,10 +86,10 @@ class Orders:
 
     def _look(self) -> None:
         # A greenlet is copied into the processes that the app forks.
-        while os.getpid() == self._side.pid and not self._side.loop_is_over:
+        while os.getpid() == self._runtime.pid and not self._runtime.loop_is_over:
             if self.are_to_leave():
-                self._side.family.wake()
-                self._side.note_deadline()
+                self._runtime.adapter.wake()
+                self._runtime.note_deadline()
             time.sleep(LOOK)
 
 

@@ -1,6 +1,6 @@
 """What differs from one worker class to the next: a file for each family of them.
 
-`WorkerSide` (worker.py) asks its family wherever classes part ways: how a worker waits at the gate, how it stops
+`WorkerRuntime` (worker.py) asks its family wherever classes part ways: how a worker waits at the gate, how it stops
 accepting, how its loop is ended and what it waits for before. Line references are to gunicorn 27.0.1.
 """
 
@@ -9,25 +9,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zdd_web.gunicorn.adapter import compat
-from zdd_web.gunicorn.workers.base import Family
+from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerSide
+    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 
-def family_of(side: WorkerSide) -> Family:
+def adapter_for(runtime: WorkerRuntime) -> WorkerAdapter:
     """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
-    name = compat.family(type(side.worker))
+    name = compat.family(type(runtime.worker))
     if name == "gevent":
-        from zdd_web.gunicorn.workers.gevent_adapter import Greenlets
+        from zdd_web.gunicorn.workers.gevent_adapter import GeventAdapter
 
-        return Greenlets(side)
+        return GeventAdapter(runtime)
     if name == "asgi":
-        from zdd_web.gunicorn.workers.asyncio_adapter import AsgiLoop
+        from zdd_web.gunicorn.workers.asyncio_adapter import AsgiAdapter
 
-        return AsgiLoop(side)
+        return AsgiAdapter(runtime)
     if name == "uvicorn":
-        from zdd_web.gunicorn.workers.asyncio_adapter import UvicornLoop
+        from zdd_web.gunicorn.workers.asyncio_adapter import UvicornAdapter
 
-        return UvicornLoop(side)
-    return Family(side)
+        return UvicornAdapter(runtime)
+    return WorkerAdapter(runtime)

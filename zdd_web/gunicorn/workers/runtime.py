@@ -1,4 +1,4 @@
-"""The worker's side: its slot, the gate, SIGTERM, and the wait for background work.
+"""The worker's runtime: its slot, the gate, SIGTERM, and the wait for background work.
 
 Everything is hung on the worker object between the fork and `init_process()`, which looks the methods up by name when
 it installs its signal handlers and enters its loop.
@@ -25,7 +25,7 @@ from gunicorn.errors import AppImportError
 
 from zdd_web import access_log, checks, log, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
-from zdd_web.board.admission import SHUT, Door
+from zdd_web.board.admission import SHUT, Admission
 from zdd_web.gunicorn import process_exit, settings_sources
 from zdd_web.gunicorn.adapter import compat, gthread, sync
 from zdd_web.gunicorn.log_rotation import reopening
@@ -59,7 +59,7 @@ LAST_SWITCH_INTERVAL = 0.0002
 NO_LIMIT = 86_400
 
 
-class WorkerSide:
+class WorkerRuntime:
     """What zdd_web adds to one gunicorn worker, in that worker's process."""
 
     def __init__(
@@ -95,7 +95,7 @@ class WorkerSide:
         self._last_beat: Callable[[], None] = lambda: None
         self._checks: checks.Runner | None = None
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
-        self.last_word: Callable[[], None] = self.exit
+        self.run_exit_hook: Callable[[], None] = self.exit
         self._limit = compat.take_max_requests(worker)
         self._words, self._seldom_lock = board.header.words, threading.Lock()
         self._late = LateCounter(slot, settings.drain_delay, worker.cfg.forwarded_allow_ips)
@@ -106,8 +106,8 @@ class WorkerSide:
         compat.remember_names(worker)
         gthread.adapt(worker, self.process)
         sync.adapt(worker, self.process)
-        self.family = registry.family_of(self)
-        self._beat = self.family.beat
+        self.adapter = registry.adapter_for(self)
+        self._beat = self.adapter.beat
         self._load: Callable[[], None] = worker.load_wsgi
         self._run: Callable[[], None] = worker.run
 
@@ -120,7 +120,7 @@ class WorkerSide:
         worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
         worker.handle_usr1 = reopening(worker.handle_usr1)
         worker.load_wsgi, worker.run = self.load, self.run
-        self.family.enter()
+        self.adapter.enter()
         app_forks.attach(self)
         #: The heartbeat of a worker that serves.
         worker.notify = self.turn = Orders(self, once).turn(self._beat)
@@ -139,7 +139,7 @@ class WorkerSide:
             self.worker.handle_usr1(signal.SIGUSR1, None)
         with self.boot_step():
             self.boot.step("importing the app")
-            self.family.before_load()
+            self.adapter.before_load()
             self._load()
             self.boot.step("starting up (lifespan, post_worker_init)")
 
@@ -179,12 +179,12 @@ class WorkerSide:
     def stand_at_gate(self) -> None:
         """Warm up and wait for the gate, where the worker class does so; called after the app was loaded."""
         with self.boot_step():
-            self.settings = settings_sources.heard(self.settings)
+            self.settings = settings_sources.apply_app_settings(self.settings)
             checks.load(self.settings.checks)
         if not self.settings.log_probes:
             access_log.leave_probes_out(self.worker.log)
         watch.start()
-        self.family.stand_at_gate()
+        self.adapter.stand_at_gate()
 
     def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
         """Wait until the app's own checks pass; meanwhile the board says which one does not.
@@ -208,7 +208,7 @@ class WorkerSide:
         self.boot.over()
         if not self.worker.alive or self._left or self.slot.retire:
             sys.exit(0)
-        self.process.say(WorkerState.READY)
+        self.process.set_state(WorkerState.READY)
 
     def pass_gate(self) -> None:
         """Say that this worker serves, now that the gate is open."""
@@ -217,7 +217,7 @@ class WorkerSide:
             self.boot_log.end()
             self.boot_log = None
         self.gate.leave()
-        self.process.say(WorkerState.SERVING)
+        self.process.set_state(WorkerState.SERVING)
         if self._checks is not None:
             self._checks.start()
         # From here on requests may be in hand: the master's death means "finish and go".
@@ -236,7 +236,7 @@ class WorkerSide:
             self.leave()
         if self._emptying:
             # One that has lost the last connection to another worker sleeps.
-            self.family.wake()
+            self.adapter.wake()
         if self._left:
             # A stop that came after this worker was told to leave has brought a deadline.
             self._watch_deadline()
@@ -249,14 +249,16 @@ class WorkerSide:
                 os._exit(0)
             header = self.board.header
             nobody_after = phase is Phase.DRAINING and not header.successor_pid
-            shut = header.door_since and any(header.listener(index).door in SHUT for index in self.listeners.values())
+            shut = header.blocked_since and any(
+                header.listener(index).door in SHUT for index in self.listeners.values()
+            )
             if nobody_after or shut:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
                 self.worker.notify = self.notify
-                self.family.wake()
-                self.family.later(SETTLE, self.family.wake)
-                self.family.call_stop_hooks()
+                self.adapter.wake()
+                self.adapter.later(SETTLE, self.adapter.wake)
+                self.adapter.call_stop_hooks()
             else:
                 self.leave()
         elif self._signalled_at and time.monotonic() - self._signalled_at >= PATIENCE:
@@ -265,7 +267,7 @@ class WorkerSide:
                 self.leave()
         elif not self._signalled_at:
             self._signalled_at = time.monotonic()
-            self.family.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
+            self.adapter.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
 
     def follow_orders(self) -> None:
         """Do as the board says, between two turns of the loop: SIGTERM may not have reached this worker."""
@@ -297,7 +299,7 @@ class WorkerSide:
         self.worker.alive = False
         self.worker.cfg.set("graceful_timeout", 0)
         hook(self.worker)
-        self.family.end_now(status)
+        self.adapter.end_now(status)
 
     def notify(self) -> None:
         """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
@@ -316,20 +318,20 @@ class WorkerSide:
         header = self.board.header
         if clock.passed(header.deadline):
             return True
-        if not header.door_since:
+        if not header.blocked_since:
             return accept_queue.is_empty(self.worker.sockets)
         return all(_is_emptied(fd, header.listener(index)) for fd, index in self.listeners.items())
 
     def leave(self) -> None:
         """Have the worker finish what it has and end its loop."""
         self._left = self.process.going = True
-        self._wind_down = self.family.leaving()
+        self._wind_down = self.adapter.leaving()
         if self._wind_down is not None:
             self.worker.notify = self.notify
         else:
             self._end_loop()
         # Last: the app's hooks may take their time.
-        self.family.call_stop_hooks()
+        self.adapter.call_stop_hooks()
 
     @property
     def is_finishing(self) -> bool:
@@ -341,7 +343,7 @@ class WorkerSide:
         left = clock.remaining(self.process.deadline_ns)
         compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
         self._watch_deadline()
-        self.family.end_loop()
+        self.adapter.end_loop()
 
     def _watch_deadline(self) -> None:
         deadline = self.process.deadline_ns
@@ -349,7 +351,7 @@ class WorkerSide:
         # A stop brings an earlier one than a retirement had.
         if left is not None and (not self._watched_deadline or deadline < self._watched_deadline):
             self._watched_deadline = deadline
-            self.family.later(left + 0.02, self._at_the_deadline)
+            self.adapter.later(left + 0.02, self._at_the_deadline)
 
     def accepts_no_more(self) -> None:
         """Say so, and close this worker's listeners: a queue that somebody still holds is not refused but waits."""
@@ -360,19 +362,19 @@ class WorkerSide:
     def note_leaving(self) -> None:
         """Say on the board that this worker accepts nothing more: the master may replace it, an upgrade may be done."""
         if self.slot.state != WorkerState.LEAVING:
-            self.process.say(WorkerState.LEAVING)
+            self.process.set_state(WorkerState.LEAVING)
 
     def run(self) -> None:
         """The worker's loop, then the wait for background work.
 
         Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
         """
-        self.family.run(self._run)
+        self.adapter.run(self._run)
         if os.getpid() != self.pid:
             return  # the app forked, and the child has come back from the view
         self.loop_is_over = True
         # gthread's loop ends at the deadline, whatever its threads do.
-        self.family.has_cut = self.family.has_cut or bool(self.slot.in_flight)
+        self.adapter.has_cut = self.adapter.has_cut or bool(self.slot.in_flight)
         if self._status_now is not None:
             sys.exit(self._status_now)
         self._left = self.process.going = True
@@ -404,7 +406,7 @@ class WorkerSide:
         waitgroup.close_all()
         # Threads that compute would each keep the interpreter for 5 ms whenever this one has written a line.
         sys.setswitchinterval(LAST_SWITCH_INTERVAL)
-        timeout = GIVE_UP_SHARE * self.settings.stop_budget().last_words
+        timeout = GIVE_UP_SHARE * self.settings.stop_budget().abandon_window
         waitgroup.abandon(waitgroup.all_entries(), timeout, self._beat, self._count_abandoned)
 
     def _at_the_deadline(self) -> None:
@@ -416,7 +418,7 @@ class WorkerSide:
             self._watched_deadline = clock.NEVER
             self._watch_deadline()
             return
-        self.family.cut()
+        self.adapter.cut()
         self.give_up_background()
 
     def stop_counting(self) -> None:
@@ -428,8 +430,8 @@ class WorkerSide:
         self.slot.abandoned += tasks
 
     def _run_drained_hooks(self) -> None:
-        deadline, last_words = self.process.deadline_ns, self.settings.stop_budget().last_words
-        until = None if deadline == clock.NEVER else deadline / 1e9 + 0.8 * last_words
+        deadline, abandon_window = self.process.deadline_ns, self.settings.stop_budget().abandon_window
+        until = None if deadline == clock.NEVER else deadline / 1e9 + 0.8 * abandon_window
         waitgroup.run_drained_hooks(until, self._beat)
 
     def background_is_over(self) -> bool:
@@ -456,13 +458,13 @@ class WorkerSide:
     def _finish_threads(self) -> None:
         threads = process_exit.wait(self.threads_left, self.threads_deadline, self._beat)
         self._threads_cut = bool(threads)
-        process_exit.name(threads, self.family.frames)
+        process_exit.name(threads, self.adapter.frames)
         self._last_beat = compat.lasting_heartbeat(self.worker)
 
     def threads_left(self, *, pools_only: bool = False) -> list[threading.Thread]:
         """Return the app's threads that Python would wait for, those aside that work on what is counted elsewhere."""
         tracked = {entry.thread_id for entry in waitgroup.all_entries()}
-        threads = process_exit.waited_for(self.family.own_threads(), self.family.frames, pools_only=pools_only)
+        threads = process_exit.waited_for(self.adapter.own_threads(), self.adapter.frames, pools_only=pools_only)
         return [thread for thread in threads if thread.ident not in tracked]
 
     def threads_deadline(self) -> int:
@@ -484,14 +486,14 @@ class WorkerSide:
         """The last word of the process, after everybody's `worker_exit`."""
         if self._status_now is not None:
             process_exit.end(self._status_now)
-        if self.slot.abandoned or self.family.has_cut:
+        if self.slot.abandoned or self.adapter.has_cut:
             # Python would wait for the threads of the abandoned work.
             process_exit.end(1)
         status = process_exit.status_under_way()
-        if self._threads_cut or (not self.loop_is_over and process_exit.waited_for(frames=self.family.frames)):
+        if self._threads_cut or (not self.loop_is_over and process_exit.waited_for(frames=self.adapter.frames)):
             # Before its loop it has promised nothing; after it, threads have had their time.
             process_exit.end(status)
-        process_exit.bound(self.threads_deadline(), self._last_beat, status, self.family.interval)
+        process_exit.bound(self.threads_deadline(), self._last_beat, status, self.adapter.interval)
 
     # -- requests
 
@@ -502,7 +504,7 @@ class WorkerSide:
         # Probes are sent to the end, by those that act on them.
         if self._words[_PHASE] in STOPPING and not self._is_probe(request):
             by = clock.now_ns() - self.board.header.stop_since
-            self._late.count(request, by, is_new=self.family.is_on_new_connection(request))
+            self._late.count(request, by, is_new=self.adapter.is_on_new_connection(request))
 
     def _is_probe(self, request: Any) -> bool:
         # At the end: an app may be mounted somewhere.
@@ -517,8 +519,8 @@ class WorkerSide:
 
     def request_finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
-        if self._count_out() >= self._limit and not self.slot.weary:
-            self.slot.weary = 1
+        if self._count_out() >= self._limit and not self.slot.recycle_requested:
+            self.slot.recycle_requested = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self.slot.requests)
         # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
         if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
@@ -527,11 +529,11 @@ class WorkerSide:
 
 def _is_emptied(fd: int, listener: ListenerRecord) -> bool:
     """Tell whether nobody waits in a listener's queue, and nobody is on the way into it."""
-    door, since = listener.door, clock.since(listener.door_since)
-    if door not in SHUT or (door == Door.NARROW and since >= NARROW_AT_MOST):
+    door, since = listener.door, clock.since(listener.blocked_since)
+    if door not in SHUT or (door == Admission.LIMITED and since >= NARROW_AT_MOST):
         return True
     # With the door closed, those whose handshake was under way are still to come.
-    if since < SETTLE or (door == Door.STEERED and not listener.settled):
+    if since < SETTLE or (door == Admission.STEERED and not listener.settled):
         return False
     return accept_queue.is_empty([fd])
 

@@ -67,13 +67,13 @@ def let_the_kernel_choose(member: socket.socket) -> bool:
     return True
 
 
-def turned(order: Sequence[_T], elders: int) -> list[_T]:
-    """Return how a group stands when the `elders` members before it have closed, from the last of them to the first.
+def turned(order: Sequence[_T], earlier: int) -> list[_T]:
+    """Return how a group stands when the `earlier` members before it have closed, from the last of them to the first.
 
-    >>> turned(["b0", "b1", "b2"], elders=2)
+    >>> turned(["b0", "b1", "b2"], earlier=2)
     ['b1', 'b2', 'b0']
     """
-    at = -elders % len(order)
+    at = -earlier % len(order)
     return [*order[at:], *order[:at]]
 
 

@@ -19,7 +19,7 @@ FULL_QUEUE_WITHIN = 32.0
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class PeerGeneration:
     """Another generation on this machine: the listeners that it has, by inode, and whether it stops."""
 
     listens: frozenset[int]
@@ -30,15 +30,15 @@ class Neighbour:
 class Others:
     """Those whom connections are left to: `count` members of the group, from index `first` on.
 
-    `elders` came before ours: as many members stand before the first of ours.
+    `earlier` came before ours: as many members stand before the first of ours.
     """
 
-    elders: int
+    earlier: int
     first: int
     count: int
 
 
-def strangers(port: int, ours: Sequence[socket.socket]) -> frozenset[int]:
+def foreign_listeners(port: int, ours: Sequence[socket.socket]) -> frozenset[int]:
     """Return the listeners of somebody else on the address of `ours`, by inode. Raises OSError without /proc."""
     mine = {bpf.inode(each) for each in ours}
     here = bpf.local_address(ours[0])
@@ -49,7 +49,7 @@ def strangers(port: int, ours: Sequence[socket.socket]) -> frozenset[int]:
 
 
 def others_that_stay(
-    there: frozenset[int], elders: frozenset[int], ours: int, neighbours: Iterable[Neighbour]
+    there: frozenset[int], earlier: frozenset[int], ours: int, neighbours: Iterable[PeerGeneration]
 ) -> Others | None:
     """Return whom `ours` listeners may leave their connections to, of the strangers that are there; None for nobody.
 
@@ -57,22 +57,22 @@ def others_that_stay(
 
     >>> younger, older = frozenset({7, 8}), frozenset({5})
     >>> others_that_stay(younger, frozenset(), 3, [])
-    Others(elders=0, first=3, count=2)
+    Others(earlier=0, first=3, count=2)
     >>> others_that_stay(younger | older, older, 3, [])
-    Others(elders=1, first=0, count=1)
-    >>> others_that_stay(younger | older, older, 3, [Neighbour(older, stops=True)])
-    Others(elders=1, first=4, count=2)
-    >>> others_that_stay(younger, frozenset(), 3, [Neighbour(younger, stops=True)])
+    Others(earlier=1, first=0, count=1)
+    >>> others_that_stay(younger | older, older, 3, [PeerGeneration(older, stops=True)])
+    Others(earlier=1, first=4, count=2)
+    >>> others_that_stay(younger, frozenset(), 3, [PeerGeneration(younger, stops=True)])
     """
     neighbours = list(neighbours)
     staying = {inode for each in neighbours if not each.stops for inode in each.listens}
     going = {inode for each in neighbours if each.stops for inode in each.listens} - staying
     if there <= going:
         return None
-    elders &= there
-    if elders and (elders == there or not elders & going):
-        return Others(len(elders), 0, len(elders))
-    return Others(len(elders), len(elders) + ours, len(there - elders))
+    earlier &= there
+    if earlier and (earlier == there or not earlier & going):
+        return Others(len(earlier), 0, len(earlier))
+    return Others(len(earlier), len(earlier) + ours, len(there - earlier))
 
 
 class Steering:
@@ -108,7 +108,7 @@ class Steering:
         return not self._under_way
 
 
-class Farewell(Steering):
+class PortDrain(Steering):
     """All of this master's sockets on a port, in the order in which they stand in the group, on their way out."""
 
     def __init__(self, port: int, ours: Sequence[socket.socket], others: Others) -> None:
@@ -127,6 +127,6 @@ class Farewell(Steering):
     def _targets(self) -> Sequence[int | None]:
         if self._others.first:
             targets = bpf.closing_indices(len(self._ours), self._others.count)
-            return [self._others.elders + target for target in targets]
+            return [self._others.earlier + target for target in targets]
         # Theirs stand before ours: no close moves any of them.
         return [None] * len(self._ours)
