@@ -1,6 +1,6 @@
 """Keep probes that were answered 200 out of an access log, and nothing else.
 
-Under gunicorn, for all its worker classes: `LOG_PROBES = False`. Elsewhere a filter for whoever writes the log:
+Under gunicorn, for all its worker classes: `LOG_PROBES = False`. Elsewhere a filter for the server that writes the log:
 
     "filters": {"probes": {"()": "zdd_web.access_log.ProbeFilter"}},
     "handlers": {"access": {"class": "logging.StreamHandler", "filters": ["probes"]}},

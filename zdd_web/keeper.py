@@ -4,7 +4,7 @@
 
 PID 1 of a container, tini, supervisord and their like take the end of the process they know for the end of the service.
 So the retired master does not exit but execs into this: the same pid, the same children, a few megabytes. It forwards
-the signals that an operator sends to "the service" to the master that is in office now, waits for every
+the signals that an operator sends to "the service" to the master that is active now, waits for every
 orphan that the kernel hands it (it is a subreaper), and ends with the exit status of the last master.
 
 Signals arrive blocked across the exec: one that came in between would have killed the process that must not end. They
@@ -32,7 +32,7 @@ FORWARDED = (
 
 WAITED = (*FORWARDED, signal.SIGCHLD)
 
-#: How often the keeper looks whether the office has changed hands when no signal says so, seconds.
+#: How often the keeper looks which master is active when no signal comes, seconds.
 LOOK = 1.0
 
 #: How long the workers of a master that was killed may take for what they have in hand, seconds: the keeper's end
@@ -79,14 +79,14 @@ def main(name: str, successor: int) -> int:
         if generation is None:
             break
         if generation.serves:
-            # One that still retires when the service was stopped is not who knows how the stop went.
+            # A generation that was still retiring when the service was stopped does not know how the stop went.
             last = generation.pid
         board = generation.board
         caught = signal.sigtimedwait(WAITED, LOOK)
         reap(statuses)
         if caught is None or caught.si_signo == signal.SIGCHLD:
             continue
-        # The office may have changed hands since the last look.
+        # Another master may have become active since the last look.
         generation = line.is_active()
         if generation is not None:
             proc.kill(generation.pid, generation.board.header.master_start, signal.Signals(caught.si_signo))
@@ -114,7 +114,7 @@ def _status_of(pid: int) -> int:
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except (ChildProcessError, ValueError):
-        return 0  # its status was taken by somebody who did not tell
+        return 0  # its status was taken by another waiter
 
 
 if __name__ == "__main__":

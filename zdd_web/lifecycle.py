@@ -72,7 +72,7 @@ SPAWNING = frozenset({Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK})
 #: Work begun in these phases is the last of this generation: replies close their connection, `draining()` is true.
 LEAVING = frozenset({Phase.LAME_DUCK, Phase.DRAINING, Phase.RETIRING, Phase.STOPPED})
 
-#: The whole service stops: what arrives now comes from somebody who does not know it yet.
+#: The whole service stops: a request that arrives now was routed by a balancer that has not noticed yet.
 STOPPING = frozenset({Phase.LAME_DUCK, Phase.DRAINING})
 
 #: A worker obeys SIGTERM at once in these; in the others only when its slot says `retire`.

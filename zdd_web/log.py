@@ -39,13 +39,13 @@ EVENTS = {
     "upgrade.started": "SIGUSR2: a successor was forked; or one that was started takes over",
     "upgrade.left_behind": "environment variables keep paths of the old release, which the new one does not have",
     "upgrade.ready": "all workers of the new generation stand at the gate",
-    "upgrade.committed": "the successor has lived through the commit window and is in office",
+    "upgrade.committed": "the successor has lived through the commit window and is active",
     "upgrade.failed": "the successor was ended; the old generation serves on",
     "upgrade.cancelled": "a stop ended an upgrade under way",
     "upgrade.given_up": "the running master has given up this one, which had begun to take over",
     "takeover.offered": "a new master that is started may take over by this socket",
     "takeover.found": "a master runs already, and hands this one its listeners",
-    "takeover.rejected": "somebody asked to take over who may not, or said nothing that makes sense",
+    "takeover.rejected": "a process asked to take over that may not, or sent nothing that makes sense",
     "takeover.failed": "the socket for takeovers cannot be had; tried again",
     "successor.lost": "the successor ended while this generation retired, which serves again",
     "predecessor.lost": "the old master ended before it answered; the new generation serves",
@@ -56,9 +56,9 @@ EVENTS = {
     "listener.rebound": "the file of a Unix socket was gone, or led to another socket: the path is bound again",
     "listener.unreachable": "the file of a Unix socket that was passed to gunicorn is gone, or leads to another socket",
     "listener.queues": "the number of workers has changed, and with it the number of queues on a port",
-    "listener.shared": "others listen on this port too; `unknown` of them are no service of ours (`ss -ltnp`)",
+    "listener.shared": "others listen on this port too; `unknown` of them are not of a zdd_web service (`ss -ltnp`)",
     "listener.steered": "others listen on this port too: new connections go to them, what waits here is finished",
-    "keeper.started": "the retired master became a keeper: its pid stays, and signals go to the master in office",
+    "keeper.started": "the retired master became a keeper: its pid stays, and signals go to the active master",
     "reload.started": "SIGHUP: a child process tries config and app",
     "reload.done": "the new config is in force; new workers take over as they get ready",
     "refused": "a signal was not obeyed; reason and remedy say why and what to do",
@@ -121,7 +121,7 @@ def format_event(event: str, fields: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".") or "0"
-    # A file name that is no UTF-8 comes as lone surrogates, which no handler can write.
+    # A file name that is not UTF-8 comes as lone surrogates, which no handler can write.
     text = masking.urls(str(value).encode("utf-8", "backslashreplace").decode())
     return text if _BARE.match(text) else _disarmed(escaping.quoted(text))
 

@@ -1,6 +1,6 @@
 """What a service has done and what it is doing, counted from its boards.
 
-Counters go on across workers that come and go: the master adds up what those had counted that are no more. And across
+Counters go on across workers that come and go: the master adds up what workers that have ended had counted. And across
 generations: each begins with the totals of the one before it, and follows that one's board for as long as it drains.
 """
 
@@ -98,12 +98,12 @@ def totals(board: Board, predecessor: Board | None = None) -> Totals:
 
 
 class Collector:
-    """For `prometheus_client`: reads the board whenever somebody scrapes."""
+    """For `prometheus_client`: reads the board at each scrape."""
 
     def __init__(self, board: Board, predecessor: Board | None = None) -> None:
         self._board, self._predecessor = board, predecessor
         self._seen = Totals()
-        #: Names of checks are for those who may see details.
+        #: Names of checks are for scrapers that may see details.
         self.details = True
 
     def collect(self) -> Iterator[Metric]:
@@ -193,6 +193,6 @@ def exposition(collector: Collector, accept: str, *, details: bool = True) -> tu
     try:
         encode, content_type = choose_encoder(accept)
     except (ValueError, TypeError, LookupError):
-        # A version in it that is no number.
+        # A version in it that is not a number.
         encode, content_type = choose_encoder("")
     return content_type, encode(registry)

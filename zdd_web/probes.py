@@ -1,6 +1,6 @@
 """From a board to an answer: what the adaptors and the probe port share.
 
-`look()` reads the board and nothing else, so an answer takes microseconds, however the app and its neighbours are.
+`look()` reads the board and nothing else, so an answer takes microseconds, whatever the app and its dependencies do.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ App = TypeVar("App")
 #: How often a waiting `DrainEvent` looks, seconds.
 LOOK = 0.05
 
-#: A check's result is late by what a busy machine takes to start a thread, seconds; then nobody believes it any more.
+#: A check's result is late by what a busy machine takes to start a thread, seconds; after that it is out of date.
 STALE_SLACK = 5.0
 
 
@@ -167,7 +167,7 @@ def _write(slot: Slot, state: checks.State) -> None:
     limit = state.check.interval + state.check.timeout + STALE_SLACK
     record.fresh_until = state.at + int(limit * 1e9) if state.at else 0
     record.result = state.result
-    # Last: whoever sees it counted sees all of it.
+    # Last: a reader that sees it counted sees all of it.
     slot.checks = max(slot.checks, state.index + 1)
 
 

@@ -121,7 +121,7 @@ def _by_pid(pid: int, owner: int | None, note: Note) -> Generation:
     if generation is None:
         why = "".join(f"; {reason}" for reason in reasons)
         raise ServiceNotFound(
-            f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?{why}"
+            f"process {pid} is not a gunicorn master with zdd_web: does its configuration call install()?{why}"
         )
     if owner not in (None, generation.owner):
         raise ServiceNotFound(f"process {pid} belongs to {user(generation.owner)}, which --user excludes")
@@ -129,7 +129,7 @@ def _by_pid(pid: int, owner: int | None, note: Note) -> Generation:
 
 
 def is_active(candidates: list[Generation]) -> Generation:
-    """Return the generation that a signal to "the service" must go to: the oldest that nobody has succeeded yet."""
+    """Return the generation that a signal to "the service" must go to: the oldest that has no successor yet."""
     seniors = [each for each in candidates if each.serves]
     # During an upgrade both are here; until the commit the older one rules.
     return (seniors or candidates)[0]

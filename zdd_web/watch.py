@@ -1,8 +1,8 @@
 """Tell listeners in this process when the phase of its generation changes.
 
-The board tells nobody that it was written on, so a thread looks at one of its words, five times a second. gunicorn's
-workers start it when the app is loaded, and only where somebody listens; the master, which with `preload_app` has
-loaded the app too, never does. Under gevent it is a greenlet.
+The board does not notify its readers of a write, so a thread looks at one of its words, five times a second. gunicorn's
+workers start it when the app is loaded, and only where a callback is registered; the master, which with `preload_app`
+has loaded the app too, never does. Under gevent it is a greenlet.
 
 A phase that is over before the next look (a lame duck of no length) is left out: `previous` is the one that was told
 last. A worker that leaves looks once more before it finishes its background work.

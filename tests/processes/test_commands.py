@@ -149,7 +149,7 @@ def test_a_stale_pid_file_is_said_to_be_no_service(tmp_path: Path, service: Serv
     (tmp_path / "stale").write_text(f"{os.getpid()}\n")
     done = service.run("upgrade", "--pid-file", str(tmp_path / "stale"))
     assert done.returncode == 2
-    assert "is no gunicorn master with zdd_web" in done.stderr
+    assert "is not a gunicorn master with zdd_web" in done.stderr
     service.stop()
 
 

@@ -436,7 +436,7 @@ def test_what_cannot_be_bound_at_a_start_is_named_with_what_to_do(make_service: 
             (taken, {"takeover": True}, "has found no master to take it from"),
             ("127.0.0.1:99999", {}, "choose one from 1 to 65535"),
             ("127.0.0.1:99999", {"listener": "reuseport"}, "choose one from 1 to 65535"),
-            (f"unix:{tmp_path}/file", {}, "this is no socket"),
+            (f"unix:{tmp_path}/file", {}, "this is not a socket"),
             (f"unix:{tmp_path}/missing/a", {}, "make the directory first"),
         ]
         services = [make_service("sync").configure(f"bind = {bind!r}\n", **more) for bind, more, _ in scenes]

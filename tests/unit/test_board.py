@@ -347,8 +347,8 @@ def test_what_is_no_board_is_refused(tmp_path: Path) -> None:
     for content, said in (
         (b"", "holds 0 bytes, too few for a board"),
         (bytes(size - 1), f"holds {size - 1} bytes, too few"),
-        (bytes(size), "is no board of zdd_web"),
-        (bytes(size + 1), "is no board of zdd_web"),
+        (bytes(size), "is not a board of zdd_web"),
+        (bytes(size + 1), "is not a board of zdd_web"),
     ):
         file = tmp_path / "foreign"
         file.write_bytes(content)
@@ -360,7 +360,7 @@ def test_what_is_no_board_is_refused(tmp_path: Path) -> None:
 def test_board_with_more_slots_than_memory_is_refused(memfd: int) -> None:
     os.ftruncate(memfd, (Header.WORDS + 2 * Slot.WORDS) * WORD)
     os.pwrite(memfd, struct.pack("=5Q", MAGIC, LAYOUT, Header.WORDS, Slot.WORDS, 3), 0)
-    with pytest.raises(BoardError, match="is no board of zdd_web"):
+    with pytest.raises(BoardError, match="is not a board of zdd_web"):
         Board.open(memfd)
     os.pwrite(memfd, struct.pack("=5Q", MAGIC, LAYOUT, Header.WORDS, Slot.WORDS, 2), 0)
     Board.open(memfd).close()

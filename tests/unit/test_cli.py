@@ -95,7 +95,9 @@ def test_pid_of_a_process_that_is_no_master_is_refused(command: str) -> None:
         os.kill(pid, signal.SIGKILL)
         assert status_of(pid) == -signal.SIGKILL
     assert result.exit_code == 2
-    assert f"process {pid} is no gunicorn master with zdd_web: does its configuration call install()?" in result.output
+    assert (
+        f"process {pid} is not a gunicorn master with zdd_web: does its configuration call install()?" in result.output
+    )
 
 
 @pytest.mark.parametrize("pid", [NOBODY, -1])

@@ -161,7 +161,7 @@ def test_paths_that_something_stronger_has_set_stay(ask: Ask, settings: Any, mon
     [
         ({"READYNESS_PATH": "/ready"}, "no such setting 'READYNESS_PATH'; did you mean READINESS_PATH?"),
         ({"READINESS_PATH": "ready"}, "READINESS_PATH = 'ready': must be an absolute path"),
-        (["/ready"], r"\['/ready'\] is no dictionary"),
+        (["/ready"], r"\['/ready'\] is not a dictionary"),
     ],
 )
 def test_settings_that_cannot_work_are_an_error_of_the_start(settings: Any, zdd_web: object, said: str) -> None:

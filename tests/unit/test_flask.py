@@ -206,7 +206,7 @@ def test_path_that_something_stronger_has_set_stays(
     [
         ({"UP": "/up"}, "no such setting 'UP'; known: "),
         ({"HEALTH_PATH": "/up/"}, "HEALTH_PATH = '/up/': must be an absolute path"),
-        ("/up", "'/up' is no dictionary"),
+        ("/up", "'/up' is not a dictionary"),
     ],
 )
 def test_config_that_cannot_work_is_an_error_of_the_extension(app: flask.Flask, zdd_web: object, said: str) -> None:

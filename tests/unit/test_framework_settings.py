@@ -54,8 +54,8 @@ def test_value_that_cannot_work_is_refused(key: str, value: Any, remedy: str) ->
         ({"GRACE_PERIODE": 5}, "no such setting 'GRACE_PERIODE'; did you mean GRACE_PERIOD?"),
         ({"grace_period": 5}, "no such setting 'grace_period'; did you mean GRACE_PERIOD?"),
         ({5: 5}, "no such setting 5; known: ABANDON_STATUS, "),
-        ([("NAME", "shop")], "[('NAME', 'shop')] is no dictionary: write ZDD_WEB = {'GRACE_PERIOD': 30}"),
-        (None, "None is no dictionary"),
+        ([("NAME", "shop")], "[('NAME', 'shop')] is not a dictionary: write ZDD_WEB = {'GRACE_PERIOD': 30}"),
+        (None, "None is not a dictionary"),
     ],
 )
 def test_what_is_no_dictionary_of_settings_is_refused(raw: object, message: str) -> None:

@@ -393,7 +393,7 @@ def test_text_is_marked_as_kubernetes_marks_it() -> None:
         "[-]database no route (in 2 of 2 workers), for 12 s",
         "[+]cache ok",
         "[!]search no route (in 1 of 2 workers), for 0 s",
-        "warn: 'cahe' was to be excluded and is no check here",
+        "warn: 'cahe' was to be excluded and is not a check here",
         "readiness failed: database",
     ]
     # Without being asked when something fails, and not otherwise.
@@ -412,4 +412,4 @@ def test_json_says_the_same() -> None:
         {"name": "search", "status": "warn", "text": "no route", "check": True, "failing_for": 12.3},
         {"name": "cache", "status": "ok", "text": "ok", "check": True},
     ]
-    assert said["warnings"] == ["'x' was to be excluded and is no check here"]
+    assert said["warnings"] == ["'x' was to be excluded and is not a check here"]

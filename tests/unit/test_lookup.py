@@ -450,7 +450,7 @@ def test_copy_of_a_board_outlives_the_file_and_follows_it(name: str) -> None:
     with pytest.raises(BoardError, match="holds 0 bytes"):
         copy.snapshot()
     os.ftruncate(board.fd, 1 << 20)
-    with pytest.raises(BoardError, match="is no board of zdd_web"):
+    with pytest.raises(BoardError, match="is not a board of zdd_web"):
         copy.refresh()
     os.pwrite(board.fd, header(slot_count=3), 0)
     with pytest.raises(BoardError, match="has changed its shape"):

@@ -95,7 +95,7 @@ def not_a_socket() -> int:
 
 WRONG_DESCRIPTORS = [
     (lambda: None, "socket 'web' (descriptor 700) of LISTEN_FDS is closed: ", "must leave it open"),
-    (not_a_socket, "is no socket: ", "must leave it open"),
+    (not_a_socket, "is not a socket: ", "must leave it open"),
     (datagram, "is a datagram socket: ", "write ListenStream="),
     (packets, "is a packet socket: ", "write ListenStream="),
     (connection, "is a connection and no listener: ", "write Accept=no"),

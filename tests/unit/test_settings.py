@@ -23,8 +23,8 @@ IMPOSSIBLE: list[Any] = [
     ("systemd_names", "web", "must be NAME=app or NAME=probe, each name once, separated by commas"),
     ("systemd_names", "web=app,web=probe", "must be NAME=app or NAME=probe, each name once"),
     ("systemd_names", "web=both", "'web' is for 'both': must be one of 'app', 'probe'"),
-    ("systemd_names", "=app", "'' is no FileDescriptorName"),
-    ("systemd_names", "a:b=app", "'a:b' is no FileDescriptorName"),
+    ("systemd_names", "=app", "'' is not a FileDescriptorName"),
+    ("systemd_names", "a:b=app", "'a:b' is not a FileDescriptorName"),
     ("systemd_names", "health=probe", "no socket is the app's: add NAME=app"),
     ("systemd_names", "web=app,a=probe,b=probe", "more than one socket is the probe port's"),
     ("upgrade_timeout", "soon", SECONDS),
@@ -58,9 +58,9 @@ IMPOSSIBLE: list[Any] = [
     ("readiness_path", "/readyz\n", PATH),
     ("health_path", "/healthz?full=1", PATH),
     ("health_path", "/healthz#top", PATH),
-    ("warmup", "index", "'index' is no path: each must begin with '/'"),
-    ("warmup", "/,search", "'search' is no path: each must begin with '/'"),
-    ("warmup", "/a b", "'/a b' is no path: each must begin with '/' or http(s)://HOST/ and hold no space"),
+    ("warmup", "index", "'index' is not a path: each must begin with '/'"),
+    ("warmup", "/,search", "'search' is not a path: each must begin with '/'"),
+    ("warmup", "/a b", "'/a b' is not a path: each must begin with '/' or http(s)://HOST/ and hold no space"),
     ("generation_header", "X Generation", "must be a header name of letters, digits and '-'"),
     ("generation_header", "X-Generation:", "must be a header name of letters, digits and '-'"),
     ("name", "my shop", "must be at most 100 letters, digits or any of"),
@@ -74,7 +74,7 @@ WRONG_TYPE: list[Any] = [
     ("systemd_names", None, "must map names of sockets to 'app' or 'probe'"),
     ("systemd_names", ["web"], "must map names of sockets"),
     ("systemd_names", {"web": ["app"]}, "'web' is for ['app']: must be one of"),
-    ("systemd_names", {5: "app"}, "5 is no FileDescriptorName"),
+    ("systemd_names", {5: "app"}, "5 is not a FileDescriptorName"),
     ("grace_period", None, SECONDS),
     ("grace_period", True, SECONDS),
     ("grace_period", [30], SECONDS),
@@ -93,7 +93,7 @@ WRONG_TYPE: list[Any] = [
     ("warmup", 5, "must be a list of paths, such as ['/', '/search?q=warm']"),
     ("warmup", {"/": 1}, "must be a list of paths"),
     ("warmup", None, "must be a list of paths"),
-    ("warmup", ["/", 5], "5 is no path"),
+    ("warmup", ["/", 5], "5 is not a path"),
     ("generation_header", None, "must be a header name"),
     ("name", 5, "must be at most 100 letters"),
 ]
@@ -124,8 +124,8 @@ def test_place_of_a_takeover_that_is_off_is_refused(
     with pytest.raises(SettingsError) as caught:
         resolve(installed, environ)
     assert str(caught.value) == (
-        f"TAKEOVER_SOCKET = '/run/t', and TAKEOVER = False: nobody would meet there; set TAKEOVER = True, or remove "
-        f"TAKEOVER_SOCKET (set by: {place})"
+        f"TAKEOVER_SOCKET = '/run/t', and TAKEOVER = False: no process would connect to it; set "
+        f"TAKEOVER = True, or remove TAKEOVER_SOCKET (set by: {place})"
     )
     assert resolve({**installed, "takeover": True}, environ).takeover_socket == "/run/t"
 

@@ -61,7 +61,7 @@ def test_manage_py_check_runs_them() -> None:
     [
         ({"GRACE_PERIODE": 5}, "no such setting 'GRACE_PERIODE'; did you mean GRACE_PERIOD?"),
         ({"GRACE_PERIOD": "soon"}, "GRACE_PERIOD = 'soon': must be a number of seconds"),
-        ([30], "[30] is no dictionary: write ZDD_WEB = {'GRACE_PERIOD': 30}"),
+        ([30], "[30] is not a dictionary: write ZDD_WEB = {'GRACE_PERIOD': 30}"),
     ],
 )
 def test_value_that_cannot_work_is_e001(zdd_web: object, said: str) -> None:

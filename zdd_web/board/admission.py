@@ -12,7 +12,7 @@ class Admission(enum.IntEnum):
     #: One may wait at a time; the others' kernels try again.
     LIMITED = 1
     BLOCKED = 2
-    #: Not ours to close: somebody else serves, or will.
+    #: Not ours to close: another process serves on it, or will.
     HANDED_OFF = 3
     #: New connections go to others on the same port (listeners/reuseport.py).
     STEERED = 4
@@ -20,5 +20,5 @@ class Admission(enum.IntEnum):
     BOUND = 5
 
 
-#: Nobody new comes in, and somebody may still wait.
+#: No new connection comes in; some may still wait.
 SHUT = (Admission.LIMITED, Admission.BLOCKED, Admission.STEERED)

@@ -119,7 +119,7 @@ class Header(Record):
     slots_used = Word(50)
     #: gunicorn's `timeout`, nanoseconds; 0 for none.
     worker_timeout = Word(51)
-    #: What workers that are no more had counted.
+    #: What workers that have ended had counted.
     requests_gone = Word(52)
     server_errors_gone = Word(53)
     late_gone = Word(54)
@@ -291,13 +291,13 @@ def shape(start: bytes, size: int) -> int:
 
     >>> shape(bytes(Header.FIXED * WORD), 1 << 20)
     Traceback (most recent call last):
-    zdd_web.errors.BoardError: this is no board of zdd_web
+    zdd_web.errors.BoardError: this is not a board of zdd_web
     """
     if len(start) < Header.FIXED * WORD:
         raise BoardError(f"this file holds {size} bytes, too few for a board of zdd_web")
     header = Header(memoryview(start), 0)
     if header.magic != MAGIC:
-        raise BoardError("this is no board of zdd_web")
+        raise BoardError("this is not a board of zdd_web")
     # Another layout has at least the words that never move.
     ours = header.layout == LAYOUT
     header_words, slot_words = (Header.LEAST_WORDS, Slot.WORDS) if ours else (Header.FIXED, Slot.start.index + 1)
@@ -310,7 +310,7 @@ def shape(start: bytes, size: int) -> int:
         or needed > min(size, LARGEST_BYTES)
     ):
         raise BoardError(
-            f"this is no board of zdd_web that can be read: slots_at = {header.slots_at}, slot_words = "
+            f"this is not a board of zdd_web that can be read: slots_at = {header.slots_at}, slot_words = "
             f"{header.slot_words}, slot_count = {header.slot_count} in {size} bytes"
         )
     return needed

@@ -24,7 +24,7 @@ def load(settings: Iterable[CheckSetting], source: str = "CHECKS", into: Registr
     """Import and register what CHECKS names, as shared checks or `into` the registry of an app.
 
     Options of a check (`name`, `kind`, `timeout`, `interval`, `critical`) are taken, all others go to the function or
-    the class. Raises `SettingsError` for what is not there, is no check, or brings none.
+    the class. Raises `SettingsError` for what is not there, is not a check, or contains none.
     """
     registry = into if into is not None else registries.shared
     for path, options in settings:

@@ -266,7 +266,7 @@ async def _contained(awaitable: Any) -> Any:
     try:
         return await awaitable
     except (SystemExit, KeyboardInterrupt) as error:
-        # asyncio hands these on to whoever runs the loop: the worker.
+        # asyncio raises these in the caller that runs the loop: the worker.
         raise RuntimeError(_words(error)) from None
     finally:
         # What async code of Django's opens belongs to the thread that asgiref has for it.

@@ -39,7 +39,7 @@ def cache(alias: str = "default") -> None:
 def migrations(alias: str = "default") -> None:
     """Look for migrations that this code has and the database has not. Raises `RuntimeError` with their names.
 
-    For new workers only: code that serves is not worse for a migration that somebody has not applied yet.
+    For new workers only: code that serves is not worse for a migration that has not been applied yet.
     """
     connection = connections[alias]
     try:

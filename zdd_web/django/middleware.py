@@ -33,7 +33,7 @@ system_checks.register_for_middleware()
 
 @receiver(setting_changed, dispatch_uid="zdd_web")
 def _setting_changed(*, setting: str, **kwargs: Any) -> None:
-    # `override_settings` says so; nobody else may change Django's settings.
+    # `override_settings` sends this; nothing else may change Django's settings.
     if setting == "ZDD_WEB":
         _probes.forget()
 
@@ -65,7 +65,7 @@ class ProbeMiddleware:
             response = _answer(request)
             if response is not None:
                 return _now(response) if self._async else response
-        # Async too: what the next one returns is awaited by whoever called, and this adds no coroutine of its own.
+        # Async too: what the next one returns is awaited by the caller, and this adds no coroutine of its own.
         passed: HttpResponseBase | Awaitable[HttpResponseBase] = self.get_response(request)
         return passed
 

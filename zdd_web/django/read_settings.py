@@ -29,7 +29,7 @@ def answer() -> dict[str, Any]:
     except BaseException as error:
         return {"raised": " ".join(f"{type(error).__name__}: {error}".split())}
     if not isinstance(value, Mapping):
-        return {"refused": f"{value!r} is no dictionary: write ZDD_WEB = {{'GRACE_PERIOD': 30}}"}
+        return {"refused": f"{value!r} is not a dictionary: write ZDD_WEB = {{'GRACE_PERIOD': 30}}"}
     for key, each in value.items():
         try:
             json.dumps({key: each})

@@ -4,7 +4,7 @@
     def told(sender, *, phase, previous, generation, **kwargs): ...
 
 `phase` and `previous` are members of `zdd_web.Phase`, which is the sender too; `generation` is its number. Receivers
-run on a thread of their own. What they raise is logged and reaches nobody else.
+run on a thread of their own. What they raise is logged and goes no further.
 """
 
 from __future__ import annotations

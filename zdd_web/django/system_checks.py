@@ -54,7 +54,7 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> Found:
     if not trouble:
         return _check_checks(values)
     if "grace_period" not in values and not _trouble({**values, "grace_period": _ANY_GRACE_PERIOD}):
-        # Nobody here has set it: gunicorn.conf.py may have, which no management command reads.
+        # It is not set here: gunicorn.conf.py may set it, which no management command reads.
         hint = "Set GRACE_PERIOD in ZDD_WEB, or silence this where gunicorn.conf.py has install(grace_period=...)."
         return [Warning(trouble, hint=hint, id="zdd_web.W004")]
     return [Error(trouble, hint="gunicorn would refuse to start, or a worker to boot.", id="zdd_web.E002")]
@@ -84,7 +84,7 @@ def check_middleware(app_configs: Any = None, **kwargs: Any) -> Found:
             f"Put {MIDDLEWARE!r} first, or silence this where wsgi.py or asgi.py wraps the application in "
             f"zdd_web.wsgi.ProbeMiddleware or zdd_web.asgi.ProbeMiddleware."
         )
-        return [Warning("MIDDLEWARE has no ProbeMiddleware: nobody answers probes.", hint=hint, id="zdd_web.W001")]
+        return [Warning("MIDDLEWARE has no ProbeMiddleware: nothing answers probes.", hint=hint, id="zdd_web.W001")]
     if before:
         text = f"ProbeMiddleware is number {len(before) + 1} in MIDDLEWARE: every probe passes {', '.join(before)}."
         hint = f"Put {MIDDLEWARE!r} first: a probe needs no session, no login, no database and no known host."

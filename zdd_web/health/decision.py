@@ -4,9 +4,9 @@ Liveness stays 200 through a drain: a probe that failed there would have Kuberne
 work. Readiness is 503 from the moment a stop begins, while everything is still accepted; with `LAME_DUCK_READY` it goes
 on in the lame duck as before.
 
-All workers of a generation have the same code and ask the same neighbours. A check has failed when it fails in *every*
-worker that has a say: a database that is gone fails in all of them within one interval, and one worker with a broken
-connection must not take the others out of service. That one is a warning, and in the log.
+All workers of a generation have the same code and ask the same dependencies. A check has failed when it fails in
+*every* worker that has a say: a database that is gone fails in all of them within one interval, and one worker with a
+broken connection must not take the others out of service. That one is a warning, and in the log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `text` is for those who may see details."""
+    """One thing that was looked at. `text` is for clients that may see details."""
 
     name: str
     status: Status

@@ -1,4 +1,4 @@
-"""How an answer is written: plain text as Kubernetes' own components write it, JSON for who accepts it."""
+"""How an answer is written: plain text as Kubernetes' own components write it, JSON for clients that accept it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _ZERO = re.compile(r";\s*q=0(\.0*)?\s*(;|\Z)", re.IGNORECASE)
 
 
 def _accepts_json(accept: str) -> bool:
-    # In the order in which a client names them; nobody who asks for probes weighs them by q.
+    # In the order in which a client names them; no client that asks for probes weighs them by q.
     for each in accept[:1024].split(","):
         if _ZERO.search(each):
             continue
@@ -111,7 +111,8 @@ def _text(probe: Probe, question: Question, health: Health, found: list[Finding]
     if not question.details or not (question.verbose or word != "ok"):
         return f"{word}\n"
     lines = [f"{each.status.value}{each.name} {each.text}{_since(each)}" for each in found]
-    lines += [f"warn: {name!r} was to be excluded and is no check here" for name in _unknown(question, health, probe)]
+    unknown = _unknown(question, health, probe)
+    lines += [f"warn: {name!r} was to be excluded and is not a check here" for name in unknown]
     if word == "ok":
         return "\n".join([*lines, f"{probe.value} passed\n"])
     failed = ", ".join(each.name for each in found if each.status is Status.FAIL)
@@ -139,7 +140,7 @@ def _json(probe: Probe, question: Question, health: Health, found: list[Finding]
         ]
         unknown = _unknown(question, health, probe)
         if unknown:
-            said["warnings"] = [f"{name!r} was to be excluded and is no check here" for name in unknown]
+            said["warnings"] = [f"{name!r} was to be excluded and is not a check here" for name in unknown]
     elif status is Status.WARN:
         # That something optional fails is a detail.
         said["status"] = "ok"

@@ -1,1 +1,1 @@
-"""Listening sockets, and what is said about them to whoever holds them."""
+"""Listening sockets, and what is known of them in each process that holds them."""

@@ -1,11 +1,11 @@
 """The accept queue at the end: closing a listener resets every connection that waits in it.
 
-So nobody new is let in, the workers accept what waits, and only then the last of them closes. A classic BPF filter on
-the listener drops the segments that open a connection: the clients' kernels try again after a second, find the port
-closed, and tell them "refused", which every client may retry. The kernel asks for CAP_NET_ADMIN to attach one to a TCP
-socket; without it the queue is narrowed to a single place, so that few are caught in it.
+So no new connection is let in, the workers accept what waits, and only then the last of them closes. A classic BPF
+filter on the listener drops the segments that open a connection: the clients' kernels try again after a second, find
+the port closed, and tell them "refused", which every client may retry. The kernel asks for CAP_NET_ADMIN to attach one
+to a TCP socket; without it the queue is narrowed to a single place, so that few are caught in it.
 
-The filter is the socket's, not the process's: never where somebody else goes on to serve with it.
+The filter is the socket's, not the process's: never where another process goes on serving with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DROP_SYN = b"".join(
 
 
 def block_new_connections(listener: socket.socket) -> Admission:
-    """Let nobody new into a listener's queue, as far as this process may. What waits there stays.
+    """Let no new connection into a listener's queue, as far as this process may. What waits there stays.
 
     >>> with socket.create_server(("127.0.0.1", 0)) as server:
     ...     block_new_connections(server) is not Admission.OPEN
@@ -82,7 +82,7 @@ def is_full(listener: socket.socket) -> bool:
 
 
 def is_empty(listeners: Iterable[socket.socket | int]) -> bool:
-    """Tell whether nobody waits in any of the queues: of sockets or descriptors."""
+    """Tell whether no connection waits in any of the queues: of sockets or descriptors."""
     poller = select.poll()
     for listener in listeners:
         poller.register(listener, select.POLLIN)

@@ -1,4 +1,4 @@
-"""What cannot be bound, and why: the errors of those who bind, with the remedy."""
+"""What cannot be bound, and why: the errors of bind(2) and listen(2), with the remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse_mixed(places: list[Place]) -> None:
 
 
 def unlink_stale_socket(path: str) -> None:
-    """Remove a stale socket from a path; raises `ListenerError` where somebody answers, or it is something else."""
+    """Remove a stale socket from a path; raises `ListenerError` where a process answers, or it is something else."""
     if path.startswith("\0"):
         return
     try:
@@ -42,12 +42,12 @@ def unlink_stale_socket(path: str) -> None:
     except FileNotFoundError:
         return
     if not is_socket:
-        raise ListenerError(f"bind = 'unix:{path}': this is no socket: choose another path, or remove it")
+        raise ListenerError(f"bind = 'unix:{path}': this is not a socket: choose another path, or remove it")
     with socket.socket(socket.AF_UNIX) as probe:
         # Its queue may be full, and it may be a socket of another kind.
         probe.setblocking(False)
         if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise ListenerError(f"bind = 'unix:{path}': somebody else serves there: choose another path, or stop it")
+            raise ListenerError(f"bind = 'unix:{path}': another process serves there: choose another path, or stop it")
     os.unlink(path)
 
 

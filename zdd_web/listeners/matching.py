@@ -23,7 +23,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Match:
-    """Indices: (wanted, given) of those that stay, wanted ones to be made, and given ones that nobody wants."""
+    """Indices: (wanted, given) of those that stay, wanted ones to be made, and given ones that are not wanted."""
 
     kept: tuple[tuple[int, int], ...]
     added: tuple[int, ...]

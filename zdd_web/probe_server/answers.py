@@ -61,7 +61,7 @@ class Answers:
         self._probes: dict[str, tuple[Probe, str]] = {}
         self._made_at = -REMAKE
         self._liveness_path = settings.liveness_path.encode()
-        #: Nobody moves the phase of this generation any more.
+        #: No process moves the phase of this generation any more.
         self.orphaned = False
 
     def is_liveness(self, head: bytes | bytearray) -> bool:
@@ -135,7 +135,7 @@ class Verdicts:
                 continue
             self._failing[probe] = bool(bad)
             if bad:
-                # A stop that was asked for is no alarm.
+                # A stop that was asked for does not raise an alarm.
                 level = logging.WARNING if health.speaking is Phase.SERVING else logging.INFO
                 reason = "; ".join(f"{each.name}: {each.text}" for each in bad)
                 log.emit("probe.failing", level, probe=probe.value, reason=reason)

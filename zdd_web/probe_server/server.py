@@ -1,4 +1,4 @@
-"""The event loop of the probe port's process: whom it accepts, whom it lets go, and when it ends itself."""
+"""The event loop of the probe port's process: which connections it accepts and closes, and when it ends itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TURN = 0.1
 LOOK = 1.0
 #: How long a kept connection has for one more request when no more are accepted, seconds.
 LINGER = 2.0
-#: For how long after the gate was opened it is no news that nobody serves yet, seconds.
+#: For how long after the gate was opened it is expected that no worker serves yet, seconds.
 GATE_SECONDS = 1.0
 
 FAILED = Reply(500, "Internal Server Error", (("Content-Length", "0"),), b"")
@@ -74,7 +74,7 @@ class Server:
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
 
     def run(self) -> None:
-        """Serve until this process is replaced, or its master is gone, and nobody is left."""
+        """Serve until this process is replaced, or its master is gone, and no connection is left."""
         load_library()
         self._listener.setblocking(False)
         loop = self._loop = asyncio.SelectorEventLoop()
@@ -102,11 +102,11 @@ class Server:
         pauses.turn()
         self._sync_with_board(now)
         if self._goes_from:
-            # Where nobody else holds it the port is closed at once.
+            # Where no other process holds it the port is closed at once.
             self._listener.close()
         self._close_expired(now)
-        nobody = not self._connections and not self._beginning
-        if self._goes_from and (nobody or now - self._goes_from > LINGER + TURN):
+        idle = not self._connections and not self._beginning
+        if self._goes_from and (idle or now - self._goes_from > LINGER + TURN):
             self._loop.stop()
         elif self._accepting and now - self._looked_at >= LOOK:
             self._looked_at = now
@@ -211,7 +211,7 @@ class Server:
                 # hears of it before any of them.
                 self._sync_with_board(time.monotonic())
                 reply = self._answers.reply(asked)
-            # What somebody was told stands in the log, however soon it changes again.
+            # Each answer that was sent stands in the log, however soon it changes again.
             self._log_verdict_changes()
         except Exception as error:
             self._complain(self._loop, {"exception": error})
@@ -237,7 +237,7 @@ class Server:
         self._connections.pop(connection, None)
 
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # Clients that are gone are no error; and one that makes others must not fill the log.
+        # A client that is gone is not an error, and a client that causes errors must not fill the log.
         error = context.get("exception")
         if isinstance(error, OSError) or time.monotonic() - self._complained_at < LOOK:
             return

@@ -86,8 +86,8 @@ class Settings:
                 raise SettingsError(f"HEALTH_PATH = {self.health_path!r} is {name} too: health means readiness here")
         if self.takeover_socket and not self.takeover:
             raise SettingsError(
-                f"TAKEOVER_SOCKET = {self.takeover_socket!r}, and TAKEOVER = False: nobody would meet there; set "
-                f"TAKEOVER = True, or remove TAKEOVER_SOCKET"
+                f"TAKEOVER_SOCKET = {self.takeover_socket!r}, and TAKEOVER = False: no process would connect to it; "
+                f"set TAKEOVER = True, or remove TAKEOVER_SOCKET"
             )
         self.stop_budget()
 

@@ -67,7 +67,7 @@ class FrameworkSettings:
         {'grace_period': 20.0}
         """
         if not isinstance(raw, Mapping):
-            raise SettingsError(f"{source}: {raw!r} is no dictionary: write ZDD_WEB = {{'GRACE_PERIOD': 30}}")
+            raise SettingsError(f"{source}: {raw!r} is not a dictionary: write ZDD_WEB = {{'GRACE_PERIOD': 30}}")
         names = {name.upper(): name for name in NORMALISE}
         values: dict[str, Any] = {}
         for key, value in raw.items():
@@ -98,7 +98,7 @@ def django_source(module: str) -> str:
 
 @dataclass(frozen=True)
 class Sourced:
-    """Settings, and for each that somebody has set, who."""
+    """Settings, and for each that was set, where."""
 
     settings: Settings
     origin: Mapping[str, Origin] = field(default_factory=dict)
@@ -158,7 +158,7 @@ def collect(
         check_name(key, f"install({key}=...)")
         values[key], origin[key] = value, Origin(Source.INSTALL, f"install({key}={value!r})")
     for variable, text in sorted(environ.items()):
-        # What a master hands to its successor is no setting; it is still there where no install() has taken it out.
+        # What a master hands to its successor is not a setting; it is still there where no install() has taken it out.
         if not variable.startswith(ENV_PREFIX) or variable == HANDOVER:
             continue
         if IN_KUBERNETES in environ and _SERVICE_LINK.match(variable[len(ENV_PREFIX) :]):
@@ -172,7 +172,7 @@ def collect(
         except ValueError as error:
             raise SettingsError(f"{origin[key].text}: {error}") from None
     if "drain_delay" in origin and origin["drain_delay"].source is Source.KUBERNETES:
-        # A default must fit into whatever GRACE_PERIOD somebody has chosen.
+        # A default must fit into any GRACE_PERIOD.
         grace_period = values.get("grace_period", DEFAULT_GRACE_PERIOD)
         values["drain_delay"] = min(DRAIN_DELAY_IN_KUBERNETES, grace_period / 3)
     return values, origin

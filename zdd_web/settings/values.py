@@ -70,7 +70,7 @@ def _paths(value: object) -> tuple[str, ...]:
         raise ValueError("must be a list of paths, such as ['/', '/search?q=warm']")
     for path in value:
         if not isinstance(path, str) or not re.fullmatch(r"(https?://[A-Za-z0-9.:\[\]-]+)?/[^\s#]*", path):
-            raise ValueError(f"{path!r} is no path: each must begin with '/' or http(s)://HOST/ and hold no space")
+            raise ValueError(f"{path!r} is not a path: each must begin with '/' or http(s)://HOST/ and hold no space")
     return tuple(value)
 
 
@@ -90,7 +90,7 @@ def _checks(value: object) -> tuple[CheckSetting, ...]:
     for each in value:
         path, options = each if isinstance(each, (list, tuple)) and len(each) == 2 else (each, {})
         if not isinstance(path, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
-            raise ValueError(f"{each!r} is no dotted path and no (dotted path, options)")
+            raise ValueError(f"{each!r} is neither a dotted path nor (dotted path, options)")
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
             raise ValueError(f"{each!r}: options must be a dictionary, such as {{'timeout': 1}}")
         found.append(CheckSetting(path, dict(options)))
@@ -138,7 +138,7 @@ def _socket_names(value: object) -> dict[str, str]:
     for name, role in value.items():
         # What systemd takes for FileDescriptorName=.
         if not isinstance(name, str) or not re.fullmatch(r"[!-9;-~]([ -9;-~]{0,253}[!-9;-~])?", name):
-            raise ValueError(f"{name!r} is no FileDescriptorName: must be 1 to 255 ASCII characters without ':'")
+            raise ValueError(f"{name!r} is not a FileDescriptorName: must be 1 to 255 ASCII characters without ':'")
         if role not in ROLES:
             raise ValueError(f"{name!r} is for {role!r}: must be one of {', '.join(map(repr, ROLES))}")
     if value and "app" not in value.values():

@@ -10,7 +10,7 @@ Two things are handed to a successor that is forked:
 - as its stderr the writer's end of a pipe (captured_output.py), which the predecessor drains from its tick into bounded
   memory. When the successor has its own stderr again it sends `speaks`, and the predecessor writes the kept end there;
 - a memfd, `boot_log`, to which the successor's processes append what goes to gunicorn's error log from then on
-  (`Handler`), each of them within `LIMIT_BYTES`. A successor that is no child (a takeover) is sent only this.
+  (`Handler`), each of them within `LIMIT_BYTES`. A successor that is not a child (a takeover) is sent only this.
 
 `publish()` joins the two in the memfd when the upgrade has failed, and the successor is dead: `zdd-web upgrade` reads
 it there. The stderr cannot be the memfd itself: a process whose stderr is a file can fill the memory of the host.
@@ -53,7 +53,7 @@ def create() -> int:
     """Return the descriptor of an empty boot log."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC)
-        # The offset is shared by all who inherit it, but only appending moves it and writes in one step.
+        # The offset is shared by all processes that inherit it, but only appending moves it and writes in one step.
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         return fd
     import tempfile

@@ -1,7 +1,7 @@
-"""Descriptors that one process gives to another which is no relative of it: a Unix socket and SCM_RIGHTS.
+"""Descriptors that one process sends to another that is not its child or parent: a Unix socket and SCM_RIGHTS.
 
 They meet at a SOCK_SEQPACKET socket, which is abstract (the kernel forgets it with the process that has it) or a path
-with mode 0600. The kernel says who is at the other end (SO_PEERCRED), and neither can lie about it.
+with mode 0600. The kernel names the process at the other end (SO_PEERCRED), and neither can forge it.
 
 What does not fit into one message goes in pieces, each marked as the last one or not: the kernel takes 253 descriptors
 at a time, and with a sender that must not wait only as many bytes as its buffer holds.
@@ -67,7 +67,7 @@ class Credentials:
 
 
 def credentials(end: socket.socket) -> Credentials:
-    """Return what the kernel says of the other end: who has connected, or who listens there."""
+    """Return what the kernel knows of the other end: the process that has connected, or that listens there."""
     pid, uid, _ = struct.unpack("iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Credentials(pid, uid)
 
@@ -76,9 +76,9 @@ class Rendezvous:
     """A listening socket at which others meet this process."""
 
     def __init__(self, where: str, backlog: int) -> None:
-        """Bind and listen; a path that nobody listens at any more is replaced.
+        """Bind and listen; a path at which no process listens any more is replaced.
 
-        Raises OSError: EADDRINUSE when somebody listens there, or something else is in the path's place.
+        Raises OSError: EADDRINUSE when a process listens there, or something else is in the path's place.
         """
         self.where = where
         self._file: tuple[int, int] | None = None
@@ -98,18 +98,18 @@ class Rendezvous:
             raise
 
     def accept(self) -> socket.socket | None:
-        """Return the next connection, never blocking; None when nobody waits, or can be let in just now."""
+        """Return the next connection, never blocking; None when no connection waits, or none can be let in just now."""
         try:
             end, _ = self._listener.accept()
         except OSError:
-            return None  # EAGAIN; also EMFILE, and who waits goes on waiting
+            return None  # EAGAIN; also EMFILE, and the client goes on waiting
         end.setblocking(False)
         return end
 
     def close(self) -> None:
         """Listen no more, and remove the path if it is still this socket's."""
-        # The path first: whoever finds it with nobody behind it takes it for stale, and has put its own there. Nor is
-        # its inode's number given to another file while this socket is open.
+        # The path first: a process that finds no listener behind it takes it for stale, and has put its own there.
+        # Nor is its inode's number given to another file while this socket is open.
         if self._file is not None:
             with contextlib.suppress(OSError):
                 if _identity(self.where) == self._file:
@@ -143,7 +143,7 @@ def _remove_if_stale(path: str) -> None:
 def connect(where: str, until: float) -> socket.socket | None:
     """Connect, and wait for a place in a queue that is full; None when no process listens there.
 
-    `until` is a time of `time.monotonic()`. Raises TimeoutError, or OSError for what is no such socket.
+    `until` is a time of `time.monotonic()`. Raises TimeoutError, or OSError for what is not such a socket.
     """
     while True:
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -192,7 +192,7 @@ def send(end: socket.socket, fields: dict[str, Any], descriptors: Sequence[int] 
 
 
 def receive(end: socket.socket, until: float) -> tuple[dict[str, Any], list[int]]:
-    """Wait for what `send()` sends; nobody inherits the descriptors.
+    """Wait for what `send()` sends; the descriptors are not inheritable.
 
     `until` is a time of `time.monotonic()`. Raises EOFError when the other end is gone, TimeoutError, and ValueError
     for anything that `send()` has not sent.

@@ -14,7 +14,7 @@ PR_SET_CHILD_SUBREAPER = 36
 def start_time(pid: int) -> int:
     """Return when a process started, in clock ticks since boot; 0 when there is no such process or no /proc.
 
-    A pid alone names nobody for long, since pids are reused; a pid and its start time name one process forever.
+    Pids are reused, so a pid alone does not name a process for long; a pid and its start time name one process forever.
     """
     fields = _stat(pid)
     return int(fields[19]) if fields else 0

@@ -16,7 +16,7 @@ from zdd_web.errors import ListenerError
 
 FIRST = 3
 
-#: What a socket is called when nobody has named it.
+#: The name of a socket that was given none.
 UNNAMED = "unknown"
 
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -87,7 +87,7 @@ def _check(fd: int, name: str) -> None:
     except OSError:
         raise ListenerError(f"{place} is closed: {left_open}") from None
     if not is_socket:
-        raise ListenerError(f"{place} is no socket: {left_open}")
+        raise ListenerError(f"{place} is not a socket: {left_open}")
     borrowed = socket.socket(fileno=fd)
     try:
         kind = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)

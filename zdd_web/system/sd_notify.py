@@ -1,4 +1,4 @@
-"""sd_notify(3): tell systemd how the service is, and who its main process is."""
+"""sd_notify(3): tell systemd how the service is, and which its main process is."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ finished can be named, and work is counted from the moment it is offered, not fr
     def rebuild_index(): ...
     rebuild_index()            # returns a Future; runs on the group's own threads
 
-The group owns its threads: an executor of somebody else may be shut down while requests still want to hand it work.
+The group owns its threads: an executor of another library may be shut down while requests still want to hand it work.
 
 At its end a worker calls, in this order: `close_all()`, `abandon()`, `run_drained_hooks()`.
 """
@@ -97,7 +97,7 @@ class WaitGroup:
     """A group of background work that can be waited for.
 
     Every group is waited for when its worker leaves, also one that the app makes itself. What comes after that is
-    refused, or with `after_close="run_inline"` done at once by whoever offers it.
+    refused, or with `after_close="run_inline"` done at once by the caller.
 
     >>> group = WaitGroup("doctest")
     >>> with group.track("one"):
@@ -221,7 +221,7 @@ class WaitGroup:
         """Run a coroutine as a task of the running event loop; the group keeps it until it is done.
 
         What it raises is logged as `background.failed`, and kept in the task. No policy can run a coroutine at once:
-        a closed group that does not refuse it counts it, and who offered it has to await it.
+        a closed group that does not refuse it counts it, and the caller has to await it.
         """
         import asyncio  # not before gevent has patched what it imports
 
@@ -231,7 +231,7 @@ class WaitGroup:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            coro.close()  # or Python warns that nobody awaited it
+            coro.close()  # or Python warns that it was never awaited
             raise RuntimeError(f"create_task() of {name!r} outside a running event loop: call it in one") from None
         try:
             entry = self._offer(name, on_abandon)
@@ -380,7 +380,7 @@ def _all_groups() -> list[WaitGroup]:
 
 
 def _tell() -> None:
-    # Whoever has told looks again, so the last count told is the right one in whatever order threads come here. A
+    # The thread that has notified looks again, so the last count told is the right one in any order of threads. A
     # lock would order them too, until the garbage collector ends work (a generator that stands in `track()`) in it.
     told = -1
     while observer is not None and told != (count := sum(len(group) for group in _all_groups())):

@@ -1,4 +1,4 @@
-"""One piece of background work: whose it is, who does it, and where that stands now."""
+"""One piece of background work: whose it is, which thread does it, and where that stands now."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from zdd_web.waitgroup import WaitGroup
 
-#: The request that this code runs for: a text, or anything with `method` and `path`; whoever answers requests sets it.
+#: The request that this code runs for: a text, or anything with `method` and `path`; set where
+#: requests are answered.
 current_request: contextvars.ContextVar[Any] = contextvars.ContextVar("zdd_web_current_request", default="")
 
 
@@ -82,7 +83,7 @@ class Entry:
         """Note the caller's thread, task and greenlet as those that do the work."""
         self.thread, self.thread_id = threading.current_thread().name, threading.get_ident()
         self.task = _current_task()
-        # Not imported: whoever has greenlets has loaded it.
+        # Not imported: a process with greenlets has loaded it.
         if (greenlet := sys.modules.get("greenlet")) is not None:
             self._greenlet = greenlet.getcurrent()
 
@@ -98,7 +99,7 @@ class Entry:
 
 
 def _current_task() -> asyncio.Task[Any] | None:
-    # Not imported: who is in a task has loaded it, and gevent wants to patch `ssl` before asyncio imports it.
+    # Not imported: code in a task has loaded it, and gevent wants to patch `ssl` before asyncio imports it.
     if (loaded := sys.modules.get("asyncio")) is None:
         return None
     try:

@@ -110,6 +110,7 @@ def name_of(function: Any) -> str:
 def refuse_coroutines(function: Any, remedy: str) -> None:
     """Raise `TypeError` for an async function: to call it does nothing but make a coroutine."""
     if not callable(function):
-        raise TypeError(f"{function!r} is no function: {remedy if inspect.iscoroutine(function) else 'it is called'}")
+        why = remedy if inspect.iscoroutine(function) else "it is called"
+        raise TypeError(f"{function!r} is not a function: {why}")
     if inspect.iscoroutinefunction(function):
         raise TypeError(f"{name_of(function)} is an async function, which no thread can call: {remedy}")

@@ -228,7 +228,7 @@ def _remedy(error: OSError, where: str) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "let this user reach and write to the directory, or choose a path in one that is its own"
     if os.path.lexists(where) and not stat.S_ISSOCK(os.lstat(where).st_mode):
-        return "it is no socket: choose another path, or remove it"
+        return "it is not a socket: choose another path, or remove it"
     return "another program listens there: choose a path that nothing else uses, no `bind` either"
 
 

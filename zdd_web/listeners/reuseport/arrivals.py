@@ -1,8 +1,8 @@
-"""Who came first, of those who wait in different queues.
+"""Approximate FIFO order across several accept queues.
 
 The kernel does not say since when a connection waits, and the queues of a port are filled by chance: workers that look
 into them in any fixed order let some wait for two or three times as long as others. So workers note, in memory that all
-of them share, when one first saw how many wait in each. Under load somebody looks at every request; where requests are
+of them share, when one first saw how many wait in each. Under load a worker looks at every request; where requests are
 so short that this would cost more than it brings, once in a while.
 
 Several processes write without a lock, which one that is killed or stopped would hold. What two of them do at once may
@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 
-#: Of more than these in one queue nobody notes when they came.
+#: Arrival times are noted for at most so many connections of one queue.
 MOST = 62
 
 #: How long a look is good enough for all workers, nanoseconds: little next to a wait that anybody would notice.
@@ -25,7 +25,7 @@ _NOW = 1 << 64
 
 
 class Arrivals:
-    """Shared by all who have been forked since.
+    """Shared by all processes that are forked later.
 
     >>> arrivals = Arrivals(2)
     >>> arrivals.note(0, waiting=1, now=10), arrivals.note(1, waiting=1, now=20), arrivals.note(0, waiting=2, now=30)
@@ -55,7 +55,7 @@ class Arrivals:
         seen = words[at + _SEEN]
         taken = min(words[at + _TAKEN], seen)
         if seen - taken > waiting:
-            # Accepted by somebody who has not said so, or not yet.
+            # Accepted by a process that has not noted it, or not yet.
             taken = seen - waiting
         stamps = at + _STAMPS
         while seen - taken < waiting and seen - taken < MOST:
@@ -64,13 +64,13 @@ class Arrivals:
         words[at + _TAKEN], words[at + _SEEN] = taken, seen
 
     def in_order(self, queues: Iterable[int]) -> list[int]:
-        """Return the queues in which somebody waits, the one whose first has waited longest first of all."""
+        """Return the queues in which a connection waits, that with the longest wait first."""
         words = self._words
         came = []
         for queue in queues:
             at = queue * _WORDS
             taken = words[at]
-            # Nobody has seen whoever waits there: the last to come.
+            # No process has seen this connection: it is taken for the last to arrive.
             came.append((words[at + _STAMPS + taken % MOST] if taken < words[at + _SEEN] else _NOW, queue))
         came.sort()
         return [queue for _, queue in came]

@@ -13,7 +13,8 @@ others stay in
 
 None of this needs a privilege. The facts it stands on, all measured: the index is the order of listen(); a close moves
 the *last* member into the hole; an index past the end has the kernel hash over all members; a program belongs to the
-group and outlives who attached it, so whoever joins takes away what it finds, and who leaves says it again and again.
+group and outlives the process that attached it, so a master that joins detaches any leftover
+program, and a master that is leaving re-attaches its own on every tick.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _attach(member: socket.socket, *instructions: tuple[int, int]) -> None:
 
 
 def let_the_kernel_choose(member: socket.socket) -> bool:
-    """Take a program away that somebody has left behind; tell whether there was one."""
+    """Detach a program that was left behind; tell whether there was one."""
     try:
         member.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
     except OSError:
@@ -92,7 +93,7 @@ def closing_indices(leaving: int, staying: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of /proc/net/tcp or tcp6: addresses in the kernel's hexadecimal, and who owns the socket."""
+    """A line of /proc/net/tcp or tcp6: addresses in the kernel's hexadecimal, and the socket's owner."""
 
     local: str
     peer: str

@@ -1,4 +1,4 @@
-"""Leave a port that other masters stay on: see reuseport.py for how, here is who, and when it is over."""
+"""Leave a port that other masters stay on: bpf.py has the mechanism; here are the peers, and when it is over."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PeerGeneration:
 
 @dataclass(frozen=True)
 class Others:
-    """Those whom connections are left to: `count` members of the group, from index `first` on.
+    """The members that connections are left to: `count` members of the group, from index `first` on.
 
     `earlier` came before ours: as many members stand before the first of ours.
     """
@@ -39,7 +39,7 @@ class Others:
 
 
 def foreign_listeners(port: int, ours: Sequence[socket.socket]) -> frozenset[int]:
-    """Return the listeners of somebody else on the address of `ours`, by inode. Raises OSError without /proc."""
+    """Return the listeners of other services on the address of `ours`, by inode. Raises OSError without /proc."""
     mine = {bpf.inode(each) for each in ours}
     here = bpf.local_address(ours[0])
     # Another address on this port is another group, and takes nothing from ours.
@@ -51,9 +51,9 @@ def foreign_listeners(port: int, ours: Sequence[socket.socket]) -> frozenset[int
 def others_that_stay(
     there: frozenset[int], earlier: frozenset[int], ours: int, neighbours: Iterable[PeerGeneration]
 ) -> Others | None:
-    """Return whom `ours` listeners may leave their connections to, of the strangers that are there; None for nobody.
+    """Return which of the foreign listeners `ours` may leave their connections to; None when there is none.
 
-    Whoever is not among the elders came after ours.
+    A listener that is not among the earlier members came after ours.
 
     >>> younger, older = frozenset({7, 8}), frozenset({5})
     >>> others_that_stay(younger, frozenset(), 3, [])
@@ -94,7 +94,7 @@ class Steering:
 
     def is_settled(self) -> bool:
         """Look whether the handshakes that were under way are over. Raises OSError."""
-        # Whoever has joined meanwhile has taken the program away.
+        # A master that has joined meanwhile has detached the program.
         self._steer()
         if any(is_full(each) for each in self._ours):
             # The kernel drops the last segment of a handshake then, and the client, which is connected as far as it

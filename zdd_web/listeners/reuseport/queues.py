@@ -10,7 +10,7 @@ them and no change to what they wait for.
 
 An older worker has the descriptor of a queue that was opened later: all sockets that there may ever be are bound
 before the first fork, and only those listen that are wanted. To close a queue the master shuts it down (port.py), which
-ends it whoever else has a copy; the socket stays bound, and may listen again.
+ends it for every process that has a copy; the socket stays bound, and may listen again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Queues:
         return self
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept whoever has waited longest. Raises OSError, BlockingIOError when nobody waits."""
+        """Accept the connection that has waited longest. Raises OSError, BlockingIOError when none waits."""
         ready = [self._indices[fd] for fd, _ in self._epoll.poll(0, len(self._members))]
         if len(ready) > 1:
             self._look(ready)
@@ -92,7 +92,7 @@ class Queues:
                 self._arrivals.note(index, queue(self._members[index])[0], now)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when somebody waits; -1 once closed."""
+        """Return a descriptor that is readable when a connection waits; -1 once closed."""
         return -1 if self._epoll.closed else self._epoll.fileno()
 
     def getsockname(self) -> Any:
