@@ -118,7 +118,7 @@ def test_an_asgi_reply_names_its_request_where_it_names_its_generation(names: An
     async def send(message: Any) -> None:
         sent.extend(message["headers"])
 
-    runtime = SimpleNamespace(request_started=lambda *_: None, request_finished=lambda *_: None)
+    runtime = SimpleNamespace(requests=SimpleNamespace(started=lambda *_: None, finished=lambda *_: None))
     counted = Counted(app, SimpleNamespace(runtime=runtime, has_cut=False), names, says_close=False)  # type: ignore[arg-type]
     headers = [(b"x-zdd-request", b"17")]
     scope = {"type": "http", "method": "GET", "path": "/", "http_version": "1.1", "headers": headers}

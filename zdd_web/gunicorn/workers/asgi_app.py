@@ -57,7 +57,7 @@ class Counted:
         if scope["type"] == "http":
             asked = _Asked(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
             noted = _Noted()
-            self._runtime.request_started(None, asked)
+            self._runtime.requests.started(None, asked)
             try:
                 await self.app(scope, receive, self._noting(send, noted, scope))
             except Exception:
@@ -66,10 +66,10 @@ class Counted:
                 raise
             finally:
                 if noted.error:
-                    self._runtime.count_server_error(asked)
+                    self._runtime.requests.failed(asked)
                 # What is cut at the deadline stays in the count.
                 if not self._family.has_cut:
-                    self._runtime.request_finished(None, None, None, None)
+                    self._runtime.requests.finished(None, None, None, None)
         elif scope["type"] == "websocket":
             self.websockets.add(send)
             try:

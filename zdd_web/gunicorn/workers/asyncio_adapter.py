@@ -16,22 +16,20 @@ import signal
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import Counted
 from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter
 from zdd_web.gunicorn.workers.queue_server import QueuesServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
@@ -53,7 +51,7 @@ class AsyncioAdapter(WorkerAdapter):
     #: Whether a reply is to say `Connection: close` itself.
     says_close = True
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.servers: list[asyncio.Server | QueuesServer] = []
@@ -64,6 +62,7 @@ class AsyncioAdapter(WorkerAdapter):
         self.accepting = True
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
+        self._end: Callable[[int, Any], None] = self._obey
 
     # -- boot
 
@@ -72,7 +71,7 @@ class AsyncioAdapter(WorkerAdapter):
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
-        self.worker.handle_exit = self._handle_exit
+        self._end, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
 
     def count(self, app: Callable[..., Any]) -> Counted:
         """Put what counts between the server and the app."""
@@ -95,9 +94,8 @@ class AsyncioAdapter(WorkerAdapter):
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
 
     def _could_not_boot(self) -> None:
-        if not self.runtime.boot_has_failed:
-            with contextlib.suppress(RuntimeError), self.runtime.boot_step():
-                self._raise_startup_error("see the log")
+        with contextlib.suppress(RuntimeError), self.runtime.boot_step():
+            self._raise_startup_error("see the log")
 
     def _raise_startup_error(self, why: str | None) -> None:
         why = (self.app and self.app.startup_error) or why
@@ -137,8 +135,8 @@ class AsyncioAdapter(WorkerAdapter):
         async def shutdown(*arguments: Any) -> None:
             # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
             # by the deadline is left, and logged when the loop is closed.
-            while self.runtime.threads_left(pools_only=True):
-                left = clock.remaining(self.runtime.threads_deadline())
+            while self.runtime.after_loop.threads_left(pools_only=True):
+                left = clock.remaining(self.runtime.after_loop.threads_deadline())
                 if left == 0:
                     return
                 await asyncio.sleep(TURN if left is None else min(TURN, left))
@@ -156,23 +154,22 @@ class AsyncioAdapter(WorkerAdapter):
         runtime = self.runtime
         assert self.loop is not None and self.app is not None
         try:
-            with runtime.boot_step():
+            with runtime.boot_step() as step:
                 # gunicorn up to 26 serves such an app.
                 self._raise_startup_error(None)
-                await warm_up_asgi(self.app.app, runtime.settings.warmup, runtime.boot.step)
+                await warm_up_asgi(self.app.app, runtime.settings.warmup, step)
                 # The loop goes on beating.
                 await asyncio.to_thread(runtime.pass_checks, lambda: None, self.loop)
         except Exception:
             # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-        runtime.arrive_at_gate()
+        gate = runtime.arrive_at_gate()
         opened = asyncio.Event()
-        self.loop.add_reader(runtime.gate.fileno(), opened.set)
+        self.loop.add_reader(gate, opened.set)
         try:
             await opened.wait()
         finally:
-            self.loop.remove_reader(runtime.gate.fileno())
-        runtime.gate.look(runtime.board)
+            self.loop.remove_reader(gate)
         runtime.pass_gate()
         # The next heartbeat is due a whole interval from here: the predecessor waits for it.
         self._turn()
@@ -181,12 +178,12 @@ class AsyncioAdapter(WorkerAdapter):
 
     def _handle_exit(self, sig: int, frame: Any) -> None:
         if self.loop is None or self.runtime.slot.state == WorkerState.BOOTING:
-            self.runtime.handle_exit(sig, frame)
+            self._end(sig, frame)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._obey_term)
 
     def _obey_term(self) -> None:
-        self.runtime.handle_exit(signal.SIGTERM, None)
+        self._end(signal.SIGTERM, None)
         self._turn()
 
     def _turn(self) -> None:
@@ -268,17 +265,17 @@ class _Drain:
             # What is cut stays in the count.
             family.has_cut = clock.passed(runtime.process.deadline_ns)
             if family.has_cut:
-                runtime.give_up_background()
+                runtime.after_loop.give_up_background()
             return family.has_cut
         if family.is_reading_a_head() and not clock.passed(runtime.process.deadline_ns):
             return False
         # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
         if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
             return False
-        if not runtime.background_is_over():
+        if not runtime.after_loop.background_is_over():
             return False
         # The end of the loop cancels tasks, and who is cancelled is done.
-        runtime.give_up_background()
+        runtime.after_loop.give_up_background()
         return True
 
     def _is_connected(self) -> bool:
@@ -293,7 +290,7 @@ class _Drain:
 class AsgiAdapter(AsyncioAdapter):
     """gunicorn.workers.gasgi.ASGIWorker."""
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self._drained = asyncio.Event()
         from gunicorn.asgi.protocol import ASGIProtocol
@@ -368,7 +365,7 @@ class AsgiAdapter(AsyncioAdapter):
 class UvicornAdapter(AsyncioAdapter):
     """uvicorn_worker.UvicornWorker."""
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         runtime.worker.config.limit_max_requests = None
         self._server: Any = None
