@@ -3,8 +3,9 @@
 All that decides which state comes next lives in this file, as data, and so does the meaning of SIGTERM. It touches
 nothing: effects are in `shutdown`, for as long as the worker's loop runs, and in `after_loop`.
 
-A signal handler runs between any two lines of the worker. So it makes one transition, which is one look-up, and what
-follows from the new state is done once, by whatever comes to it first: the handler or the loop.
+A signal handler runs between any two lines of the worker, also in the middle of a transition. So a transition is one
+look-up and one atomic step, without a lock, and what belongs to the new state is done once, by whatever comes to it
+first: the handler or the loop.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def after(state: State, event: Event) -> State:
 
 
 class StateMachine:
-    """Where one worker stands; moved from its main thread alone, between any two lines of it.
+    """Where one worker stands; may be moved by a signal handler that interrupts another move.
 
     >>> machine = StateMachine()
     >>> machine.move(Event.ARRIVED)
@@ -183,12 +184,25 @@ class StateMachine:
     'at_gate'
     """
 
-    def __init__(self) -> None:
-        self.state = State.BOOTING
+    def __init__(self, state: State = State.BOOTING) -> None:
+        #: All states in their order. Each stands in a tuple of its own, by which a move recognises its own.
+        self._steps = {0: (state,)}
+
+    @property
+    def state(self) -> State:
+        """The state of this moment."""
+        return self._steps[len(self._steps) - 1][0]
 
     def move(self, event: Event) -> None:
         """Make a transition. Raises `LifecycleError` for an event that the state does not know, and stays there."""
-        self.state = after(self.state, event)
+        while True:
+            step = len(self._steps)
+            before = self._steps[step - 1][0]
+            then = (after(before, event),)
+            # Only one of two moves can take a step: setdefault() is one call in C. The other, which has interrupted
+            # this one or was interrupted, looks up what its event means in the new state.
+            if then[0] is before or self._steps.setdefault(step, then) is then:
+                return
 
     @property
     def has_left(self) -> bool:
