@@ -25,7 +25,9 @@ from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import Counted
-from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter
+from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
+from zdd_web.gunicorn.workers.base import WorkerAdapter
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.queue_server import QueuesServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
@@ -33,9 +35,6 @@ from zdd_web.system import clock
 
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
-
-#: A connection that was accepted is known a few turns of the loop later; seconds.
-SETTLE = 0.2
 
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
 FAREWELL = 5.0
@@ -210,7 +209,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def leaving(self) -> Leaving | None:
         """See `WorkerAdapter`."""
-        return _Drain(self)
+        return AsyncioDrain(self)
 
     def in_a_child_of_the_app(self) -> None:
         """See `WorkerAdapter`: asyncio's loop does not run there."""
@@ -246,45 +245,6 @@ class AsyncioAdapter(WorkerAdapter):
 def _peer(address: Any) -> Any:
     # The scope of an IPv6 client has two of the address's four parts. Unix sockets have no name, or "".
     return tuple(address[:2]) if address and not isinstance(address, (str, bytes)) else None
-
-
-class _Drain:
-    """A worker between the order to leave and the end of its loop."""
-
-    def __init__(self, family: AsyncioAdapter) -> None:
-        self._family, self._runtime = family, family.runtime
-        self._since: float | None = None
-
-    def over(self) -> bool:
-        """See `Leaving`."""
-        family, runtime = self._family, self._runtime
-        if self._since is None:
-            self._since = time.monotonic()
-            family.stop_accepting()
-        if runtime.slot.in_flight:
-            # What is cut stays in the count.
-            family.has_cut = clock.passed(runtime.process.deadline_ns)
-            if family.has_cut:
-                runtime.after_loop.give_up_background()
-            return family.has_cut
-        if family.is_reading_a_head() and not clock.passed(runtime.process.deadline_ns):
-            return False
-        # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
-        if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
-            return False
-        if not runtime.after_loop.background_is_over():
-            return False
-        # The end of the loop cancels tasks, and who is cancelled is done.
-        runtime.after_loop.give_up_background()
-        return True
-
-    def _is_connected(self) -> bool:
-        # uvicorn gives a websocket's transport to another protocol: the one that accepted it may be collected already.
-        if self._family.app is not None and self._family.app.websockets:
-            return True
-        transports = (each.transport for each in list(self._family.connections))
-        # None while it is being made, and in its TLS handshake.
-        return any(transport is None or not transport.is_closing() for transport in transports)
 
 
 class AsgiAdapter(AsyncioAdapter):

@@ -8,25 +8,19 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from zdd_web import waitgroup
 from zdd_web.board import Heartbeat, Slot
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.warmup import warm_up
 from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
 LINGER = compat.WindDown.LINGER
-
-
-class Leaving(Protocol):
-    """What a worker does between the order to leave and the end of its loop."""
-
-    def over(self) -> bool:
-        """Stop accepting at the first call; tell whether the loop may be ended. Called once a turn."""
 
 
 def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:

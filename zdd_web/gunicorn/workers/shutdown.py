@@ -25,7 +25,7 @@ from zdd_web.board import ListenerRecord, WorkerState
 from zdd_web.board.admission import SHUT, Admission
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
-from zdd_web.gunicorn.workers.base import Leaving, WorkerAdapter
+from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.exit_states import (
     OBEYS_ORDERS,
     PATIENCE,
@@ -36,6 +36,7 @@ from zdd_web.gunicorn.workers.exit_states import (
     has_order,
     without_order,
 )
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners import accept_queue
 from zdd_web.process import Process
