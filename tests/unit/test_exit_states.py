@@ -127,9 +127,9 @@ def test_no_state_is_in_two_groups_that_exclude_each_other() -> None:
 @pytest.mark.parametrize("phase", Phase)
 def test_a_sigterm_is_an_order_where_the_slot_or_the_phase_says_so_or_the_master_is_gone(phase: Phase) -> None:
     leaves = phase in (Phase.DRAINING, Phase.RETIRING, Phase.STOPPED)
-    assert has_order(phase, told=False, orphaned=False) is leaves
-    assert has_order(phase, told=True, orphaned=False)
-    assert has_order(phase, told=False, orphaned=True)
+    assert has_order(phase, ordered=False, orphaned=False) is leaves
+    assert has_order(phase, ordered=True, orphaned=False)
+    assert has_order(phase, ordered=False, orphaned=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gunicorn.workers.base import Worker
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
-from zdd_web.gunicorn.workers.asgi_app import Counted
+from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.leaving import Leaving
@@ -44,7 +44,7 @@ class AsyncioAdapter(WorkerAdapter):
     """What both have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
-    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `Counted`.
+    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `CountingApp`.
     counts_by_hook = False
 
     #: Whether a reply is to say `Connection: close` itself.
@@ -57,7 +57,7 @@ class AsyncioAdapter(WorkerAdapter):
         #: When each was accepted, monotonic nanoseconds.
         self.connections: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._peers_before_the_stop: set[Any] | None = None
-        self.app: Counted | None = None
+        self.app: CountingApp | None = None
         self.accepting = True
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
@@ -72,11 +72,11 @@ class AsyncioAdapter(WorkerAdapter):
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
         self._end, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
 
-    def count(self, app: Callable[..., Any]) -> Counted:
+    def count(self, app: Callable[..., Any]) -> CountingApp:
         """Put what counts between the server and the app."""
         header, generation = self.runtime.settings.generation_header, self.runtime.board.header.generation
         named = ((header.lower().encode(), str(generation).encode()),) if header else ()
-        self.app = Counted(app, self, named, says_close=self.says_close)
+        self.app = CountingApp(app, self, named, says_close=self.says_close)
         return self.app
 
     def run(self, run: Callable[[], None]) -> None:

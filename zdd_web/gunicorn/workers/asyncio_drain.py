@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
-from zdd_web.gunicorn.workers.asgi_app import Counted
+from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.base import LINGER
 from zdd_web.system import clock
 
@@ -19,7 +19,7 @@ class DrainedAdapter(Protocol):
     """The adapter of an asyncio worker, as far as its drain goes."""
 
     runtime: AdaptedWorker
-    app: Counted | None
+    app: CountingApp | None
     #: Whether requests in hand were given up at the deadline.
     has_cut: bool
 

@@ -215,15 +215,19 @@ class StateMachine:
         return self.state in LOOP_IS_OVER
 
 
-def has_order(phase: Phase, *, told: bool, orphaned: bool) -> bool:
-    """Tell whether a worker that is sent SIGTERM is to leave at once: `told` by its slot, by the phase, or `orphaned`.
+def has_order(phase: Phase, *, ordered: bool, orphaned: bool) -> bool:
+    """Tell whether a worker that receives SIGTERM is to leave at once.
 
-    Any other SIGTERM is not from the master: systemd (`KillMode=control-group`) and people signal whole groups.
+    It is if the master has `ordered` it to on its slot, if the worker is `orphaned`, and in a phase in which all
+    workers leave: the order is on its way then. Any other SIGTERM is not from the master: systemd
+    (`KillMode=control-group`) and people signal whole groups of processes.
 
-    >>> has_order(Phase.SERVING, told=False, orphaned=False), has_order(Phase.RETIRING, told=False, orphaned=False)
-    (False, True)
+    >>> has_order(Phase.SERVING, ordered=False, orphaned=False)
+    False
+    >>> has_order(Phase.RETIRING, ordered=False, orphaned=False)
+    True
     """
-    return told or orphaned or phase in WORKERS_LEAVE
+    return ordered or orphaned or phase in WORKERS_LEAVE
 
 
 def without_order(state: State, waited: float, phase: Phase) -> Event:

@@ -162,10 +162,10 @@ class WorkerRuntime:
         step = f"waiting for its checks ({names})" if names else "starting its checks"
         self.boot.step(step)
 
-        def say(why: str) -> None:
+        def show(why: str) -> None:
             self.slot.error = why or step
 
-        checks.pass_all(self._checks, beat, say)
+        checks.pass_all(self._checks, beat, show)
 
     # -- the gate
 

@@ -142,7 +142,7 @@ class WorkerShutdown:
         if state not in OBEYS_ORDERS:
             return Event.TERM
         phase = Phase(self._board.header.phase)
-        if has_order(phase, told=bool(self.slot.retire), orphaned=os.getppid() != self.worker.ppid):
+        if has_order(phase, ordered=bool(self.slot.retire), orphaned=os.getppid() != self.worker.ppid):
             return Event.EMPTY_QUEUES if self._alone_answers_queues(phase) else Event.LEAVE
         waited = 0.0 if self._signalled_at is None else time.monotonic() - self._signalled_at
         return without_order(state, waited, phase)
