@@ -13,7 +13,7 @@ from zdd_web import checks, process
 from zdd_web.board import Board, CheckRecord, WorkerState
 from zdd_web.board.record import one_of
 from zdd_web.checks import registry
-from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerSeen, answer, table
+from zdd_web.health import CheckSeen, Health, Kind, Probe, Question, Reply, Result, WorkerHealth, answer, table
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.settings import FrameworkSettings, Settings, of_app
 from zdd_web.system import clock, pauses
@@ -32,7 +32,7 @@ def look(board: Board, *, lame_duck_ready: bool = False) -> Health:
             limit = max(limit, header.boot_timeout)
         if state not in (WorkerState.FREE, WorkerState.LEAVING) or alone:
             seen = tuple(_check(slot.check(index), now) for index in range(slot.checks))
-            workers.append(WorkerSeen(state == WorkerState.SERVING or alone, seen))
+            workers.append(WorkerHealth(state == WorkerState.SERVING or alone, seen))
     phase = one_of(Phase, header.phase, Phase.STOPPED)
     successor = one_of(Phase, header.successor_phase, Phase.STOPPED) if header.successor_phase else None
     return Health(

@@ -116,8 +116,8 @@ def test_a_signal_that_reaches_a_child_before_its_handlers_are_replaced_is_not_l
     def worker() -> list[int]:
         board = Board.private("test-app-forks")
         signal.signal(signal.SIGTERM, app_forks.OwnHandler(lambda sig, frame: None))
-        family = SimpleNamespace(in_a_child_of_the_app=lambda: None)
-        app_forks._runtime = SimpleNamespace(slot=board.slot(0), worker=SimpleNamespace(), adapter=family)  # type: ignore[assignment]
+        gunicorns = SimpleNamespace(**dict.fromkeys(app_forks.HANDLERS, lambda sig, frame: None))
+        app_forks.attach(gunicorns, board.slot(0), (), lambda: None)
         ended = []
         for _ in range(20):
             child = spawn(lambda: time.sleep(PATIENCE))

@@ -20,7 +20,7 @@ from zdd_web.health import (
     Reply,
     Result,
     Status,
-    WorkerSeen,
+    WorkerHealth,
     answer,
     examine,
     judge,
@@ -57,7 +57,7 @@ def passed(name: str = "database", **changes: Any) -> CheckSeen:
 
 def served_by(*workers: CheckSeen | list[CheckSeen], **changes: Any) -> Health:
     """A serving generation, with the checks of each worker."""
-    seen = tuple(WorkerSeen(True, tuple(each) if isinstance(each, list) else (each,)) for each in workers)
+    seen = tuple(WorkerHealth(True, tuple(each) if isinstance(each, list) else (each,)) for each in workers)
     return Health(Phase.SERVING, **{"wanted": len(seen), "workers": seen, **changes})
 
 
@@ -115,7 +115,9 @@ def test_readiness_of_a_retiring_generation_is_that_of_its_successor(successor: 
 
 
 def test_a_successor_that_is_not_ready_makes_its_predecessor_say_so() -> None:
-    health = Health(Phase.RETIRING, Phase.SERVING, successor_trouble="database", workers=(WorkerSeen(True),), wanted=1)
+    health = Health(
+        Phase.RETIRING, Phase.SERVING, successor_trouble="database", workers=(WorkerHealth(True),), wanted=1
+    )
     reply = answer(Probe.READINESS, DETAILS, health)
     assert (reply.status, reply.body) == (
         503,
@@ -208,7 +210,7 @@ def test_a_check_alone_is_that_of_the_successor_while_a_generation_retires() -> 
 
 @pytest.mark.parametrize("probe", [Probe.LIVENESS, Probe.READINESS])
 def test_a_master_that_stalls_is_a_warning_and_fails_nothing(probe: Probe) -> None:
-    health = Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),), worker_timeout=30.0, master_stalled=42.0)
+    health = Health(Phase.SERVING, wanted=1, workers=(WorkerHealth(),), worker_timeout=30.0, master_stalled=42.0)
     reply = answer(probe, Question(details=True, verbose=True), health)
     assert reply.status == 200
     assert b"[!]master its main loop has not run for 42 s\n" in reply.body
@@ -274,9 +276,9 @@ def test_a_service_that_wants_no_worker_is_not_ready_and_one_without_gunicorn_is
 
 
 def test_a_service_without_a_worker_that_serves_is_not_ready() -> None:
-    booting = Health(Phase.SERVING, wanted=2, workers=(WorkerSeen(False), WorkerSeen(False)))
+    booting = Health(Phase.SERVING, wanted=2, workers=(WorkerHealth(False), WorkerHealth(False)))
     assert answer(Probe.READINESS, DETAILS, booting).body.splitlines()[1] == b"[-]workers 0 of 2 serve"
-    one = Health(Phase.SERVING, wanted=2, workers=(WorkerSeen(True), WorkerSeen(False)))
+    one = Health(Phase.SERVING, wanted=2, workers=(WorkerHealth(True), WorkerHealth(False)))
     assert (
         answer(Probe.READINESS, VERBOSE, one).body == b"[+]phase serving\n[!]workers 1 of 2 serve\nreadiness passed\n"
     )
@@ -330,14 +332,14 @@ def test_each_kind_has_a_say_in_its_own_probe() -> None:
 
 
 def test_a_startup_check_is_shown_while_a_worker_boots() -> None:
-    health = Health(Phase.BOOTING, wanted=1, workers=(WorkerSeen(False, (failed("migrations", kind=Kind.STARTUP),)),))
+    health = Health(Phase.BOOTING, wanted=1, workers=(WorkerHealth(False, (failed("migrations", kind=Kind.STARTUP),)),))
     assert answer(Probe.STARTUP, DETAILS, health).body == (
         b"[-]phase booting\n[!]migrations no route, for 12 s\nstartup failed: phase\n"
     )
 
 
 def test_what_keeps_a_boot_up_is_shown_by_readiness_too() -> None:
-    health = Health(Phase.BOOTING, wanted=1, workers=(WorkerSeen(False, (failed(),)),))
+    health = Health(Phase.BOOTING, wanted=1, workers=(WorkerHealth(False, (failed(),)),))
     shown = b"[-]phase booting\n[-]database no route, for 12 s\nreadiness failed: phase, database\n"
     assert answer(Probe.READINESS, DETAILS, health).body == shown
     alone = answer(Probe.READINESS, Question(only="database", details=True), health)
@@ -347,7 +349,7 @@ def test_what_keeps_a_boot_up_is_shown_by_readiness_too() -> None:
 
 def test_workers_that_do_not_serve_have_no_say() -> None:
     health = Health(
-        Phase.SERVING, wanted=1, workers=(WorkerSeen(True, (passed(),)), WorkerSeen(False, (failed(), failed("b"))))
+        Phase.SERVING, wanted=1, workers=(WorkerHealth(True, (passed(),)), WorkerHealth(False, (failed(), failed("b"))))
     )
     assert [each.name for each in examine(Probe.READINESS, health)] == ["phase", "workers", "database"]
     assert answer(Probe.READINESS, Question(), health).status == 200
@@ -355,7 +357,7 @@ def test_workers_that_do_not_serve_have_no_say() -> None:
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.SERVING])
 def test_no_check_says_more_than_the_phase(phase: Phase) -> None:
-    health = Health(phase, wanted=1, workers=(WorkerSeen(True, (passed(),)),))
+    health = Health(phase, wanted=1, workers=(WorkerHealth(True, (passed(),)),))
     assert answer(Probe.READINESS, Question(), health).status == 503
 
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zdd_web.board import Board, WorkerState
-from zdd_web.health import Health, Kind, Reply, Result, WorkerSeen
+from zdd_web.health import Health, Kind, Reply, Result, WorkerHealth
 from zdd_web.lifecycle import Phase
 from zdd_web.probe_server import answers, connection, scrapes, server, turns
 from zdd_web.probe_server.answers import Answers, Asked, Verdicts
@@ -185,8 +185,8 @@ def test_a_verdict_is_logged_when_it_changes_and_not_while_a_generation_boots_or
 ) -> None:
     caplog.set_level("INFO", "zdd_web")
     verdicts = Verdicts()
-    well = Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),))
-    ill = Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(serving=False),))
+    well = Health(Phase.SERVING, wanted=1, workers=(WorkerHealth(),))
+    ill = Health(Phase.SERVING, wanted=1, workers=(WorkerHealth(serving=False),))
     for health in (Health(Phase.BOOTING), well, well, ill, ill, Health(Phase.RETIRING), well, Health(Phase.LAME_DUCK)):
         verdicts.see(health)
     assert [record.getMessage() for record in caplog.records] == [
@@ -201,7 +201,7 @@ def test_a_master_that_stalls_is_logged_once_and_not_before_it_has_had_time_to_r
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", "zdd_web")
-    verdicts, well = Verdicts(), Health(Phase.SERVING, wanted=1, workers=(WorkerSeen(),))
+    verdicts, well = Verdicts(), Health(Phase.SERVING, wanted=1, workers=(WorkerHealth(),))
     stalled = dataclasses.replace(well, master_stalled=6.0)
     for health in (stalled, stalled, well):
         verdicts.see(health)

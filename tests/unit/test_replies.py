@@ -11,7 +11,7 @@ import pytest
 from zdd_web.cli.rehearse import render
 from zdd_web.cli.rehearse.replies import STABLE_FROM, Body, Difference, compare
 from zdd_web.cli.rehearse.report import Handover, Outcome, Sample, build
-from zdd_web.gunicorn.workers.asgi_app import Counted
+from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.base import _name_generation, request_number
 
 UPGRADE = Handover(1, 1, 2, 10.0, 10.5, 11.0, ok=True)
@@ -118,8 +118,8 @@ def test_an_asgi_reply_names_its_request_where_it_names_its_generation(names: An
     async def send(message: Any) -> None:
         sent.extend(message["headers"])
 
-    runtime = SimpleNamespace(request_started=lambda *_: None, request_finished=lambda *_: None)
-    counted = Counted(app, SimpleNamespace(runtime=runtime, has_cut=False), names, says_close=False)  # type: ignore[arg-type]
+    runtime = SimpleNamespace(requests=SimpleNamespace(started=lambda *_: None, finished=lambda *_: None))
+    counted = CountingApp(app, SimpleNamespace(runtime=runtime, has_cut=False), names, says_close=False)  # type: ignore[arg-type]
     headers = [(b"x-zdd-request", b"17")]
     scope = {"type": "http", "method": "GET", "path": "/", "http_version": "1.1", "headers": headers}
     asyncio.run(counted(scope, None, send))

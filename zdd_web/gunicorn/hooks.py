@@ -270,14 +270,14 @@ def post_fork(server: Any, worker: Any) -> None:
     state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
-    counts = state.worker.adapter.counts_by_hook
-    for name, ours in (("pre_request", state.worker.request_started), ("post_request", state.worker.request_finished)):
+    counts, requests = state.worker.adapter.counts_by_hook, state.worker.requests
+    for name, ours in (("pre_request", requests.started), ("post_request", requests.finished)):
         if name not in state.users:
             worker.cfg.set(name, ours if counts else worker.cfg.settings[name].default)
     hook = _user_hook("post_fork")
     if hook is not None:
-        with state.worker.boot_step():
-            state.worker.boot.step("post_fork")
+        with state.worker.boot_step() as step:
+            step("post_fork")
             hook(server, worker)
 
 
@@ -294,7 +294,7 @@ def post_worker_init(worker: Any) -> None:
 def pre_request(worker: Any, req: Any) -> None:
     """Count the request in; only called where the user has such a hook, see `post_fork`."""
     if state.worker.adapter.counts_by_hook:  # type: ignore[union-attr]
-        state.worker.request_started(worker, req)  # type: ignore[union-attr]
+        state.worker.requests.started(worker, req)  # type: ignore[union-attr]
     state.users["pre_request"](worker, req)  # type: ignore[union-attr]
 
 
@@ -304,7 +304,7 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
         state.users["post_request"](worker, req, environ, resp)  # type: ignore[union-attr]
     finally:
         if state.worker.adapter.counts_by_hook:  # type: ignore[union-attr]
-            state.worker.request_finished(worker, req, environ, resp)  # type: ignore[union-attr]
+            state.worker.requests.finished(worker, req, environ, resp)  # type: ignore[union-attr]
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -317,7 +317,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     finally:
         # gunicorn calls this hook in the master too, for a worker that was gone when it was signalled (arbiter.py:816).
         if state.worker is not None and worker.pid == os.getpid():
-            state.worker.exit()
+            state.worker.after_loop.exit()
 
 
 def on_exit(server: Any) -> None:

@@ -2,7 +2,7 @@
 
 from zdd_web.health.decision import Finding, Probe, Status, examine, judge, table
 from zdd_web.health.reply import Question, Reply, answer, not_found, plain
-from zdd_web.health.view import CheckSeen, Health, Kind, Result, WorkerSeen
+from zdd_web.health.view import CheckSeen, Health, Kind, Result, WorkerHealth
 
 __all__ = [
     "CheckSeen",
@@ -14,7 +14,7 @@ __all__ = [
     "Reply",
     "Result",
     "Status",
-    "WorkerSeen",
+    "WorkerHealth",
     "answer",
     "examine",
     "judge",

@@ -47,7 +47,7 @@ class CheckSeen:
 
 
 @dataclass(frozen=True)
-class WorkerSeen:
+class WorkerHealth:
     """A worker: whether it serves, and its checks."""
 
     serving: bool = True
@@ -65,7 +65,7 @@ class Health:
     successor_trouble: str = ""
     #: How many workers there should be; None where there is no gunicorn.
     wanted: int | None = None
-    workers: tuple[WorkerSeen, ...] = field(default=())
+    workers: tuple[WorkerHealth, ...] = field(default=())
     #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
     silence: float = 0.0
     worker_timeout: float | None = None

@@ -25,11 +25,10 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
+from zdd_web.board import Slot
 
 #: The handlers that gunicorn installs in a worker (base.py:164), by the names it looks them up by.
 HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle_winch")
@@ -37,10 +36,10 @@ HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle
 #: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
 MAP_FIXED = 0x10
 
-_runtime: WorkerRuntime | None = None
+#: What a child of this worker is to do first; None in a process that is not a worker, such as the child itself.
+_leave: Callable[[], None] | None = None
 #: The signals that a thread which forks had blocked before.
 _blocked = threading.local()
-_inodes: dict[int, int] = {}
 
 
 class OwnHandler:
@@ -64,17 +63,29 @@ def ignore(*signals: signal.Signals) -> None:
         signal.signal(sig, OwnHandler(lambda sig, frame: None))
 
 
-def attach(runtime: WorkerRuntime) -> None:
-    """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`."""
-    global _runtime, _inodes
+def attach(worker: Any, slot: Slot, listeners: Iterable[int], stop_accepting: Callable[[], None]) -> None:
+    """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`.
+
+    `listeners` are descriptors; `stop_accepting()` is called in a child, whose loop is a copy of the worker's.
+    """
+    global _leave
     for name in HANDLERS:
-        setattr(runtime.worker, name, OwnHandler(getattr(runtime.worker, name)))
-    _runtime = runtime
-    _inodes = {fd: os.fstat(fd).st_ino for fd in runtime.listeners}
+        setattr(worker, name, OwnHandler(getattr(worker, name)))
+    inodes = {fd: os.fstat(fd).st_ino for fd in listeners}
+
+    def leave() -> None:
+        reset_handlers()
+        size = slot.words.itemsize
+        write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
+        worker.notify = lambda: None
+        close_copies(inodes)
+        stop_accepting()
+
+    _leave = leave
 
 
 def _before() -> None:
-    if _runtime is not None:
+    if _leave is not None:
         _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, own_signals())
 
 
@@ -85,24 +96,13 @@ def _unblock() -> None:
 
 
 def _in_child() -> None:
+    global _leave
+    leave, _leave = _leave, None
     try:
-        _leave_the_worker()
+        if leave is not None:
+            leave()
     finally:
         _unblock()
-
-
-def _leave_the_worker() -> None:
-    global _runtime
-    runtime, _runtime = _runtime, None
-    if runtime is None:
-        return
-    reset_handlers()
-    slot = runtime.slot
-    size = slot.words.itemsize
-    write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
-    runtime.worker.notify = lambda: None
-    close_copies(_inodes)
-    runtime.adapter.in_a_child_of_the_app()
 
 
 def own_signals() -> list[int]:

@@ -17,7 +17,7 @@ _NUMBER = REQUEST_HEADER.lower().encode()
 Send = Callable[[Any], Coroutine[Any, Any, None]]
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """As much of a request as the count needs."""
 
     peer_addr: Any
@@ -27,19 +27,19 @@ class _Asked(NamedTuple):
     receive: Any
 
 
-class _Noted:
+class _Outcome:
     """What has come of a request: some frameworks send their 500 and raise nevertheless."""
 
     error = False
 
 
-class Counted:
+class CountingApp:
     """Counts requests in and out: from the moment their headers are here until the app has returned."""
 
     def __init__(
         self,
         app: Callable[..., Any],
-        family: WorkerAdapter,
+        adapter: WorkerAdapter,
         headers: tuple[tuple[bytes, bytes], ...],
         *,
         says_close: bool,
@@ -50,26 +50,26 @@ class Counted:
         self.closing: set[asyncio.Task[None]] = set()
         #: What the app said of a lifespan start-up that failed.
         self.startup_error: str | None = None
-        self._family, self._runtime, self._headers, self._says_close = family, family.runtime, headers, says_close
+        self._adapter, self._runtime, self._headers, self._says_close = adapter, adapter.runtime, headers, says_close
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            asked = _Asked(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
-            noted = _Noted()
-            self._runtime.request_started(None, asked)
+            request = _Request(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
+            outcome = _Outcome()
+            self._runtime.requests.started(None, request)
             try:
-                await self.app(scope, receive, self._noting(send, noted, scope))
+                await self.app(scope, receive, self._noting(send, outcome, scope))
             except Exception:
                 # The server answers 500; where the reply had begun its status was another, and it breaks off.
-                noted.error = True
+                outcome.error = True
                 raise
             finally:
-                if noted.error:
-                    self._runtime.count_server_error(asked)
+                if outcome.error:
+                    self._runtime.requests.failed(request)
                 # What is cut at the deadline stays in the count.
-                if not self._family.has_cut:
-                    self._runtime.request_finished(None, None, None, None)
+                if not self._adapter.has_cut:
+                    self._runtime.requests.finished(None, None, None, None)
         elif scope["type"] == "websocket":
             self.websockets.add(send)
             try:
@@ -87,7 +87,7 @@ class Counted:
 
         return note
 
-    def _noting(self, send: Send, noted: _Noted, scope: Any) -> Send:
+    def _noting(self, send: Send, outcome: _Outcome, scope: Any) -> Send:
         http1, ours = scope["http_version"].startswith("1"), self._headers
         if ours:
             numbers = (request_number(value.decode("latin-1")) for name, value in scope["headers"] if name == _NUMBER)
@@ -95,7 +95,7 @@ class Counted:
 
         async def note(message: Any) -> None:
             if message["type"] == "http.response.start":
-                noted.error = message["status"] >= 500
+                outcome.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *ours]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
                 if http1 and self._says_close and self._runtime.process.is_leaving():

@@ -16,28 +16,25 @@ import signal
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
-from zdd_web.gunicorn.workers.asgi_app import Counted
-from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter
+from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
+from zdd_web.gunicorn.workers.asgi_app import CountingApp
+from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
+from zdd_web.gunicorn.workers.base import WorkerAdapter
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.queue_server import QueuesServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
 
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
-
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
-
-#: A connection that was accepted is known a few turns of the loop later; seconds.
-SETTLE = 0.2
 
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
 FAREWELL = 5.0
@@ -47,23 +44,24 @@ class AsyncioAdapter(WorkerAdapter):
     """What both have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
-    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `Counted`.
+    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `CountingApp`.
     counts_by_hook = False
 
     #: Whether a reply is to say `Connection: close` itself.
     says_close = True
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.servers: list[asyncio.Server | QueuesServer] = []
         #: When each was accepted, monotonic nanoseconds.
         self.connections: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._peers_before_the_stop: set[Any] | None = None
-        self.app: Counted | None = None
+        self.app: CountingApp | None = None
         self.accepting = True
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
+        self._end: Callable[[int, Any], None] = self._obey
 
     # -- boot
 
@@ -72,13 +70,13 @@ class AsyncioAdapter(WorkerAdapter):
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
-        self.worker.handle_exit = self._handle_exit
+        self._end, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
 
-    def count(self, app: Callable[..., Any]) -> Counted:
+    def count(self, app: Callable[..., Any]) -> CountingApp:
         """Put what counts between the server and the app."""
         header, generation = self.runtime.settings.generation_header, self.runtime.board.header.generation
         named = ((header.lower().encode(), str(generation).encode()),) if header else ()
-        self.app = Counted(app, self, named, says_close=self.says_close)
+        self.app = CountingApp(app, self, named, says_close=self.says_close)
         return self.app
 
     def run(self, run: Callable[[], None]) -> None:
@@ -95,9 +93,8 @@ class AsyncioAdapter(WorkerAdapter):
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
 
     def _could_not_boot(self) -> None:
-        if not self.runtime.boot_has_failed:
-            with contextlib.suppress(RuntimeError), self.runtime.boot_step():
-                self._raise_startup_error("see the log")
+        with contextlib.suppress(RuntimeError), self.runtime.boot_step():
+            self._raise_startup_error("see the log")
 
     def _raise_startup_error(self, why: str | None) -> None:
         why = (self.app and self.app.startup_error) or why
@@ -137,8 +134,8 @@ class AsyncioAdapter(WorkerAdapter):
         async def shutdown(*arguments: Any) -> None:
             # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
             # by the deadline is left, and logged when the loop is closed.
-            while self.runtime.threads_left(pools_only=True):
-                left = clock.remaining(self.runtime.threads_deadline())
+            while self.runtime.after_loop.threads_left(pools_only=True):
+                left = clock.remaining(self.runtime.after_loop.threads_deadline())
                 if left == 0:
                     return
                 await asyncio.sleep(TURN if left is None else min(TURN, left))
@@ -156,23 +153,22 @@ class AsyncioAdapter(WorkerAdapter):
         runtime = self.runtime
         assert self.loop is not None and self.app is not None
         try:
-            with runtime.boot_step():
+            with runtime.boot_step() as step:
                 # gunicorn up to 26 serves such an app.
                 self._raise_startup_error(None)
-                await warm_up_asgi(self.app.app, runtime.settings.warmup, runtime.boot.step)
+                await warm_up_asgi(self.app.app, runtime.settings.warmup, step)
                 # The loop goes on beating.
                 await asyncio.to_thread(runtime.pass_checks, lambda: None, self.loop)
         except Exception:
             # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-        runtime.arrive_at_gate()
+        gate = runtime.arrive_at_gate()
         opened = asyncio.Event()
-        self.loop.add_reader(runtime.gate.fileno(), opened.set)
+        self.loop.add_reader(gate, opened.set)
         try:
             await opened.wait()
         finally:
-            self.loop.remove_reader(runtime.gate.fileno())
-        runtime.gate.look(runtime.board)
+            self.loop.remove_reader(gate)
         runtime.pass_gate()
         # The next heartbeat is due a whole interval from here: the predecessor waits for it.
         self._turn()
@@ -181,12 +177,12 @@ class AsyncioAdapter(WorkerAdapter):
 
     def _handle_exit(self, sig: int, frame: Any) -> None:
         if self.loop is None or self.runtime.slot.state == WorkerState.BOOTING:
-            self.runtime.handle_exit(sig, frame)
+            self._end(sig, frame)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._obey_term)
 
     def _obey_term(self) -> None:
-        self.runtime.handle_exit(signal.SIGTERM, None)
+        self._end(signal.SIGTERM, None)
         self._turn()
 
     def _turn(self) -> None:
@@ -213,7 +209,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def leaving(self) -> Leaving | None:
         """See `WorkerAdapter`."""
-        return _Drain(self)
+        return AsyncioDrain(self)
 
     def in_a_child_of_the_app(self) -> None:
         """See `WorkerAdapter`: asyncio's loop does not run there."""
@@ -251,49 +247,10 @@ def _peer(address: Any) -> Any:
     return tuple(address[:2]) if address and not isinstance(address, (str, bytes)) else None
 
 
-class _Drain:
-    """A worker between the order to leave and the end of its loop."""
-
-    def __init__(self, family: AsyncioAdapter) -> None:
-        self._family, self._runtime = family, family.runtime
-        self._since: float | None = None
-
-    def over(self) -> bool:
-        """See `Leaving`."""
-        family, runtime = self._family, self._runtime
-        if self._since is None:
-            self._since = time.monotonic()
-            family.stop_accepting()
-        if runtime.slot.in_flight:
-            # What is cut stays in the count.
-            family.has_cut = clock.passed(runtime.process.deadline_ns)
-            if family.has_cut:
-                runtime.give_up_background()
-            return family.has_cut
-        if family.is_reading_a_head() and not clock.passed(runtime.process.deadline_ns):
-            return False
-        # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
-        if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
-            return False
-        if not runtime.background_is_over():
-            return False
-        # The end of the loop cancels tasks, and who is cancelled is done.
-        runtime.give_up_background()
-        return True
-
-    def _is_connected(self) -> bool:
-        # uvicorn gives a websocket's transport to another protocol: the one that accepted it may be collected already.
-        if self._family.app is not None and self._family.app.websockets:
-            return True
-        transports = (each.transport for each in list(self._family.connections))
-        # None while it is being made, and in its TLS handshake.
-        return any(transport is None or not transport.is_closing() for transport in transports)
-
-
 class AsgiAdapter(AsyncioAdapter):
     """gunicorn.workers.gasgi.ASGIWorker."""
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self._drained = asyncio.Event()
         from gunicorn.asgi.protocol import ASGIProtocol
@@ -368,7 +325,7 @@ class AsgiAdapter(AsyncioAdapter):
 class UvicornAdapter(AsyncioAdapter):
     """uvicorn_worker.UvicornWorker."""
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         runtime.worker.config.limit_max_requests = None
         self._server: Any = None

@@ -8,27 +8,19 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from zdd_web import waitgroup
 from zdd_web.board import Heartbeat, Slot
 from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.warmup import warm_up
 from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
-
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
 LINGER = compat.WindDown.LINGER
-
-
-class Leaving(Protocol):
-    """What a worker does between the order to leave and the end of its loop."""
-
-    def over(self) -> bool:
-        """Stop accepting at the first call; tell whether the loop may be ended. Called once a turn."""
 
 
 def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
@@ -55,7 +47,7 @@ class WorkerAdapter:
     #: Whether requests in hand were given up at the deadline.
     has_cut = False
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         self.runtime, self.worker = runtime, runtime.worker
         #: The heartbeat, and nothing else: gunicorn's, and the board's.
         self.beat = on_board(runtime.worker.notify, runtime.slot)
@@ -83,15 +75,13 @@ class WorkerAdapter:
     def stand_at_gate(self) -> None:
         """Warm up and wait for the gate; called when the app has been loaded."""
         runtime = self.runtime
-        with runtime.boot_step():
+        with runtime.boot_step() as step:
             header, generation = runtime.settings.generation_header, runtime.board.header.generation
             if header:
                 self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
-            warm_up(self.worker.wsgi, runtime.settings.warmup, self.beat, runtime.boot.step)
+            warm_up(self.worker.wsgi, runtime.settings.warmup, self.beat, step)
             runtime.pass_checks(self.beat)
-        runtime.arrive_at_gate()
-        runtime.gate.wait(runtime.board, runtime.turn, self.interval)
-        runtime.pass_gate()
+        runtime.wait_at_gate(self.interval)
 
     def run(self, run: Callable[[], None]) -> None:
         """Run the worker's loop."""

@@ -28,10 +28,10 @@ REMEDY = "an upgrade and a replacement have UPGRADE_TIMEOUT to boot in: raise it
 
 
 class BootWatch:
-    """The steps of one process's boot; `say` is called with each, and `fd` is where faulthandler writes."""
+    """The steps of one process's boot; `show` is called with each, and `fd` is where faulthandler writes."""
 
-    def __init__(self, say: Callable[[str], None], fd: int = 2) -> None:
-        self._say, self._fd = say, fd
+    def __init__(self, show: Callable[[str], None], fd: int = 2) -> None:
+        self._show, self._fd = show, fd
         self._what, self._since = "", 0.0
         self._reported = True
         self._over = threading.Event()
@@ -40,7 +40,7 @@ class BootWatch:
     def step(self, what: str) -> None:
         """Begin a step, which ends the one before it."""
         self._what, self._since, self._reported = what, time.monotonic(), False
-        self._say(what)
+        self._show(what)
         faulthandler.dump_traceback_later(SLOW_AFTER + SLACK, file=self._fd)
         if self._thread is None and not _threads_are_greenlets():
             self._thread = threading.Thread(target=self._watch, name="zdd_web-boot", daemon=True)
@@ -51,7 +51,7 @@ class BootWatch:
         """The boot is over."""
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
-        self._say("")
+        self._show("")
 
     def _watch(self) -> None:
         while not self._over.wait(SLOW_AFTER / 10):

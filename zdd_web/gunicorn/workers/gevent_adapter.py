@@ -6,7 +6,7 @@ import functools
 import gc
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import gevent
 from gevent import getcurrent
@@ -18,17 +18,15 @@ from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
+from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
 from zdd_web.listeners.reuseport.queues import Queues
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 
 class GeventAdapter(WorkerAdapter):
     """gunicorn.workers.ggevent.GeventWorker."""
 
-    def __init__(self, runtime: WorkerRuntime) -> None:
+    def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
         self.beat = on_board(functools.partial(Worker.notify, self.worker), runtime.slot)
@@ -39,7 +37,7 @@ class GeventAdapter(WorkerAdapter):
     def enter(self) -> None:
         """See `WorkerAdapter`."""
         super().enter()
-        worker, runtime, servers = self.worker, self.runtime, self._servers
+        worker, servers = self.worker, self._servers
         names: dict[Any, _Named] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
@@ -71,8 +69,8 @@ class GeventAdapter(WorkerAdapter):
         worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
         worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
         self._note_heads()
-        worker.handle_exit = self._in_a_greenlet(runtime.handle_exit)
-        worker.handle_quit = self._in_a_greenlet(runtime.handle_quit)
+        worker.handle_exit = self._in_a_greenlet(worker.handle_exit)
+        worker.handle_quit = self._in_a_greenlet(worker.handle_quit)
 
     def _patch(self) -> None:
         # It makes gevent's sockets of the listeners (ggevent.py:40).
@@ -141,7 +139,7 @@ class GeventAdapter(WorkerAdapter):
         """See `WorkerAdapter`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` counts them out."""
         if self.runtime.slot.in_flight:
             self.has_cut = True
-            self.runtime.stop_counting()
+            self.runtime.requests.stop()
 
     def frames(self) -> Mapping[int, FrameType]:
         """See `WorkerAdapter`: threads are greenlets, and their `ident` is the greenlet's address."""

@@ -13,11 +13,9 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from zdd_web.board import Slot
-    from zdd_web.gunicorn.master.roster import ExitedWorker
+from zdd_web.board import Slot
 
 #: New connections in the last part of a lame duck mean that others came after it. Load balancers take five seconds at
 #: least: a shorter lame duck does not tell a slow one from one that ignores probes.
@@ -109,6 +107,30 @@ def _forwarded_for(headers: Any) -> str:
     return ",".join(values)
 
 
+class LateCounts(Protocol):
+    """What one worker has counted, as its slot shows it; times are seconds after the begin of the stop."""
+
+    @property
+    def late(self) -> int:
+        """How many requests came late."""
+
+    @property
+    def late_by(self) -> float:
+        """When the last of them came."""
+
+    @property
+    def late_peer(self) -> str:
+        """Where the last one on a new connection came from; the last one at all where none was new."""
+
+    @property
+    def late_quarters(self) -> tuple[int, ...]:
+        """How many came on new connections, by quarter of the lame duck."""
+
+    @property
+    def late_new_by(self) -> float:
+        """When the last one on a new connection came; 0 where none was new."""
+
+
 @dataclass
 class LateArrivals:
     """The late arrivals of a generation: how many requests, and how many of them on new connections.
@@ -134,7 +156,7 @@ class LateArrivals:
         """How many came on new connections."""
         return sum(self.quarters)
 
-    def add(self, gone: ExitedWorker) -> None:
+    def add(self, gone: LateCounts) -> None:
         """Count in those of a worker that has ended."""
         self.count += gone.late
         # Of the last new connection; of the last one at all where none was new.

@@ -17,13 +17,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from zdd_web import log
-from zdd_web.board import Order
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
+from zdd_web.board import Order, Slot
 
 #: How often a worker looks whose loop has nothing else to do, and one that signals do not reach, seconds.
 LOOK = 1.0
@@ -48,28 +45,49 @@ class Once:
         return True
 
 
+class Ordered(Protocol):
+    """The shutdown of a worker, as far as orders go."""
+
+    worker: Any
+    slot: Slot
+    pid: int
+
+    @property
+    def loop_is_over(self) -> bool:
+        """Whether the worker's loop has ended."""
+
+    def follow_orders(self) -> None:
+        """Do as the board says; called in the worker's loop, at each turn as long as there is an order."""
+
+    def watch_deadline(self) -> None:
+        """Have what is in hand named at the deadline; called in any thread."""
+
+    def wake(self) -> None:
+        """Make the loop take a turn now; called in any thread."""
+
+
 class Orders:
     """The orders to one worker; `once` is the right to report a replaced handler."""
 
-    def __init__(self, runtime: WorkerRuntime, once: Once) -> None:
-        self._runtime, self._once = runtime, once
-        self._handler = runtime.worker.handle_exit
+    def __init__(self, shutdown: Ordered, once: Once) -> None:
+        self._shutdown, self._once = shutdown, once
+        self._handler = shutdown.worker.handle_exit
         self._reported = False
 
     def are_to_leave(self) -> bool:
         """Tell whether this worker is to leave: it was told to, or has no master any more."""
-        return bool(self._runtime.slot.retire) or os.getppid() != self._runtime.worker.ppid
+        return bool(self._shutdown.slot.retire) or os.getppid() != self._shutdown.worker.ppid
 
     def turn(self, beat: Callable[[], None]) -> Callable[[], None]:
         """Return the heartbeat of a worker that serves, which follows orders. A closure: sync beats before requests."""
-        slot, ppid = self._runtime.slot, self._runtime.worker.ppid
+        slot, ppid = self._shutdown.slot, self._shutdown.worker.ppid
         words, retire = slot.words, slot.order.base + Order.retire.index
         handler, getsignal, getppid, term = self._handler, signal.getsignal, os.getppid, signal.SIGTERM
 
         def turn() -> None:
             beat()
             if words[retire] or getppid() != ppid:
-                self._runtime.follow_orders()
+                self._shutdown.follow_orders()
             elif getsignal(term) is not handler and not self._reported:
                 self._report(getsignal(term))
 
@@ -86,10 +104,10 @@ class Orders:
 
     def _look(self) -> None:
         # A greenlet is copied into the processes that the app forks.
-        while os.getpid() == self._runtime.pid and not self._runtime.loop_is_over:
+        while os.getpid() == self._shutdown.pid and not self._shutdown.loop_is_over:
             if self.are_to_leave():
-                self._runtime.adapter.wake()
-                self._runtime.note_deadline()
+                self._shutdown.wake()
+                self._shutdown.watch_deadline()
             time.sleep(LOOK)
 
 

@@ -6,16 +6,12 @@ accepting, how its loop is ended and what it waits for before. Line references a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
-
-def adapter_for(runtime: WorkerRuntime) -> WorkerAdapter:
+def adapter_for(runtime: AdaptedWorker) -> WorkerAdapter:
     """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
     name = compat.family(type(runtime.worker))
     if name == "gevent":

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from zdd_web.gunicorn.workers import asyncio_adapter
+from zdd_web.gunicorn.workers import asyncio_drain
 from zdd_web.gunicorn.workers.base import LINGER
 from zdd_web.system import clock
 
@@ -15,21 +15,20 @@ from zdd_web.system import clock
 def leaving(monkeypatch: pytest.MonkeyPatch, websockets: set[Any], connections: list[Any]) -> list[bool]:
     """Have a worker leave; return whether it was over just before `LINGER` seconds, and after them."""
     now = [100.0]
-    monkeypatch.setattr(asyncio_adapter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(asyncio_drain.time, "monotonic", lambda: now[0])
     runtime = SimpleNamespace(
         slot=SimpleNamespace(in_flight=0),
         process=SimpleNamespace(deadline_ns=clock.NEVER),
-        background_is_over=lambda: True,
-        give_up_background=lambda: None,
+        after_loop=SimpleNamespace(background_is_over=lambda: True, give_up_background=lambda: None),
     )
-    family = SimpleNamespace(
+    adapter = SimpleNamespace(
         runtime=runtime,
         app=SimpleNamespace(websockets=websockets),
         connections=connections,
         stop_accepting=lambda: None,
         is_reading_a_head=lambda: False,
     )
-    drain = asyncio_adapter._Drain(cast("asyncio_adapter.AsyncioAdapter", family))
+    drain = asyncio_drain.AsyncioDrain(cast("asyncio_drain.DrainedAdapter", adapter))
     assert not drain.over(), "a connection that was accepted a moment ago is not known yet"
     seen = []
     for seconds in (LINGER - 0.1, LINGER):

@@ -1,0 +1,289 @@
+"""How a worker's loop comes to its end: signals, orders, waiting connections, and the deadline.
+
+SIGTERM and where it comes from: the master writes `retire` into the slot first, so a worker that finds it obeys at
+once, as it does once its generation drains or retires, or when its master is gone. Any other SIGTERM was sent to the
+whole group (systemd's KillMode=control-group) or by a person: the worker waits a second for its master's order, then
+leaves alone if the service is still serving.
+
+`exit_states` says what follows what; here is what is done in each state, once, as it is entered. That is done by the
+signal handler itself: a sync worker in the middle of a request has no turn of its loop before the request is over, and
+its listeners are to be closed and `on_stop` called before that. gevent runs the handlers in greenlets, asyncio in
+callbacks of its loop. A handler that interrupts an entry leaves the rest to what it has interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from zdd_web.board import ListenerRecord, WorkerState
+from zdd_web.board.admission import SHUT, Admission
+from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.workers.after_loop import AfterLoop
+from zdd_web.gunicorn.workers.base import WorkerAdapter
+from zdd_web.gunicorn.workers.exit_states import (
+    OBEYS_ORDERS,
+    PATIENCE,
+    PROMPT,
+    Event,
+    State,
+    StateMachine,
+    has_order,
+    without_order,
+)
+from zdd_web.gunicorn.workers.leaving import Leaving
+from zdd_web.lifecycle import Phase
+from zdd_web.listeners import accept_queue
+from zdd_web.process import Process
+from zdd_web.system import clock
+
+#: How long a closed door waits for handshakes that were under way, seconds: a long round trip.
+SETTLE = 0.25
+
+#: Where the door cannot be closed the queue may never be found empty under load, seconds.
+NARROW_AT_MOST = 2.0
+
+#: With no deadline, a drain that gunicorn itself bounds (`graceful_timeout`) gets a day.
+NO_LIMIT = 86_400
+
+#: The app's `on_stop` functions are called once one of these is entered.
+CALLS_STOP_HOOKS = (State.EMPTYING, State.WINDING_DOWN)
+
+
+class WorkerShutdown:
+    """Ends the loop of one worker; `listeners` has the index on the board of each, by descriptor."""
+
+    def __init__(
+        self,
+        worker: Any,
+        process: Process,
+        listeners: dict[int, int],
+        machine: StateMachine,
+        adapter: WorkerAdapter,
+        after_loop: AfterLoop,
+    ) -> None:
+        assert process.slot is not None
+        self.worker, self.slot, self.pid = worker, process.slot, os.getpid()
+        self._process, self._board, self._listeners = process, process.board, listeners
+        self._machine, self._adapter, self._after_loop = machine, adapter, after_loop
+        #: The heartbeat of a worker that serves.
+        self.turn: Callable[[], None] = adapter.beat
+        #: The state whose entry has been seen to.
+        self._entered = machine.state
+        self._entering = threading.Lock()
+        self._signalled_at: float | None = None
+        self._wind_down: Leaving | None = None
+        self._watched_deadline = clock.NEVER
+        self._on_entry: dict[State, Callable[[], None]] = {
+            State.BOOTING: self._forget_signal,
+            State.SERVING: self._forget_signal,
+            State.SIGNALLED_IN_BOOT: self._wait_for_order,
+            State.SIGNALLED: self._wait_for_order,
+            State.EMPTYING: self._empty_queues,
+            State.WINDING_DOWN: self._begin_to_wind_down,
+            State.ENDING_LOOP: self._end_loop,
+        }
+
+    # -- states
+
+    def move(self, event: Event) -> None:
+        """Make a transition and do what belongs to the new state. Raises `LifecycleError` for an unknown event."""
+        self._machine.move(event)
+        calls_hooks = False
+        # Once more after the release: a handler in between has left its transition to this call.
+        while self._entered is not self._machine.state and self._entering.acquire(blocking=False):
+            try:
+                while self._entered is not (state := self._machine.state):
+                    self._entered = state
+                    if state in self._on_entry:
+                        self._on_entry[state]()
+                    calls_hooks = calls_hooks or state in CALLS_STOP_HOOKS
+            finally:
+                self._entering.release()
+        if calls_hooks:
+            # Last: the app's hooks may take their time, and a second SIGTERM is to be obeyed meanwhile.
+            self._adapter.call_stop_hooks()
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the next turn of the loop may bring this worker further on its way out."""
+        return self._machine.state in PROMPT
+
+    @property
+    def loop_is_over(self) -> bool:
+        """Whether the loop has ended as it should."""
+        return self._machine.loop_is_over
+
+    # -- signals and orders
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM."""
+        before = self._machine.state
+        self.move(self._meaning_of_sigterm(before))
+        state = self._machine.state
+        if state is State.EXITED:
+            self._exit_before_serving(before)
+        elif state is State.EMPTYING and before is State.EMPTYING:
+            # A worker that has lost the last connection to another one sleeps.
+            self._adapter.wake()
+        elif self._machine.has_left:
+            # A stop that came after this worker was told to leave has brought a deadline.
+            self.watch_deadline()
+
+    def _meaning_of_sigterm(self, state: State) -> Event:
+        if state is State.EMPTYING:
+            # Sent again, to a sync worker in the middle of a request: it holds a queue in which nothing waits.
+            return Event.QUEUES_EMPTY if self._queues_are_empty() else Event.TERM
+        if state not in OBEYS_ORDERS:
+            return Event.TERM
+        phase = Phase(self._board.header.phase)
+        if has_order(phase, ordered=bool(self.slot.retire), orphaned=os.getppid() != self.worker.ppid):
+            return Event.EMPTY_QUEUES if self._alone_answers_queues(phase) else Event.LEAVE
+        waited = 0.0 if self._signalled_at is None else time.monotonic() - self._signalled_at
+        return without_order(state, waited, phase)
+
+    def _alone_answers_queues(self, phase: Phase) -> bool:
+        """Tell whether no other process is going to accept what the kernel has accepted for this generation."""
+        header = self._board.header
+        if phase is Phase.DRAINING and not header.successor_pid:
+            return True
+        return bool(header.blocked_since) and any(
+            header.listener(index).door in SHUT for index in self._listeners.values()
+        )
+
+    def _exit_before_serving(self, before: State) -> None:
+        if before is State.AT_GATE:
+            sys.exit(0)
+        if before in OBEYS_ORDERS:
+            # It has promised nothing yet, and may hang.
+            os._exit(0)
+
+    def follow_orders(self) -> None:
+        """Do as the board says, between two turns of the loop: SIGTERM may not have reached this worker."""
+        if self._machine.state is not State.EMPTYING:
+            self.handle_exit(signal.SIGTERM, None)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGQUIT, SIGINT: end now, with what is in hand."""
+        self.note_leaving()
+        self._end_now(Event.QUIT, self.worker.cfg.worker_int, 0)
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT: the master missed this worker's heartbeat (`timeout`)."""
+        # A worker that has not served yet has failed to boot, which the master sees by its state.
+        if self.slot.state == WorkerState.SERVING:
+            self.note_leaving()
+        self._end_now(Event.ABORT, self.worker.cfg.worker_abort, 1)
+
+    def _end_now(self, event: Event, hook: Callable[[Any], None], status: int) -> None:
+        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler (gthread.py:313), and Python
+        # joins the pool's threads at exit.
+        self._machine.move(event)
+        self.worker.alive = False
+        self.worker.cfg.set("graceful_timeout", 0)
+        hook(self.worker)
+        self._adapter.end_now(status)
+
+    def wake(self) -> None:
+        """Make the loop take a turn now."""
+        self._adapter.wake()
+
+    # -- turns of the loop
+
+    def notify(self) -> None:
+        """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
+        self.turn()
+        if self._machine.state is State.EMPTYING and self._queues_are_empty():
+            self.move(Event.QUEUES_EMPTY)
+        if self._machine.state is State.WINDING_DOWN and self._wind_down is not None:
+            over = self._wind_down.over()
+            self.accepts_no_more()
+            if over:
+                self.move(Event.WOUND_DOWN)
+
+    def _queues_are_empty(self) -> bool:
+        header = self._board.header
+        if clock.passed(header.deadline):
+            return True
+        if not header.blocked_since:
+            return accept_queue.is_empty(self.worker.sockets)
+        return all(_is_emptied(fd, header.listener(index)) for fd, index in self._listeners.items())
+
+    # -- what is done as a state is entered
+
+    def _forget_signal(self) -> None:
+        self._signalled_at = None
+
+    def _wait_for_order(self) -> None:
+        self._signalled_at = time.monotonic()
+        self._adapter.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
+
+    def _empty_queues(self) -> None:
+        self.worker.notify = self.notify
+        self._adapter.wake()
+        self._adapter.later(SETTLE, self._adapter.wake)
+
+    def _begin_to_wind_down(self) -> None:
+        self._process.going = True
+        self._wind_down = self._adapter.leaving()
+        if self._wind_down is not None:
+            self.worker.notify = self.notify
+        else:
+            self._machine.move(Event.WOUND_DOWN)
+
+    def _end_loop(self) -> None:
+        # What is left of the deadline, and not `graceful_timeout`.
+        left = clock.remaining(self._process.deadline_ns)
+        compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
+        self.watch_deadline()
+        self._adapter.end_loop()
+
+    def accepts_no_more(self) -> None:
+        """Say so, and close the listeners: connections in a queue that any process holds wait, and are not refused."""
+        self.note_leaving()
+        for listener in self.worker.sockets:
+            listener.close()
+
+    def note_leaving(self) -> None:
+        """Say on the board that this worker accepts nothing more: the master may replace it, an upgrade may be done."""
+        if self.slot.state != WorkerState.LEAVING:
+            self._process.set_state(WorkerState.LEAVING)
+
+    # -- the deadline
+
+    def watch_deadline(self) -> None:
+        """Have what is in hand named at the deadline, in a worker that may be in the middle of a request."""
+        deadline = self._process.deadline_ns
+        left = clock.remaining(deadline)
+        # A stop brings an earlier one than a retirement had.
+        if left is not None and (not self._watched_deadline or deadline < self._watched_deadline):
+            self._watched_deadline = deadline
+            self._adapter.later(left + 0.02, self._at_the_deadline)
+
+    def _at_the_deadline(self) -> None:
+        # In a thread of its own: the loop is still in a request, and what runs beside it is to be named in the log
+        # before the master kills this process.
+        if self._machine.loop_is_over or os.getpid() != self.pid:
+            return
+        if not clock.passed(self._after_loop.background_deadline(clock.now_ns())):
+            self._watched_deadline = clock.NEVER
+            self.watch_deadline()
+            return
+        self._adapter.cut()
+        self._after_loop.give_up_background()
+
+
+def _is_emptied(fd: int, listener: ListenerRecord) -> bool:
+    """Tell whether no connection waits in a listener's queue, and none is on its way into it."""
+    door, since = listener.door, clock.since(listener.blocked_since)
+    if door not in SHUT or (door == Admission.LIMITED and since >= NARROW_AT_MOST):
+        return True
+    # With the door closed, those whose handshake was under way are still to come.
+    if since < SETTLE or (door == Admission.STEERED and not listener.settled):
+        return False
+    return accept_queue.is_empty([fd])
