@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
 from zdd_web.gunicorn import config_check, settings_sources, termination_message
-from zdd_web.gunicorn.adapter import check_config, compat, logger_class
+from zdd_web.gunicorn.adapter import check_config, compat, logger_class, patches, versions
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.config import normalise_hook
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.master.master import Master
@@ -64,11 +65,10 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         state = State(launch=Launch.record(inherited.passed_on if inherited else None), inherited=inherited)
         state.termination_log = termination_message.path(settings, os.environ)
         check_config.examine(_examine_configuration, _examine_app)
-    compat.check_version()
+    versions.check_version()
+    patches.check()
     settings_sources.take(settings)
-    state.users = {
-        name: compat.normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None
-    }
+    state.users = {name: normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None}
     for name, ours in _OURS.items():
         namespace[name] = ours
     namespace[MARK] = True
@@ -119,7 +119,8 @@ def check(cfg: Any) -> None:
             "reuse_port = True (or --reuse-port) loses the requests that wait in a closing worker's queue, and breaks "
             "SIGUSR2: remove it"
         )
-    compat.check_worker_class(cfg)
+    # Once more: the module of the worker class is loaded now.
+    patches.check(*versions.MODULES[versions.check_worker_class(cfg)])
 
 
 def _examine_configuration(cfg: Any) -> None:

@@ -1,14 +1,9 @@
-"""The only place that knows which gunicorn this is.
-
-Everything here is a difference between releases, or a name inside gunicorn that is not public. Line references are to
-27.0.1. What a release lacks is asked of the object, not of the version number, wherever the object can tell.
-"""
+"""Differences between releases, and names inside gunicorn that are not public. Line references are to 27.0.1."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 import signal
 import socket
@@ -19,9 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import gunicorn
 from gunicorn import arbiter, sock, systemd
-from gunicorn.config import make_settings
 from gunicorn.http.wsgi import Response
 from gunicorn.workers import gthread
 from gunicorn.workers.gthread import ThreadWorker
@@ -30,64 +23,6 @@ from gunicorn.workers.sync import SyncWorker
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter import signal_queue
 from zdd_web.system import pauses
-
-OLDEST, BEYOND = (23,), (28,)
-
-#: What to write for `worker_class`.
-WORKER_CLASSES = ("sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker")
-
-#: Module and class, and the family it belongs to: by name, since a look must not import what is not installed.
-FAMILIES = {
-    ("gunicorn.workers.sync", "SyncWorker"): "blocking",
-    ("gunicorn.workers.gthread", "ThreadWorker"): "blocking",
-    ("gunicorn.workers.ggevent", "GeventWorker"): "gevent",
-    ("gunicorn.workers.gasgi", "ASGIWorker"): "asgi",
-    ("uvicorn_worker._workers", "UvicornWorker"): "uvicorn",
-}
-
-INSTEAD = {
-    ("gunicorn.workers.ggevent", "GeventPyWSGIWorker"): "it answers past gunicorn; use gevent",
-    ("uvicorn.workers", "UvicornWorker"): "install uvicorn-worker and use uvicorn_worker.UvicornWorker",
-}
-
-
-def check_version(version: str = gunicorn.__version__) -> None:
-    """Raise `SettingsError` for a gunicorn whose insides this package was not measured against."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if not OLDEST <= numbers < BEYOND:
-        raise SettingsError(
-            f"gunicorn {version} is not supported: install gunicorn>={OLDEST[0]},<{BEYOND[0]}, "
-            f"or remove install() from the configuration file to run without zdd_web"
-        )
-
-
-def check_worker_class(cfg: Any) -> None:
-    """Raise `SettingsError` for a worker class whose drain and gate this package does not know."""
-    family(cfg.worker_class, cfg.worker_class_str)
-
-
-def family(worker_class: type, written: str = "") -> str:
-    """Return the family of a worker class, its own or that of a class it is made from. Raises `SettingsError`."""
-    remedy = f"use one of {', '.join(WORKER_CLASSES)}"
-    for base in worker_class.__mro__:
-        name = base.__module__, base.__qualname__
-        if name in FAMILIES:
-            return FAMILIES[name]
-        if name in INSTEAD:
-            remedy = INSTEAD[name]
-            break
-    raise SettingsError(f"worker_class = {written!r} is not supported: {remedy}")
-
-
-def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
-    """Return a hook of the user as gunicorn would call it.
-
-    A dotted string is imported and the number of arguments checked, by gunicorn itself, with gunicorn's own errors.
-    """
-    setting = make_settings()[name]
-    setting.set(value)
-    hook: Callable[..., Any] = setting.get()
-    return hook
 
 
 def set_wait(server: Any, interval: Callable[[], float]) -> None:

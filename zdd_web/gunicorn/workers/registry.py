@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter import versions
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def adapter_for(runtime: WorkerRuntime) -> WorkerAdapter:
     """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
-    name = compat.family(type(runtime.worker))
+    name = versions.family(type(runtime.worker))
     if name == "gevent":
         from zdd_web.gunicorn.workers.gevent_adapter import GeventAdapter
 
