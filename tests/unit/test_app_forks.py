@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from tests.unit.forks import PATIENCE, in_child, spawn, status_of
 from zdd_web.board import Board
 from zdd_web.board.record import WORD
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers import app_forks
 
 
@@ -117,7 +118,7 @@ def test_a_signal_that_reaches_a_child_before_its_handlers_are_replaced_is_not_l
         board = Board.private("test-app-forks")
         signal.signal(signal.SIGTERM, app_forks.OwnHandler(lambda sig, frame: None))
         family = SimpleNamespace(in_a_child_of_the_app=lambda: None)
-        app_forks._runtime = SimpleNamespace(slot=board.slot(0), worker=SimpleNamespace(), adapter=family)  # type: ignore[assignment]
+        app_forks._runtime = SimpleNamespace(slot=board.slot(0), worker=WorkerFacade(SimpleNamespace()), adapter=family)  # type: ignore[assignment]
         ended = []
         for _ in range(20):
             child = spawn(lambda: time.sleep(PATIENCE))

@@ -162,7 +162,6 @@ PATCHES: tuple[Patch, ...] = (
     *_methods(_PROTOCOL, "(self, data)", "a head that has begun is a request in hand", "data_received", since=(24,)),
     *_methods(_PROTOCOL, "(self)", "a head that has begun is a request in hand",
               "_on_headers_complete", "_on_message_complete"),
-    *_values(_PROTOCOL, "a head that has begun is a request in hand (ours, a new name)", "head_begun"),
     *_methods(_UVICORN, "(self)", "the gate comes after lifespan start-up", "_serve"),
 )  # fmt: skip
 
@@ -171,17 +170,25 @@ for _each in PATCHES:
     _OWNERS[_each.name].add(_each.owner)
 
 
+#: Classes and names that were looked up before: some are written once for each connection.
+_found: set[tuple[type, str]] = set()
+
+
 def _refuse_unlisted(target: object, name: str) -> None:
+    cls = target if isinstance(target, type) else type(target)
+    if (cls, name) in _found:
+        return
     known = _OWNERS.get(name)
     if isinstance(target, ModuleType):
         owners = [target.__name__]
     else:
-        cls = target if isinstance(target, type) else type(target)
         owners = [f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__]
     # What is not gunicorn's at all stands in for it, in a test for example.
     ours = not any(owner.partition(".")[0] in ("gunicorn", "uvicorn_worker") for owner in owners)
     if not known or not (ours or known.intersection(owners)):
         raise LookupError(f"{owners[0]}.{name} has no row in zdd_web.gunicorn.adapter.patches.PATCHES: add one")
+    if not isinstance(target, ModuleType):
+        _found.add((cls, name))
 
 
 def replace(target: object, name: str, new: Callable[..., Any] | type) -> Any:

@@ -28,11 +28,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from zdd_web.gunicorn.adapter.worker import HANDLERS
+
 if TYPE_CHECKING:
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
-
-#: The handlers that gunicorn installs in a worker (base.py:164), by the names it looks them up by.
-HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle_winch")
 
 #: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
 MAP_FIXED = 0x10
@@ -68,7 +67,7 @@ def attach(runtime: WorkerRuntime) -> None:
     """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`."""
     global _runtime, _inodes
     for name in HANDLERS:
-        setattr(runtime.worker, name, OwnHandler(getattr(runtime.worker, name)))
+        runtime.worker.wrap(name, OwnHandler)
     _runtime = runtime
     _inodes = {fd: os.fstat(fd).st_ino for fd in runtime.listeners}
 
@@ -100,7 +99,7 @@ def _leave_the_worker() -> None:
     slot = runtime.slot
     size = slot.words.itemsize
     write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
-    runtime.worker.notify = lambda: None
+    runtime.worker.replace("notify", lambda: None)
     close_copies(_inodes)
     runtime.adapter.in_a_child_of_the_app()
 
@@ -113,7 +112,7 @@ def own_signals() -> list[int]:
 def reset_handlers() -> None:
     """Give every signal that has a handler of the worker's its default action."""
     # Not Python's own handler for SIGINT: KeyboardInterrupt would unwind through the view into gunicorn's main loop,
-    # which takes it for the order to stop the service (arbiter.py:275).
+    # which takes it for the order to stop the service (test_keyboard_interrupt_ends_the_loop).
     for sig in own_signals():
         signal.signal(sig, signal.SIG_DFL)
     # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.

@@ -1,14 +1,13 @@
 """What differs from one worker class to the next: a file for each family of them.
 
 `WorkerRuntime` (worker.py) asks its family wherever classes part ways: how a worker waits at the gate, how it stops
-accepting, how its loop is ended and what it waits for before. Line references are to gunicorn 27.0.1.
+accepting, how its loop is ended and what it waits for before.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zdd_web.gunicorn.adapter import versions
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def adapter_for(runtime: WorkerRuntime) -> WorkerAdapter:
     """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
-    name = versions.family(type(runtime.worker))
+    name = runtime.worker.family
     if name == "gevent":
         from zdd_web.gunicorn.workers.gevent_adapter import GeventAdapter
 

@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gunicorn.errors import AppImportError
-
 from zdd_web import access_log, checks, log, process, waitgroup, watch
 from zdd_web.board import Board, Header, ListenerRecord, Slot, WorkerState
 from zdd_web.board.admission import SHUT, Admission
 from zdd_web.gunicorn import process_exit, settings_sources
-from zdd_web.gunicorn.adapter import compat, gthread, sync
+from zdd_web.gunicorn.adapter.exits import AppImportError
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
 from zdd_web.gunicorn.workers.base import Leaving
@@ -64,7 +63,7 @@ class WorkerRuntime:
 
     def __init__(
         self,
-        worker: Any,
+        worker: WorkerFacade,
         board: Board,
         slot: Slot,
         settings: Settings,
@@ -96,34 +95,30 @@ class WorkerRuntime:
         self._checks: checks.Runner | None = None
         #: Runs `worker_exit`, where a worker ends from within a signal handler.
         self.run_exit_hook: Callable[[], None] = self.exit
-        self._limit = compat.take_max_requests(worker)
+        self._limit = worker.take_max_requests()
         self._words, self._seldom_lock = board.header.words, threading.Lock()
         self._late = LateCounter(slot, settings.drain_delay, worker.cfg.forwarded_allow_ips)
         self._count_in, self._count_out = self.process.request_counters()
-        compat.close_connections_when(self.process.is_leaving)
-        compat.look_before_closing(worker)
-        compat.end_by_signal_alone(worker)
-        compat.remember_names(worker)
-        gthread.adapt(worker, self.process)
-        sync.adapt(worker, self.process)
+        worker.adapt(self.process)
         self.adapter = registry.adapter_for(self)
         self._beat = self.adapter.beat
-        self._load: Callable[[], None] = worker.load_wsgi
-        self._run: Callable[[], None] = worker.run
 
     def enter(self, once: Once) -> None:
         """Take the slot and hang everything on the worker; called right after the fork."""
         self.slot.start = proc.start_time(os.getpid())
         self.slot.pid = self.pid
         worker = self.worker
-        worker.handle_exit = self.handle_exit
-        worker.handle_quit, worker.handle_abort = self.handle_quit, self.handle_abort
-        worker.handle_usr1 = reopening(worker.handle_usr1)
-        worker.load_wsgi, worker.run = self.load, self.run
+        worker.replace("handle_exit", self.handle_exit)
+        worker.replace("handle_quit", self.handle_quit)
+        worker.replace("handle_abort", self.handle_abort)
+        worker.wrap("handle_usr1", reopening)
+        self._load: Callable[[], None] = worker.replace("load_wsgi", self.load)
+        self._run: Callable[[], None] = worker.replace("run", self.run)
         self.adapter.enter()
         app_forks.attach(self)
         #: The heartbeat of a worker that serves.
-        worker.notify = self.turn = Orders(self, once).turn(self._beat)
+        self.turn = Orders(self, once).turn(self._beat)
+        worker.replace("notify", self.turn)
 
     # -- boot
 
@@ -162,7 +157,8 @@ class WorkerRuntime:
         self.boot.over()
         self.slot.error = f"{type(error).__name__}: {error}"
         if self.boot_log is not None and isinstance(error, (SystemExit, AppImportError)):
-            # gunicorn logs these at debug only, or not at all (arbiter.py:754-757); the others it logs itself.
+            # gunicorn logs these at debug only, or not at all; the others it logs itself:
+            # test_worker_that_cannot_import_the_app_says_so_at_debug_level.
             self.boot_log.handle(
                 logging.LogRecord(
                     "zdd_web",
@@ -255,7 +251,7 @@ class WorkerRuntime:
             if nobody_after or shut:
                 # Nobody comes after: what has been accepted by the kernel for us is ours to answer.
                 self._emptying = True
-                self.worker.notify = self.notify
+                self.worker.replace("notify", self.notify)
                 self.adapter.wake()
                 self.adapter.later(SETTLE, self.adapter.wake)
                 self.adapter.call_stop_hooks()
@@ -293,12 +289,12 @@ class WorkerRuntime:
         self._end_now(self.worker.cfg.worker_abort, 1)
 
     def _end_now(self, hook: Callable[[Any], None], status: int) -> None:
-        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler (gthread.py:313), and Python
-        # joins the pool's threads at exit.
+        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler
+        # (test_gthread_ends_its_pool_in_a_signal_handler), and Python joins the pool's threads at exit.
         self._status_now = status
-        self.worker.alive = False
+        self.worker.end_loop()
         self.worker.cfg.set("graceful_timeout", 0)
-        hook(self.worker)
+        hook(self.worker.raw)
         self.adapter.end_now(status)
 
     def notify(self) -> None:
@@ -327,7 +323,7 @@ class WorkerRuntime:
         self._left = self.process.going = True
         self._wind_down = self.adapter.leaving()
         if self._wind_down is not None:
-            self.worker.notify = self.notify
+            self.worker.replace("notify", self.notify)
         else:
             self._end_loop()
         # Last: the app's hooks may take their time.
@@ -341,7 +337,7 @@ class WorkerRuntime:
     def _end_loop(self) -> None:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self.process.deadline_ns)
-        compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
+        self.worker.set_graceful_timeout(NO_LIMIT if left is None else left)
         self._watch_deadline()
         self.adapter.end_loop()
 
@@ -367,7 +363,8 @@ class WorkerRuntime:
     def run(self) -> None:
         """The worker's loop, then the wait for background work.
 
-        Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
+        Not in `worker_exit`: the heartbeat's file is closed by then (test_heartbeat_is_closed_before_worker_exit), and
+        gunicorn would kill us.
         """
         self.adapter.run(self._run)
         if os.getpid() != self.pid:
@@ -459,7 +456,7 @@ class WorkerRuntime:
         threads = process_exit.wait(self.threads_left, self.threads_deadline, self._beat)
         self._threads_cut = bool(threads)
         process_exit.name(threads, self.adapter.frames)
-        self._last_beat = compat.lasting_heartbeat(self.worker)
+        self._last_beat = self.worker.lasting_heartbeat()
 
     def threads_left(self, *, pools_only: bool = False) -> list[threading.Thread]:
         """Return the app's threads that Python would wait for, those aside that work on what is counted elsewhere."""
