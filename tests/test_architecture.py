@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,9 +158,9 @@ def test_this_test_reads_what_it_is_meant_to_read() -> None:
         "zdd_web.wsgi zdd_web.probes (module)",
         "zdd_web.wsgi _typeshed.wsgi (typing)",
         "zdd_web.gunicorn zdd_web.gunicorn.hooks (function)",
-        "zdd_web.gunicorn.adapter.compat gunicorn (module)",
-        "zdd_web.gunicorn.adapter.compat gunicorn.sock (module)",
-        "zdd_web.gunicorn.master.master gunicorn.errors (module)",
+        "zdd_web.gunicorn.adapter.versions gunicorn (module)",
+        "zdd_web.gunicorn.adapter.sockets gunicorn.sock (module)",
+        "zdd_web.gunicorn.adapter.worker gunicorn.http.wsgi (module)",
         "zdd_web zdd_web.board (typing)",
     } - found == {"zdd_web zdd_web.board (typing)"}
 
@@ -247,9 +248,9 @@ def test_click_and_tabulate_are_the_commands_alone() -> None:
 # -- who knows versions
 
 
-def test_compat_alone_knows_which_gunicorn_this_is() -> None:
+def test_one_module_knows_which_gunicorn_this_is() -> None:
     bare = {each.importer for each in REAL if each.name == "gunicorn" and part_of(each.importer) == "gunicorn"}
-    assert bare == {"zdd_web.gunicorn.adapter.compat"}
+    assert bare == {"zdd_web.gunicorn.adapter.versions"}
     known = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -260,7 +261,90 @@ def test_compat_alone_knows_which_gunicorn_this_is() -> None:
             ):
                 known.append(module)
     metadata = [each.importer for each in IMPORTS if each.name in ("importlib.metadata", "packaging", "pkg_resources")]
-    assert {*known, *metadata} == {"zdd_web.gunicorn.adapter.compat"}
+    assert {*known, *metadata} == {"zdd_web.gunicorn.adapter.versions"}
+
+
+# -- gunicorn's objects: adapter/ alone imports gunicorn or writes an attribute of them, and adapter/patches.py has a
+# table of all that are written
+
+ADAPTER = "zdd_web.gunicorn.adapter"
+
+#: What the arbiter and a worker of gunicorn's are called in this package.
+OBJECTS = {"server", "worker", "arbiter", "_server", "_worker", "_arbiter", "raw", "_raw"}
+
+#: How many imports and writes each module still has outside. It may shrink, and is to be empty.
+IMPORTS_LEFT: dict[str, int] = {
+    "zdd_web.cli.rehearse.configured": 1,
+    "zdd_web.cli.rehearse.server": 2,
+}
+WRITES_LEFT: dict[str, int] = {}
+ADAPTERS_OWN_LEFT: dict[str, int] = {}
+
+
+def is_in_adapter(module: str) -> bool:
+    return module == ADAPTER or module.startswith(f"{ADAPTER}.")
+
+
+def is_gunicorns(node: ast.expr) -> bool:
+    """Tell whether an expression is the arbiter or a worker, or something of theirs: `self._server.app`."""
+    if isinstance(node, ast.Name):
+        return node.id in OBJECTS
+    return isinstance(node, ast.Attribute) and (node.attr in OBJECTS or is_gunicorns(node.value))
+
+
+def targets_of(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        found = list(node.targets)
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For)):
+        found = [node.target]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+        return [ast.Attribute(value=node.args[0], attr="?", ctx=ast.Store())]
+    else:
+        return []
+    flat: list[ast.expr] = []
+    for each in found:
+        flat += each.elts if isinstance(each, (ast.Tuple, ast.List)) else [each]
+    return [each.value if isinstance(each, (ast.Subscript, ast.Starred)) else each for each in flat]
+
+
+def writes_of(tree: ast.AST) -> list[str]:
+    """Return each write to an attribute of gunicorn's objects in a module."""
+    return [
+        f"line {target.value.lineno}: {ast.unparse(target)}"
+        for node in ast.walk(tree)
+        for target in targets_of(node)
+        if isinstance(target, ast.Attribute) and is_gunicorns(target.value)
+    ]
+
+
+def test_writes_are_found() -> None:
+    found = writes_of(
+        ast.parse(
+            "server.x = 1\nself._server.x, other = 1, 2\nself.worker.x += 1\nsetattr(worker, 'x', 1)\n"
+            "del arbiter.x\nworker.cfg.settings['x'] = 1\nself._server = server\nthis.x = worker.y\n"
+        )
+    )
+    assert sorted(each.partition(": ")[0] for each in found) == [f"line {line}" for line in range(1, 7)]
+
+
+def test_adapter_alone_imports_gunicorn() -> None:
+    found = Counter(each.importer for each in IMPORTS if each.top == "gunicorn" and not is_in_adapter(each.importer))
+    assert found == IMPORTS_LEFT
+
+
+def test_adapter_alone_writes_attributes_of_the_arbiter_and_its_workers() -> None:
+    # zdd_web.hooks.State.worker is our own WorkerRuntime.
+    found = {
+        module: [each for each in writes_of(tree) if "state.worker." not in each]
+        for module, tree in TREES.items()
+        if part_of(module) == "gunicorn" and not is_in_adapter(module)
+    }
+    assert {module: len(each) for module, each in found.items() if each} == WRITES_LEFT, found
+
+
+def test_in_the_adapter_one_module_writes_them() -> None:
+    written = {module: writes_of(tree) for module, tree in TREES.items() if is_in_adapter(module)}
+    assert {module: len(each) for module, each in written.items() if each} == ADAPTERS_OWN_LEFT
 
 
 # -- the package itself

@@ -755,8 +755,8 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": (
-        "__import__('zdd_web.gunicorn.adapter.compat').gunicorn.adapter.compat",
-        "resume_control_server",
+        "__import__('zdd_web.gunicorn.adapter.control_socket').gunicorn.adapter.control_socket",
+        "resume",
     ),
     "systemd": ("master.notifier", "take_back"),
 }

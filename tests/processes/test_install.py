@@ -41,6 +41,25 @@ REFUSED = {
         ["nworkers_changed was set after install()"],
     ),
     "reuse_port": ("reuse_port = True\n" + INSTALL + "install(globals())", ["reuse_port = True", "remove it"]),
+    "a gunicorn whose method takes another argument": (
+        "from gunicorn.arbiter import Arbiter\n"
+        "def manage_workers(self, extra):\n    pass\n"
+        "Arbiter.manage_workers = manage_workers\n" + INSTALL + "install(globals())",
+        [
+            "zdd_web: gunicorn ",
+            " changed Arbiter.manage_workers(self, extra): zdd_web replaces it as (self)",
+            "install another release of gunicorn>=23,<28, or a newer zdd_web",
+        ],
+    ),
+    "a gunicorn without a method": (
+        "from gunicorn.arbiter import Arbiter\ndel Arbiter.reap_workers\n" + INSTALL + "install(globals())",
+        [" has no Arbiter.reap_workers(self), which zdd_web replaces"],
+    ),
+    "a worker class that is changed": (
+        "from gunicorn.workers.gthread import ThreadWorker\nworker_class = 'gthread'\n"
+        "ThreadWorker.finish_request = lambda self, conn, fs, more: None\n" + INSTALL + "install(globals())",
+        [" changed ThreadWorker.finish_request(self, conn, fs, more): zdd_web replaces it as (self, fs) or "],
+    ),
     "a worker class": (
         "worker_class = 'gevent_pywsgi'\n" + INSTALL + "install(globals())",
         ["worker_class", "gevent_pywsgi"],
@@ -60,6 +79,13 @@ def test_what_cannot_work_ends_the_start(make_service, case: str):
     service = make_service("")
     service.write_conf(text)
     end_of_start(service, said)
+
+
+def test_changed_gunicorn_ends_the_start_with_one_line(make_service):
+    service = make_service("")
+    service.write_conf(REFUSED["a gunicorn whose method takes another argument"][0])
+    assert service.spawn().wait(timeout=30) == 1
+    assert len(service.log().splitlines()) == 1
 
 
 def end_of_start(service: Service, said: list[str]) -> None:

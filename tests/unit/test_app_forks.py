@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from tests.unit.forks import PATIENCE, in_child, spawn, status_of
 from zdd_web.board import Board
 from zdd_web.board.record import WORD
+from zdd_web.gunicorn.adapter.worker import HANDLERS, WorkerFacade
 from zdd_web.gunicorn.workers import app_forks
 
 
@@ -116,7 +117,7 @@ def test_a_signal_that_reaches_a_child_before_its_handlers_are_replaced_is_not_l
     def worker() -> list[int]:
         board = Board.private("test-app-forks")
         signal.signal(signal.SIGTERM, app_forks.OwnHandler(lambda sig, frame: None))
-        gunicorns = SimpleNamespace(**dict.fromkeys(app_forks.HANDLERS, lambda sig, frame: None))
+        gunicorns = WorkerFacade(SimpleNamespace(**dict.fromkeys(HANDLERS, lambda sig, frame: None)))
         app_forks.attach(gunicorns, board.slot(0), (), lambda: None)
         ended = []
         for _ in range(20):

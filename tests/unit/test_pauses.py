@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.forks import status_of
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.arbiter import discount_pauses
 from zdd_web.system import pauses
 from zdd_web.system.pauses import DUE_WITHIN, HEARTBEAT, Pauses
 
@@ -70,7 +70,7 @@ def test_gunicorn_is_told_a_heartbeat_without_the_pause(monkeypatch: pytest.Monk
     now = time.monotonic()
     last = {"update": now - 60}
     worker = SimpleNamespace(tmp=SimpleNamespace(last_update=lambda: last["update"]))
-    compat.discount_pauses(worker)
+    discount_pauses(worker)
     assert time.monotonic() - worker.tmp.last_update() > 59
     monkeypatch.setattr(pauses, "_own", paused(now - 60, now))
     assert time.monotonic() - worker.tmp.last_update() < 10
@@ -81,6 +81,6 @@ def test_gunicorn_is_told_a_heartbeat_without_the_pause(monkeypatch: pytest.Monk
         raise ValueError("closed")
 
     worker.tmp.last_update = gone
-    compat.discount_pauses(worker)
+    discount_pauses(worker)
     with pytest.raises(ValueError, match="closed"):
         worker.tmp.last_update()

@@ -15,7 +15,7 @@ import pytest
 
 from zdd_web import log
 from zdd_web.gunicorn import process_exit
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.system import clock
 
 PATIENCE = 30
@@ -111,7 +111,7 @@ def test_the_last_heartbeat_needs_no_open_file_of_gunicorns(monkeypatch: pytest.
     with tempfile.TemporaryFile() as file:
         os.utime(file.fileno(), (0, 0))
         monkeypatch.setattr(os, "dup", lambda fd: (copies.append(dup(fd)), copies[-1])[1])
-        beat = compat.lasting_heartbeat(SimpleNamespace(tmp=file))
+        beat = WorkerFacade(SimpleNamespace(tmp=file)).lasting_heartbeat()
     beat()
     assert os.fstat(copies[0]).st_mtime > 0
     os.close(copies[0])

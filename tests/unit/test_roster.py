@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.board.record import LARGEST_COUNT
 from zdd_web.errors import BoardError
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.master import roster as module
 from zdd_web.gunicorn.master.roster import Member, Plan, Roster, plan
 from zdd_web.lifecycle import SPAWNING, Phase
@@ -238,7 +239,7 @@ def server() -> Server:
 
 @pytest.fixture
 def roster(server: Server, board: Board) -> Iterator[Roster]:
-    roster = Roster(server, board)
+    roster = Roster(ArbiterFacade(server), board)
     yield roster
     roster._places.clear()  # a slot that is still held keeps the board mapped
 

@@ -62,11 +62,11 @@ def test_what_was_queued_before_is_kept() -> None:
     before.put_nowait(15)
     before.put_nowait(17)
     server = SimpleNamespace(SIG_QUEUE=before)
-    signal_queue.replace(server)
+    signal_queue.replace_queue(server)
     assert [server.SIG_QUEUE.get_nowait(), server.SIG_QUEUE.get_nowait()] == [15, 17]
 
 
 def test_gunicorn_23_keeps_its_list() -> None:
     server = SimpleNamespace(SIG_QUEUE=[15])
-    signal_queue.replace(server)
+    signal_queue.replace_queue(server)
     assert server.SIG_QUEUE == [15]

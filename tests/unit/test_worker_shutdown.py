@@ -13,7 +13,7 @@ import pytest
 
 from zdd_web import waitgroup
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers import exit_states, shutdown
 from zdd_web.gunicorn.workers.exit_states import Event, State, StateMachine
 from zdd_web.gunicorn.workers.shutdown import WorkerShutdown
@@ -73,7 +73,6 @@ class Worker(WorkerShutdown):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, winds_down: bool = False, state: State = State.SERVING):
         monkeypatch.setattr(waitgroup, "observer", None)
-        monkeypatch.setattr(compat, "set_graceful_timeout", lambda worker, seconds: None)
         self.board = Board.private()
         self.board.header.phase = Phase.SERVING
         slot = self.board.slot(0)
@@ -81,7 +80,9 @@ class Worker(WorkerShutdown):
         self.closed = 0
         listener = SimpleNamespace(close=self._count_close)
         cfg = SimpleNamespace(set=lambda *_: None, worker_int=lambda _: None, worker_abort=lambda _: None)
-        worker = SimpleNamespace(ppid=os.getppid(), sockets=[listener], notify=None, alive=True, cfg=cfg)
+        cfg.settings = {"graceful_timeout": SimpleNamespace(value=30)}
+        raw = SimpleNamespace(ppid=os.getppid(), sockets=[listener], notify=None, alive=True, cfg=cfg)
+        worker = WorkerFacade(raw)
         self.machine = StateMachine(state)
         self.fake = Adapter(winds_down)
         self.process = Process(self.board, slot, Settings())

@@ -6,13 +6,12 @@ systemd passes, addresses that are in use, the socket of a takeover.
 
 from __future__ import annotations
 
-from typing import Any
-
 from zdd_web import checks
 from zdd_web.board import SLOTS
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import settings_sources
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.adapter.sockets import check_certificates
 from zdd_web.gunicorn.handoff.launch import read_env_file
 from zdd_web.gunicorn.master.reload import too_many_workers
 from zdd_web.listeners.bind_errors import refuse_mixed
@@ -20,7 +19,7 @@ from zdd_web.listeners.matching import Place
 from zdd_web.settings import Settings
 
 
-def examine_configuration(cfg: Any, settings: Settings) -> None:
+def examine_configuration(cfg: Config, settings: Settings) -> None:
     """Raise `ZddError` for what a start refuses before it loads the app."""
     too_many = too_many_workers(cfg.workers, SLOTS)
     if too_many:
@@ -29,7 +28,7 @@ def examine_configuration(cfg: Any, settings: Settings) -> None:
         refuse_mixed([Place(bind, address) for bind, address in zip(cfg.bind, cfg.address, strict=True)])
     if settings.env_file:
         read_env_file(settings.env_file)
-    compat.check_certificates(cfg)
+    check_certificates(cfg)
 
 
 def examine_app(settings: Settings) -> None:

@@ -16,8 +16,11 @@ from typing import Any, NoReturn
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
 from zdd_web.gunicorn import config_check, settings_sources, termination_message
-from zdd_web.gunicorn.adapter import check_config, compat, logger_class
+from zdd_web.gunicorn.adapter import check_config, logger_class, patches, versions
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, discount_pauses
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.config import Config, normalise_hook
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.master.master import Master
@@ -64,11 +67,10 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
         state = State(launch=Launch.record(inherited.passed_on if inherited else None), inherited=inherited)
         state.termination_log = termination_message.path(settings, os.environ)
         check_config.examine(_examine_configuration, _examine_app)
-    compat.check_version()
+    versions.check_version()
+    patches.check()
     settings_sources.take(settings)
-    state.users = {
-        name: compat.normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None
-    }
+    state.users = {name: normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None}
     for name, ours in _OURS.items():
         namespace[name] = ours
     namespace[MARK] = True
@@ -79,14 +81,14 @@ def _user_hook(name: str) -> Callable[..., Any] | None:
     return state.users.get(name)
 
 
-def fail(error: ZddError, server: Any = None) -> NoReturn:
+def fail(error: ZddError, server: ArbiterFacade | None = None) -> NoReturn:
     """End a start that cannot work: the reason on stderr and in the log, exit status 1, no traceback, no pid file."""
     logged = False
     _start_message().failed(str(error))
     if server is not None:
         log.emit("settings.invalid", logging.CRITICAL, error=str(error))
-        if server.pidfile is not None:
-            server.pidfile.unlink()
+        if server.pid_file is not None:
+            server.pid_file.unlink()
         logged = server.cfg.errorlog == "-" and logger_class.is_standard(server.log)
     if not logged:
         # Not by SystemExit(text): Python's own attempt to print it may make the exit status another.
@@ -104,7 +106,7 @@ def _start_message() -> StartMessage:
     return StartMessage(state.termination_log)
 
 
-def check(cfg: Any) -> None:
+def check(cfg: Config) -> None:
     """Check what only the finished configuration can tell, command line included. Raises `SettingsError`."""
     for name, ours in _OURS.items():
         if getattr(cfg, name) is not ours:
@@ -119,10 +121,11 @@ def check(cfg: Any) -> None:
             "reuse_port = True (or --reuse-port) loses the requests that wait in a closing worker's queue, and breaks "
             "SIGUSR2: remove it"
         )
-    compat.check_worker_class(cfg)
+    # Once more: the module of the worker class is loaded now.
+    patches.check(*versions.MODULES[versions.check_worker_class(cfg)])
 
 
-def _examine_configuration(cfg: Any) -> None:
+def _examine_configuration(cfg: Config) -> None:
     assert state is not None
     # The service that runs in this container, if there is one, has a message of its own.
     state.termination_log = ""
@@ -142,7 +145,7 @@ def _examine_app() -> None:
         fail(error)
 
 
-def service_name(settings: Settings, cfg: Any) -> str:
+def service_name(settings: Settings, cfg: Config) -> str:
     """Return what the commands call this service: NAME, else `proc_name`, else the first bind."""
     name = settings.name or cfg.settings["proc_name"].get() or cfg.bind[0]
     return re.sub(r"[^A-Za-z0-9._:@/\[\]-]", "-", name)[:100]
@@ -155,34 +158,31 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
     """The first hook that sees the whole configuration: before the pid file, and before `preload_app` loads the app."""
     assert state is not None
     if old_value is None and state.master is None:
+        facade = ArbiterFacade(server)
         log.use_gunicorn(server.log)
         try:
             state.settings = settings_sources.settle(server.cfg)
             state.termination_log = state.settings.termination_log
             check(server.cfg)
         except SettingsError as error:
-            # There is no `pidfile` attribute yet (arbiter.py:86), hence none to remove.
-            server.pidfile = None
-            fail(error, server)
+            fail(error, facade)
         try:
             name = service_name(state.settings, server.cfg)
             if state.inherited is None and state.settings.takeover:
                 state.inherited = takeover.ask(state.settings, name, server.cfg.pidfile or "")
-            state.master = Master(server, state.settings, state.launch, name, state.inherited)
+            state.master = Master(facade, state.settings, state.launch, name, state.inherited)
             if server.cfg.pidfile and state.inherited is None:
                 PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
-            server.pidfile = None
             takeover.decline(state.inherited, str(error))
-            fail(ZddError(f"the board or the pid file cannot be made: {error}"), server)
+            fail(ZddError(f"the board or the pid file cannot be made: {error}"), facade)
         except (SettingsError, ListenerError, UpgradeError) as error:
-            server.pidfile = None
             takeover.decline(state.inherited, str(error))
-            fail(error, server)
+            fail(error, facade)
         if state.master.predecessor_link is not None:
             state.master.predecessor_link.hide_pid_file()
         if server.cfg.preload_app:
-            _report_preloading(server.app, state.master.start_message)
+            _report_preloading(facade, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
         state.settings = settings_sources.settle(server.cfg)
@@ -194,13 +194,12 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         call(server, new_value, old_value)
 
 
-def _report_preloading(app: Any, message: StartMessage) -> None:
-    def wsgi() -> Any:
-        del app.wsgi
+def _report_preloading(server: ArbiterFacade, message: StartMessage) -> None:
+    def load(wsgi: Callable[[], Any]) -> Any:
         with message.reporting(), boot_watch.watched("importing the app (preload_app)"):
-            return app.wsgi()
+            return wsgi()
 
-    app.wsgi = wsgi
+    server.report_preload(load)
 
 
 def on_starting(server: Any) -> None:
@@ -208,7 +207,7 @@ def on_starting(server: Any) -> None:
     assert state is not None
     if state.master is None:
         server_error = SettingsError("nworkers_changed was set after install(): define it before, install() runs both")
-        fail(server_error, server)
+        fail(server_error, ArbiterFacade(server))
     predecessor_link = state.master.predecessor_link
     try:
         if predecessor_link is not None:
@@ -220,15 +219,15 @@ def on_starting(server: Any) -> None:
     except (SettingsError, UpgradeError, ListenerError) as error:
         if predecessor_link is not None:
             predecessor_link.fail(str(error))
-        fail(error, server)
+        fail(error, state.master.server)
     except BaseException as error:
         reason = f"on_starting: {type(error).__name__}: {error}"
         state.master.start_message.failed(reason)
         if predecessor_link is not None:
             predecessor_link.fail(reason)
-        # gunicorn creates the pid file before this hook and leaves it behind (arbiter.py:180-186).
-        if server.pidfile is not None:
-            server.pidfile.unlink()
+        # gunicorn creates the pid file before this hook and leaves it behind: test_pid_file_comes_before_on_starting.
+        if state.master.server.pid_file is not None:
+            state.master.server.pid_file.unlink()
         raise
 
 
@@ -252,7 +251,7 @@ def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker its slot."""
     assert state is not None and state.master is not None
     state.master.roster.claim(worker)
-    compat.discount_pauses(worker)
+    discount_pauses(worker)
     hook = _user_hook("pre_fork")
     if hook is not None:
         hook(server, worker)
@@ -265,8 +264,9 @@ def post_fork(server: Any, worker: Any) -> None:
     slot = master.roster.slot_of(worker)
     boot_log = master.predecessor_link.handler if master.predecessor_link is not None else None
     master.after_fork(slot)
-    listeners = master.listening.for_worker(worker, slot)
-    state.worker = WorkerRuntime(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
+    facade = WorkerFacade(worker)
+    listeners = master.listening.for_worker(facade, slot)
+    state.worker = WorkerRuntime(facade, master.board, slot, master.settings, master.gate, boot_log, listeners)
     state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
@@ -315,7 +315,8 @@ def worker_exit(server: Any, worker: Any) -> None:
         if hook is not None:
             hook(server, worker)
     finally:
-        # gunicorn calls this hook in the master too, for a worker that was gone when it was signalled (arbiter.py:816).
+        # gunicorn calls this hook in the master too, for a worker that was gone when it was signalled:
+        # test_worker_exit_is_called_in_the_master_for_a_worker_that_is_gone.
         if state.worker is not None and worker.pid == os.getpid():
             state.worker.after_loop.exit()
 

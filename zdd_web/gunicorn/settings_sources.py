@@ -30,6 +30,7 @@ from typing import Any
 
 from zdd_web import log, process
 from zdd_web.errors import NeedsUpgrade, SettingsError
+from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.settings import (
     APP_SETTINGS,
     DEFAULT_UPGRADE_TIMEOUT,
@@ -70,7 +71,7 @@ def take(installed: Mapping[str, Any]) -> None:
     _installed, _settled = installed, False
 
 
-def settle(cfg: Any) -> Settings:
+def settle(cfg: Config) -> Settings:
     """Return the settings in force, from all sources; `cfg` is gunicorn's finished configuration.
 
     The first call reads Django's settings module, which may take some time. Raises `SettingsError`.
@@ -85,7 +86,7 @@ def settle(cfg: Any) -> Settings:
     return _in_force.settings
 
 
-def refuse_changes(cfg: Any) -> None:
+def refuse_changes(cfg: Config) -> None:
     """Read all sources again, in the child that tries a reload, and have it refused when the master's have changed.
 
     Raises `NeedsUpgrade` for such a change, and `SettingsError` for what cannot work.

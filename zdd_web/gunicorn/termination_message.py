@@ -12,10 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gunicorn.errors import HaltServer
-
 from zdd_web import log
 from zdd_web.board import Header, Snapshot
+from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.settings import ENV_PREFIX, Settings
 
 #: The exit status of a start that was ended by a signal: 0 would be shown as "Completed".

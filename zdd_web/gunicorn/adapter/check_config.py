@@ -8,7 +8,7 @@ from typing import Any
 
 from gunicorn.app import base
 
-_Application: Any = base.Application
+from zdd_web.gunicorn.adapter.patches import replace
 
 
 def examine(before_load: Callable[[Any], None], after_load: Callable[[], None]) -> None:
@@ -16,7 +16,7 @@ def examine(before_load: Callable[[Any], None], after_load: Callable[[], None]) 
 
     Called from the configuration file, when the application that reads it is made and `run()` is still to come.
     """
-    run = _Application.run
+    run: Callable[[Any], None] = base.Application.run
 
     @functools.wraps(run)
     def examining(application: Any) -> None:
@@ -29,7 +29,7 @@ def examine(before_load: Callable[[Any], None], after_load: Callable[[], None]) 
                 after_load()
                 return app
 
-            application.load = examined
+            replace(application, "load", examined)
         run(application)
 
-    _Application.run = examining
+    replace(base.Application, "run", examining)

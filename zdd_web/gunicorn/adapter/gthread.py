@@ -5,28 +5,36 @@ from __future__ import annotations
 import selectors
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
 from gunicorn.workers import gthread
 
 from zdd_web.gunicorn.adapter.closing import QUIET, ClosingConnections
+from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.gunicorn.adapter.silent import await_first_byte
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
     from zdd_web.process import Process
 
-_util: Any = util
 _Connection: Any = gthread.TConn
 
 #: The longest that a loop which is to end waits for its sockets, seconds.
 TURN = 1.0
 
 
+def is_one(worker: Any) -> bool:
+    """Tell whether a worker is of this class, or of one made from it."""
+    return isinstance(worker, gthread.ThreadWorker)
+
+
 def adapt(worker: Any, process: Process) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are."""
-    if isinstance(worker, gthread.ThreadWorker):
+    if is_one(worker):
+        look_before_closing(worker)
+        end_by_signal_alone(worker)
         defer_nothing_once_closed(worker)
         close_beside_the_loop(worker, process)
         give_up_silent_connections(worker, process)
@@ -43,10 +51,10 @@ def defer_nothing_once_closed(worker: Any) -> None:
     close = queue.close
 
     def close_for_good() -> None:
-        queue.defer = lambda *_: None
+        replace(queue, "defer", lambda *_: None)
         close()
 
-    queue.close = close_for_good
+    replace(queue, "close", close_for_good)
 
 
 def close_beside_the_loop(worker: Any, process: Process) -> None:
@@ -73,7 +81,8 @@ def close_beside_the_loop(worker: Any, process: Process) -> None:
         run()
         closing.finish(beat, lambda: clock.remaining(process.deadline_ns))
 
-    worker.murder_keepalived, worker.run = murder_and_turn, run_then_finish
+    replace(worker, "murder_keepalived", murder_and_turn)
+    replace(worker, "run", run_then_finish)
 
 
 def _replace_graceful_close(closing: ClosingConnections) -> None:
@@ -85,8 +94,8 @@ def _replace_graceful_close(closing: ClosingConnections) -> None:
 
     # Not only close_graceful(): close() makes the socket blocking first, which fails for one that handle_request() has
     # closed (gthread.py:797), and the connection is then counted out twice (gthread.py:565).
-    _Connection.close = close
-    _util.close_graceful = lambda sock, *_, **__: closing.add(sock)
+    replace(_Connection, "close", close)
+    replace(util, "close_graceful", lambda sock, *_, **__: closing.add(sock))
 
 
 def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -> None:
@@ -108,7 +117,8 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
         else:
             util.close(conn.sock)
 
-    worker.finish_request, _Connection.close = finish, close
+    replace(worker, "finish_request", finish)
+    replace(_Connection, "close", close)
 
 
 def give_up_silent_connections(worker: Any, process: Process) -> None:
@@ -127,7 +137,7 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
     def wait_for_data_unless_leaving(conn: Any, timeout: float) -> bool:
         if conn.data_ready or conn.sock.fileno() < 0:
             return bool(wait_for_data(conn, timeout))
-        conn.data_ready = await_first_byte(conn.sock, process.is_leaving, timeout=timeout)
+        write(conn, "data_ready", await_first_byte(conn.sock, process.is_leaving, timeout=timeout))
         return bool(conn.data_ready)
 
     def murder_pending_of_a_leaving_worker() -> None:
@@ -136,7 +146,7 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
             now = time.monotonic()
             ends_at = ends_at or now + QUIET
             for conn in worker.pending_conns:
-                conn.timeout = min(conn.timeout, ends_at)
+                write(conn, "timeout", min(conn.timeout, ends_at))
             if ends_at <= now:
                 # What has arrived is read before its connection is closed.
                 wait_and_dispatch(0)
@@ -148,5 +158,94 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
             worker.notify()
         wait_and_dispatch(min(timeout, TURN))
 
-    _Connection.wait_for_data = wait_for_data_unless_leaving
-    worker.murder_pending, worker.wait_for_and_dispatch_events = murder_pending_of_a_leaving_worker, wait_a_turn
+    replace(_Connection, "wait_for_data", wait_for_data_unless_leaving)
+    replace(worker, "murder_pending", murder_pending_of_a_leaving_worker)
+    replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
+
+
+class WindDown:
+    """How a gthread worker before 27.0.1 stops without dropping connections; asked once a turn of its loop.
+
+    Those close what they hold the moment they are told to stop: kept connections whose next request is on its way,
+    up to 23 even accepted ones that were not read yet. So the worker is not told at first: it stops accepting, its
+    replies close their connections, and only when none is left, or those that are left have been idle for as long as
+    27.0.1 lingers, the loop is ended.
+    """
+
+    LINGER = 2.0
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._since: float | None = None
+
+    @classmethod
+    def needed_by(cls, worker: Any) -> bool:
+        """Tell whether a worker keeps connections and does not linger by itself."""
+        return is_one(worker) and not hasattr(gthread, "STOP_KEEPALIVE_LINGER")
+
+    def over(self) -> bool:
+        """Stop accepting at the first call; tell whether the loop may be ended."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._stop_accepting()
+        return self._worker.nr_conns == 0 or time.monotonic() - self._since >= self.LINGER
+
+    def _stop_accepting(self) -> None:
+        worker = self._worker
+        if hasattr(worker, "set_accept_enabled"):
+            worker.set_accept_enabled(False)
+            # The loop would enable it again at its next turn: test_gthread_enables_accepting_each_turn.
+            replace(worker, "set_accept_enabled", lambda enabled: None)
+            return
+        for listener in worker.sockets:
+            worker.poller.unregister(listener)
+
+
+def end_by_signal_alone(worker: Any) -> None:
+    """Keep a gthread worker before 27.0.1 from breaking its loop off when its master is gone.
+
+    It would drop what it holds: test_gthread_ends_when_its_master_is_gone. The kernel sends it SIGTERM then, and it
+    winds down.
+    """
+    if WindDown.needed_by(worker):
+        replace(worker, "is_parent_alive", lambda: True)
+
+
+def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
+    """Have `tell()` called when a gthread worker that was told to stop accepts no more.
+
+    See tests/contract: test_gthread_stops_accepting_after_its_loop.
+
+    False for a worker that has no such moment. Its loop may still be about to accept what it was woken for before.
+    """
+    if not hasattr(worker, "set_accept_enabled"):
+        return False
+    set_accept_enabled = worker.set_accept_enabled
+
+    def then_tell(enabled: bool) -> None:
+        set_accept_enabled(enabled)
+        if not enabled and not worker.alive:
+            tell()
+
+    replace(worker, "set_accept_enabled", then_tell)
+    return True
+
+
+def look_before_closing(worker: Any) -> None:
+    """Have a gthread worker read what has arrived before it closes kept connections that were idle for too long.
+
+    Between the last look at its sockets and the close (test_gthread_closes_idle_connections_each_turn) it starts
+    requests, for milliseconds where the machine is short of time. A request that arrives in between is reset unread,
+    and no client may repeat a POST.
+    """
+    if not hasattr(worker, "keepalived_conns"):
+        return
+    murder_keepalived = worker.murder_keepalived
+
+    def look_first(**force: bool) -> None:  # which 26 does not know yet
+        kept = worker.keepalived_conns
+        if not force and kept and kept[0].timeout <= time.monotonic():
+            worker.wait_for_and_dispatch_events(0)
+        murder_keepalived(**force)
+
+    replace(worker, "murder_keepalived", look_first)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from zdd_web.gunicorn.adapter.patches import replace
+
 
 def note_heads(protocol: Any) -> None:
     """Have connections of gunicorn's `ASGIProtocol` note whether a head was begun; its C parser cannot be asked."""
@@ -32,8 +34,9 @@ def note_heads(protocol: Any) -> None:
         return message_complete(connection)
 
     protocol.head_begun = False
-    setattr(protocol, feed, feed_and_note)
-    protocol._on_headers_complete, protocol._on_message_complete = headers_are_complete, message_is_complete
+    replace(protocol, feed, feed_and_note)
+    replace(protocol, "_on_headers_complete", headers_are_complete)
+    replace(protocol, "_on_message_complete", message_is_complete)
 
 
 def gunicorn_reads_a_head(connection: Any) -> bool:

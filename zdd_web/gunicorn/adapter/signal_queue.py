@@ -15,6 +15,8 @@ import threading
 from collections import deque
 from typing import Any
 
+from zdd_web.gunicorn.adapter.patches import write
+
 
 class SignalQueue:
     """The methods of `SimpleQueue` that gunicorn's master and its signal handlers call.
@@ -52,12 +54,25 @@ class SignalQueue:
         return not self._items
 
 
-def replace(server: Any) -> None:
+def replace_queue(arbiter: Any) -> None:
     """Give a master that waits in a `SimpleQueue` this queue, with the signals that have been queued already."""
-    before = getattr(server, "SIG_QUEUE", None)
+    before = getattr(arbiter, "SIG_QUEUE", None)
     if before is None or isinstance(before, (list, SignalQueue)):
         return  # up to 23 it is a list, and the master waits on a pipe
-    server.SIG_QUEUE = now = SignalQueue()
+    now = SignalQueue()
+    write(arbiter, "SIG_QUEUE", now)
     # A handler that read the attribute before this assignment has put its signal already: handlers run in this thread.
     while not before.empty():
         now.put_nowait(before.get_nowait())
+
+
+def take(arbiter: Any) -> list[int]:
+    """Return the signals that the loop has not handled yet, and empty its queue: a list up to 23."""
+    waiting = arbiter.SIG_QUEUE
+    taken: list[int] = []
+    if isinstance(waiting, list):
+        taken, waiting[:] = list(waiting), []
+        return taken
+    while not waiting.empty():
+        taken.append(waiting.get_nowait())
+    return taken

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn import util
 from gunicorn.workers.sync import SyncWorker
 
 from zdd_web.gunicorn.adapter.closing import ClosingConnections
+from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.gunicorn.adapter.silent import await_first_byte
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
     from zdd_web.process import Process
-
-_util: Any = util
 
 
 def adapt(worker: Any, process: Process) -> None:
@@ -62,8 +62,9 @@ def close_beside_requests(worker: Any, process: Process) -> None:
         run()
         closing.finish(beat, lambda: clock.remaining(process.deadline_ns))
 
-    _util.close_graceful = close
-    worker.wait, worker.run = wait_and_turn, run_then_finish
+    replace(util, "close_graceful", close)
+    replace(worker, "wait", wait_and_turn)
+    replace(worker, "run", run_then_finish)
 
 
 def give_up_silent_connections(worker: Any, process: Process) -> None:
@@ -88,4 +89,39 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
             worker.log.debug("Closing a connection that has sent nothing.")
             util.close(client)
 
-    worker.handle = handle_if_not_silent
+    replace(worker, "handle", handle_if_not_silent)
+
+
+def beat_often(worker: Any, interval: float, connected: Callable[[bool], None]) -> None:
+    """Have a sync worker that waits send a heartbeat each `interval` seconds, as workers of all other classes do.
+
+    Its own interval is half of `timeout` (test_sync_waits_for_half_of_the_timeout). It sends none while it has a
+    connection in hand, also while it waits for the client's request: `connected()` is called when that begins and ends.
+    """
+    if not isinstance(worker, SyncWorker):
+        return
+    # With `timeout = 0` it is half a second.
+    write(worker, "timeout", min(worker.timeout, interval))
+    handle: Callable[[Any, Any, Any], None] = worker.handle
+
+    def handle_connected(listener: Any, client: Any, address: Any) -> None:
+        connected(True)
+        try:
+            handle(listener, client, address)
+        finally:
+            connected(False)
+
+    replace(worker, "handle", handle_connected)
+
+
+def accept_nothing(worker: Any) -> None:
+    """Have a sync worker that was interrupted in a request find no connection on listeners that are closed meanwhile.
+
+    With several of them it asks the next one before it looks whether its loop is to end:
+    test_sync_accepts_from_each_readable_listener.
+    """
+
+    def nothing(listener: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "closed")
+
+    replace(worker, "accept", nothing)

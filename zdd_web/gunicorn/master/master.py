@@ -2,8 +2,8 @@
 
 Theory of operation
 -------------------
-A handful of the arbiter's methods are replaced on the *instance* when `on_starting` runs. gunicorn's loop
-(arbiter.py:250-272) looks them up by name on each round:
+A handful of the arbiter's methods are replaced on the *instance* when `on_starting` runs. gunicorn's loop looks them up
+by name on each round (tests/contract: test_loop_looks_its_methods_up_on_the_instance_each_turn):
 
     maybe_promote_master   the tick: hear what others said, move the phase
     handle_term, _usr2, _hup, _int, _quit
@@ -26,16 +26,16 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-
-from gunicorn.errors import HaltServer
 
 from zdd_web import lifecycle, log, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import settings_sources
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, silence_systemd, tell_exits
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
@@ -64,14 +64,12 @@ IDLE_TICK = 1.0
 #: How long after its deadline a worker that was told to leave is killed, seconds, beside what naming its work takes.
 OVERDUE_SLACK = 5.0
 
-NO_EXIT_STATUS = -1
-
 
 class Master:
     """What zdd_web adds to gunicorn's arbiter, in the master's process."""
 
     def __init__(
-        self, server: Any, settings: Settings, launch: Launch, name: str, inherited: Inheritance | None
+        self, server: ArbiterFacade, settings: Settings, launch: Launch, name: str, inherited: Inheritance | None
     ) -> None:
         self.server, self.settings = server, settings
         self.board = Board.create(name)
@@ -119,39 +117,39 @@ class Master:
     def take_over(self) -> None:
         """Replace the arbiter's methods on this instance; called from `on_starting`."""
         server = self.server
-        self._gunicorn_reap: Callable[[], None] = server.reap_workers
-        self._gunicorn_winch: Callable[[], None] = server.handle_winch
-        self._gunicorn_ttin: Callable[[], None] = server.handle_ttin
-        self._gunicorn_stop: Callable[[bool], None] = server.stop
-        self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
-        # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
-        # in the middle of anything. No process can exit with a negative one;
-        # `_handle_exited_workers` decides, in the loop.
-        server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
-        compat.tell_exits(self._reaped)
-        compat.silence_systemd()
-        server.maybe_promote_master = guarded("tick", self.tick)
-        server.manage_workers = self._manage_workers_guarded
-        server.reap_workers = guarded("reap_workers", self.reap_workers)
-        server.stop = self._stop
+        # `_handle_exited_workers` decides.
+        server.survive_failed_boots()
+        tell_exits(self._reaped)
+        silence_systemd()
+        server.replace("maybe_promote_master", guarded("tick", self.tick))
+        server.replace("manage_workers", self._manage_workers_guarded)
+        self._gunicorn_reap: Callable[[], None] = server.replace(
+            "reap_workers", guarded("reap_workers", self.reap_workers)
+        )
+        self._gunicorn_stop: Callable[[bool], None] = server.replace("stop", self._stop)
         self.stop.take_over()
-        server.handle_hup = guarded("handle_hup", self.reload.request)
-        server.handle_usr2 = guarded("handle_usr2", self.coordinator.request)
-        server.handle_usr1 = guarded("handle_usr1", self.rotation.request)
-        compat.set_wait(server, self._interval)
-        server.handle_winch = guarded("handle_winch", self.handle_winch)
-        server.handle_ttin = guarded("handle_ttin", self.handle_ttin)
+        server.replace("handle_hup", guarded("handle_hup", self.reload.request))
+        server.replace("handle_usr2", guarded("handle_usr2", self.coordinator.request))
+        self._gunicorn_usr1: Callable[[], None] = server.replace(
+            "handle_usr1", guarded("handle_usr1", self.rotation.request)
+        )
+        server.set_wait(self._interval)
+        self._gunicorn_winch: Callable[[], None] = server.replace(
+            "handle_winch", guarded("handle_winch", self.handle_winch)
+        )
+        self._gunicorn_ttin: Callable[[], None] = server.replace(
+            "handle_ttin", guarded("handle_ttin", self.handle_ttin)
+        )
         if self.settings.keep_pid:
             # Grandchildren whose master retired become ours, and the keeper's after us.
             proc.become_subreaper()
             for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
-                handler = f"handle_{sig.name[3:].lower()}"
-                setattr(server, handler, self._unless_forwarded(sig, getattr(server, handler)))
+                server.replace_handler(sig, partial(self._unless_forwarded, sig))
         if self.predecessor_link is not None:
             self.predecessor_link.adopt(self.listening)
         else:
-            if server.pidfile is not None:
-                server.pidfile = PidFile(server.pidfile.fname, os.getpid())
+            if server.pid_file is not None:
+                server.set_pid_file(PidFile(server.pid_file.fname, os.getpid()))
             self.listening.take()
             self.takeover.open()
         self.probes.start(self.predecessor_link)
@@ -182,7 +180,7 @@ class Master:
         if self.server.num_workers > self.header.slot_count:
             # By gunicorn's control socket (`worker add`), which asks no handler of ours.
             self._refuse_workers(self.server.num_workers, request="workers")
-            self.server.num_workers = self.header.slot_count
+            self.server.want(self.header.slot_count)
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
@@ -241,7 +239,7 @@ class Master:
             reason = f"worker {gone.pid} ended before it served: {why}"
             if self.phase is Phase.BOOTING and self.predecessor_link is not None and not self.predecessor_link.alone:
                 self.predecessor_link.fail(reason)
-                raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR)
+                raise HaltServer(log.one_line(reason), WORKER_BOOT_ERROR)
             if self.phase is Phase.BOOTING and gone.could_not_boot:
                 raise HaltServer(log.one_line(reason), gone.exit_status)
             if self.phase in lifecycle.SPAWNING:
@@ -271,7 +269,7 @@ class Master:
             reason = f"the listeners cannot listen: {error.strerror}"
             if self.predecessor_link is not None:
                 self.predecessor_link.fail(reason)
-            raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR) from None
+            raise HaltServer(log.one_line(reason), WORKER_BOOT_ERROR) from None
         self.header.ready_at = clock.now_ns()
         self.move(Event.READY, pid=os.getpid())
         self.gate.open()
@@ -280,7 +278,7 @@ class Master:
     @property
     def kept(self) -> bool:
         """Whether a gunicorn goes on to use all of the listeners when this service has ended."""
-        return self._inherited_as_kept or compat.has_stock_predecessor(self.server)
+        return self._inherited_as_kept or self.server.has_stock_predecessor
 
     # -- as a successor
 
@@ -367,7 +365,7 @@ class Master:
             guarded("block_new_connections", self._close_door)()
         if self.phase in (Phase.DRAINING, Phase.RETIRING):
             guarded("listeners", self.listening.follow)()
-            if not self.server.WORKERS:
+            if not self.server.has_workers:
                 self.stop.end_when_no_worker_is_left()
             else:
                 self.stop.end_at_the_deadline()
@@ -393,9 +391,10 @@ class Master:
         except Exception:
             if os.getpid() == master:
                 raise
-            # A worker for which gunicorn could not even print why it ends (arbiter.py:757): back here it would be a
+            # A worker for which gunicorn could not even print why it ends
+            # (test_error_that_cannot_be_printed_leaves_spawn_worker): back here it would be a
             # second master, with this one's workers and listeners.
-            os._exit(type(self.server).WORKER_BOOT_ERROR)
+            os._exit(WORKER_BOOT_ERROR)
 
     def _note_room(self, decision: Plan) -> None:
         # Those that retire or leave make room by themselves.
@@ -430,7 +429,7 @@ class Master:
 
     def _stop(self, graceful: bool = True) -> None:
         # gunicorn's own closes them in an order of its own, and cannot close an abstract Unix socket.
-        is_last = not (self.kept or self.server.reexec_pid or self.header.successor_pid or self.awaits_promotion)
+        is_last = not (self.kept or self.server.successor_pid or self.header.successor_pid or self.awaits_promotion)
         guarded("takeover", self.takeover.close)()
         guarded("takeover", self.coordinator.end_given_up)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
@@ -452,8 +451,7 @@ class Master:
     def after_fork(self, slot: Slot) -> None:
         """Take from a worker what is the master's alone: its death must be seen, and its words must be its own."""
         self.board.restrict(slot)
-        # Its own exit statuses are gunicorn's.
-        del self.server.WORKER_BOOT_ERROR, self.server.APP_LOAD_ERROR
+        self.server.own_exit_statuses()
         self.gate.keep_reader()
         self.probes.after_fork()
         self.coordinator.after_fork()

@@ -29,11 +29,10 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gunicorn import util
-
 from zdd_web import log
 from zdd_web.board import LAYOUT, Board, WorkerState
 from zdd_web.errors import ListenerError, SettingsError
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, change_user, set_process_title
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening
@@ -136,7 +135,7 @@ class ProbePort:
 
     def __init__(
         self,
-        server: Any,
+        server: ArbiterFacade,
         board: Board,
         settings: Settings,
         inherited: Inheritance | None,
@@ -336,11 +335,12 @@ class ProbePort:
             return
         _forget_imports()
         server = self._server
-        for sig in (*server.SIGNALS, signal.SIGCHLD):
+        for sig in (*server.signals, signal.SIGCHLD):
             # They reach whole groups, and mean the master. SIGTERM is heard later, SIGUSR1 too.
             signal.signal(sig, signal.SIG_DFL if sig == signal.SIGCHLD else signal.SIG_IGN)
-        # Not `server.proc_name`, which is set after the first hook runs (arbiter.py:126).
-        util._setproctitle(f"probes [{server.cfg.proc_name}]")
+        # Not the arbiter's `proc_name`, which is set after the first hook runs:
+        # test_first_hook_comes_before_pid_file_and_process_name.
+        set_process_title(f"probes [{server.cfg.proc_name}]")
         # Here workers' code does not run, but what a client sends does arrive.
         self._board.restrict()
         keep = {0, 1, 2, self._listener.fileno(), *log.own_streams()}
@@ -348,8 +348,7 @@ class ProbePort:
         # Here, since neither the master nor a worker shall load asyncio before gevent has patched what is below it.
         from zdd_web.probe_server.server import Server
 
-        cfg = server.cfg
-        util.set_owner_process(cfg.uid, cfg.gid, initgroups=cfg.initgroups)
+        change_user(server.cfg)
         # After the change of the user, which makes the kernel forget it.
         if not proc.die_with_parent(signal.SIGTERM, master):
             return

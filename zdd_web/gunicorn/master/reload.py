@@ -1,7 +1,8 @@
 """SIGHUP: prove first, in a child process, that config and app load; then reload, and replace workers one by one.
 
-gunicorn's own reload runs the configuration file in the master, where an error is a `sys.exit(1)`, tells the old
-workers to go before the new ones have booted, and then blocks its loop until they went (arbiter.py:530-601).
+gunicorn's own reload runs the configuration file in the master, where an error is a `sys.exit(1)`, sends SIGTERM to the
+old workers before the new ones have booted, and from 24 on blocks its loop until they went. See tests/contract:
+test_reload_retires_workers_before_new_ones_have_booted.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-from gunicorn import util
+from typing import TYPE_CHECKING
 
 from zdd_web import log
 from zdd_web.errors import NeedsUpgrade, ZddError
 from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.settings import Settings
 from zdd_web.system import clock, pauses, proc, stdio
@@ -54,7 +55,7 @@ class Proof:
         self.status: int | None = None
 
     @classmethod
-    def begin(cls, server: Any, settings: Settings, slots: int) -> Proof:
+    def begin(cls, server: ArbiterFacade, settings: Settings, slots: int) -> Proof:
         """Fork the child. Raises OSError when there can be no fork, or no descriptor is left."""
         output = CapturedOutput()
         try:
@@ -215,28 +216,27 @@ def too_many_workers(workers: int, slots: int) -> str:
     )
 
 
-def _try(server: Any, settings: Settings, slots: int, output: int) -> None:
+def _try(server: ArbiterFacade, settings: Settings, slots: int, output: int) -> None:
     """Load config and app, in the forked child; never returns."""
     status = 1
     try:
         # SIGCHLD too: gunicorn 23 reaps in its handler, which would take the child that reads Django's settings.
-        for sig in (*server.SIGNALS, signal.SIGCHLD):
+        for sig in (*server.signals, signal.SIGCHLD):
             signal.signal(sig, signal.SIG_DFL)
         proc.die_with_parent(signal.SIGKILL, server.pid)
         os.dup2(output, 2)
         before = server.cfg
         # As `apply()` and `setup()` will have it: config and app may ask for variables of `raw_env`.
         _reset_environ(before)
-        server.app.reload()
-        os.environ.update(server.app.cfg.env)
+        cfg = server.load_configuration()
+        os.environ.update(cfg.env)
         with _no_traceback():
-            _refuse_unchangeable(before, server.app.cfg)
-            too_many = too_many_workers(server.app.cfg.workers, slots)
+            _refuse_unchangeable(before, cfg)
+            too_many = too_many_workers(cfg.workers, slots)
             if too_many:
                 raise ZddError(too_many)
-            settings_sources.refuse_changes(server.app.cfg)
-        server.app.callable = None
-        server.app.wsgi()
+            settings_sources.refuse_changes(cfg)
+        server.load_app()
         with _no_traceback():
             settings_sources.apply_app_settings(settings)
         status = 0
@@ -266,7 +266,7 @@ def _no_traceback() -> Iterator[None]:
         raise SystemExit(str(error)) from None
 
 
-def _refuse_unchangeable(before: Any, after: Any) -> None:
+def _refuse_unchangeable(before: Config, after: Config) -> None:
     if before.address != after.address:
         raise NeedsUpgrade(
             f"bind changed from {before.bind} to {after.bind}: SIGHUP cannot do that without loss; "
@@ -279,48 +279,50 @@ def _refuse_unchangeable(before: Any, after: Any) -> None:
         )
 
 
-def apply(server: Any) -> str:
+def apply(server: ArbiterFacade) -> str:
     """Put the new configuration in force; the workers are the roster's business.
 
     Returns why that cannot be done, with the old configuration in force again, or "".
     """
-    before, environ = server.app.cfg, dict(os.environ)
+    before, environ = server.cfg, dict(os.environ)
     _reset_environ(before)
     try:
         try:
-            server.app.reload()
+            server.load_configuration()
         except SystemExit:
-            # gunicorn's word for a file that raises, which has printed it (app/base.py:113).
-            server.app.cfg = before
+            # So gunicorn ends for a file that raises, which it has printed:
+            # test_configuration_file_that_raises_ends_the_process.
+            server.take_back_configuration(before)
             raise ZddError("the configuration loaded a moment ago and does not now: see stderr") from None
         _put_in_force(server, before)
     except Exception as error:
-        server.app.cfg = before
+        server.take_back_configuration(before)
         os.environ.clear()
         os.environ.update(environ)
         # It sets the configuration before anything in it can fail, such as a logger_class without setup().
         with contextlib.suppress(Exception):
-            server.setup(server.app)
+            server.set_up()
         return str(error) if isinstance(error, ZddError) else f"{type(error).__name__}: {error}"
     return ""
 
 
-def _put_in_force(server: Any, before: Any) -> None:
-    server.setup(server.app)
+def _put_in_force(server: ArbiterFacade, before: Config) -> None:
+    server.set_up()
     server.log.reopen_files()
-    server.cfg.on_reload(server)
+    server.call_on_reload()
     if server.cfg.pidfile != before.pidfile:
-        if server.pidfile is not None:
-            server.pidfile.unlink()
-        server.pidfile = None
+        if server.pid_file is not None:
+            server.pid_file.unlink()
+        server.set_pid_file(None)
         if server.cfg.pidfile is not None:
-            server.pidfile = PidFile(server.cfg.pidfile, os.getpid())
-            server.pidfile.create(os.getpid())
-    util._setproctitle(f"master [{server.proc_name}]")
+            pid_file = PidFile(server.cfg.pidfile, os.getpid())
+            server.set_pid_file(pid_file)
+            pid_file.create(os.getpid())
+    server.set_process_title()
 
 
-def _reset_environ(cfg: Any) -> None:
-    # `raw_env` of the old configuration must not survive in the new one (arbiter.py:536).
+def _reset_environ(cfg: Config) -> None:
+    # `raw_env` of the old configuration must not survive in the new one: test_reload_takes_raw_env_back.
     for key in cfg.env:
         if key in cfg.env_orig:
             os.environ[key] = cfg.env_orig[key]

@@ -14,11 +14,11 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from gunicorn.arbiter import Arbiter
+from typing import Protocol
 
 from zdd_web.board import SLOTS, Board, Slot, WorkerState
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
+from zdd_web.gunicorn.adapter.exits import APP_LOAD_ERROR, WORKER_BOOT_ERROR
 from zdd_web.gunicorn.termination_message import first_boot
 from zdd_web.lifecycle import SPAWNING, Phase
 from zdd_web.system import clock, pauses, proc
@@ -130,12 +130,19 @@ class ExitedWorker:
     @property
     def could_not_boot(self) -> bool:
         """Whether it ended in the way in which gunicorn's workers end when they cannot boot, or not load the app."""
-        return self.exit_status in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR)
+        return self.exit_status in (WORKER_BOOT_ERROR, APP_LOAD_ERROR)
+
+
+class Forked(Protocol):
+    """gunicorn's worker as the master has it: `age` counts up, `pid` is there after the fork."""
+
+    age: int
+    pid: int
 
 
 @dataclass
 class _Entry:
-    worker: Any
+    worker: Forked
     slot: Slot
     since: int
     given_up: bool = False
@@ -164,14 +171,14 @@ class _Entry:
 class Roster:
     """The master's books: its workers and their slots."""
 
-    def __init__(self, server: Any, board: Board) -> None:
+    def __init__(self, server: ArbiterFacade, board: Board) -> None:
         self._server, self._board = server, board
         self._places: list[_Entry] = []
         self._current_age = 0
         self._failures = 0
         self._spawn_not_before = 0
 
-    def claim(self, worker: Any) -> Slot:
+    def claim(self, worker: Forked) -> Slot:
         """Give a worker that is about to be forked its slot. Raises `BoardError` when there is none."""
         slot = self._board.claim(worker.age)
         self._places.append(_Entry(worker, slot, since=clock.now_ns()))
@@ -193,7 +200,7 @@ class Roster:
         """How many more workers can be given a slot."""
         return max(0, self._board.header.slot_count - len(self._places))
 
-    def slot_of(self, worker: Any) -> Slot:
+    def slot_of(self, worker: Forked) -> Slot:
         """Return the slot of a worker that was given one."""
         return next(place.slot for place in self._places if place.worker is worker)
 
@@ -220,7 +227,7 @@ class Roster:
     def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
         gone = []
-        for place in [p for p in self._places if self._server.WORKERS.get(p.worker.pid) is not p.worker]:
+        for place in [p for p in self._places if not self._server.has(p.worker)]:
             self._places.remove(place)
             slot = place.slot
             gone.append(
@@ -253,7 +260,7 @@ class Roster:
 
     def outdate(self) -> None:
         """Mark everybody who is here now as to be replaced."""
-        self._current_age = self._server.worker_age
+        self._current_age = self._server.newest_age
 
     def boot_failed(self) -> float:
         """Note that a worker could not boot; return the seconds until the next may be tried."""
@@ -270,7 +277,7 @@ class Roster:
         """SIGKILL workers that have been booting for too long; reaped, they count as failed boots.
 
         gunicorn would wait for ever for one that hangs before its first heartbeat: it compares the monotonic clock
-        with the wall-clock time of the heartbeat's file (arbiter.py:612).
+        with the wall-clock time of the heartbeat's file (test_new_heartbeat_is_ahead_of_the_monotonic_clock).
         """
         for place in self._places:
             late = place.state is WorkerState.BOOTING and pauses.since(place.since) > timeout

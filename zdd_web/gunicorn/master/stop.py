@@ -14,13 +14,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gunicorn.errors import HaltServer
-
 from zdd_web import keeper, lifecycle, log
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn import process_exit, termination_message
-from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.gunicorn.master.roster import ExitedWorker
 from zdd_web.gunicorn.upgrade.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.workers import late_arrivals
@@ -59,11 +57,10 @@ class Stop:
     def take_over(self) -> None:
         """Replace what the arbiter does at these signals, and at its end."""
         server = self._server
-        self._gunicorn_int: Callable[[], None] = server.handle_int
-        self._gunicorn_quit: Callable[[], None] = server.handle_quit
-        self._gunicorn_halt: Callable[[str | None, int], None] = server.halt
-        server.handle_term = guarded("handle_term", self.handle_term)
-        server.handle_int, server.handle_quit, server.halt = self.handle_int, self.handle_quit, self.halt
+        server.replace("handle_term", guarded("handle_term", self.handle_term))
+        self._gunicorn_int: Callable[[], None] = server.replace("handle_int", self.handle_int)
+        self._gunicorn_quit: Callable[[], None] = server.replace("handle_quit", self.handle_quit)
+        self._gunicorn_halt: Callable[[str | None, int], None] = server.replace("halt", self.halt)
 
     def follow(self) -> None:
         """End the lame duck when its time is over; the tick's call."""
@@ -161,7 +158,8 @@ class Stop:
         self._ends_now = True
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self._header.phase = Phase.STOPPED
-        # gunicorn waits for so long before it kills (arbiter.py:466), and means a stop that finishes what it has.
+        # gunicorn waits for so long before it kills, and means a stop that finishes what it has:
+        # test_stop_kills_after_the_graceful_timeout.
         self._server.cfg.set("graceful_timeout", min(self._server.cfg.graceful_timeout, STOP_NOW_WITHIN))
 
     def _cancel(self, sig: signal.Signals) -> None:
@@ -180,7 +178,7 @@ class Stop:
             self._gunicorn_halt(reason, exit_status)
         finally:
             # Python restores the default actions as it ends: a late signal would change the exit status.
-            compat.ignore_signals(self._server)
+            self._server.ignore_signals()
             threads = process_exit.wait(process_exit.waited_for, lambda: until, self._tick)
             if threads:
                 process_exit.name(threads)
@@ -198,7 +196,7 @@ class Stop:
         if self._header.successor_pid:
             self._master.coordinator.follow_last_accepts()
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
-            self._server.reexec_pid = self._header.successor_pid
+            self._server.set_successor(self._header.successor_pid)
         seconds = self._leaving_for()
         self._header.drain_took = int(seconds * 1e9)
         said: dict[str, Any] = {}
@@ -240,11 +238,12 @@ class Stop:
         self._leave(abandoned=abandoned)
 
     def _reap_the_killed(self) -> None:
-        # gunicorn's stop() looks ten times a second, and sleeps once more when all are reaped (arbiter.py:473): time
-        # that a service does not have at the end of its GRACE_PERIOD.
+        # gunicorn's stop() looks ten times a second, and sleeps once more when all are reaped
+        # (test_stop_sleeps_once_more_when_all_are_reaped): time that a service does not have at the end of its
+        # GRACE_PERIOD.
         until = time.monotonic() + REAP_WITHIN
         self._server.reap_workers()
-        while self._server.WORKERS and time.monotonic() < until:
+        while self._server.has_workers and time.monotonic() < until:
             time.sleep(REAP_EVERY)
             self._server.reap_workers()
 
@@ -265,8 +264,8 @@ class Stop:
     def _leave(self, *, abandoned: bool) -> NoReturn:
         if self._header.successor_pid and self._master.coordinator.becomes_the_keeper:
             self._end_with_the_service()
-            # What gunicorn's halt() would do (arbiter.py:400), short of the exit.
-            compat.suspend_control_server(self._server)
+            # What gunicorn's halt() would do, short of the exit: test_halt_ends_in_this_order.
+            self._server.suspend_control_server()
             self._server.stop()
             # stop() reaps: nobody could ask the kernel again how a service went that ended meanwhile.
             self._end_with_the_service()
@@ -282,12 +281,12 @@ class Stop:
             raise HaltServer("the service was stopped", status)
 
     def _become_keeper(self) -> NoReturn:
-        self._server.cfg.on_exit(self._server)
+        self._server.call_on_exit()
         log.emit("keeper.started", pid=os.getpid(), successor=self._header.successor_pid)
         keeper.become(
             self._header.name,
             self._header.successor_pid,
-            lambda: compat.take_queued_signals(self._server),
+            self._server.take_queued_signals,
         )
 
     def _leaving_for(self) -> float:

@@ -17,7 +17,8 @@ from typing import Any
 from zdd_web import log
 from zdd_web.board import MOST_LISTENERS, Header
 from zdd_web.errors import ListenerError, UpgradeError
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, take_stock_inheritance
+from zdd_web.gunicorn.adapter.sockets import adopt_listener, bind_listener, check_certificates, create_listener
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.sockets.listener import LEAST_QUEUES, Listener, how_many
 from zdd_web.listeners import socket_file
@@ -31,7 +32,7 @@ from zdd_web.system import sd_listen_fds
 class ListenerFactory:
     """Done once by each generation; `listeners` is what it has obtained."""
 
-    def __init__(self, server: Any, header: Header, settings: Settings) -> None:
+    def __init__(self, server: ArbiterFacade, header: Header, settings: Settings) -> None:
         self._server, self._header, self._settings = server, header, settings
         self._mode = settings.listener
         self._shares = self._mode == "reuseport"
@@ -55,7 +56,7 @@ class ListenerFactory:
 
     @contextlib.contextmanager
     def _or_undo(self, made: Callable[[], list[str]]) -> Iterator[None]:
-        compat.check_certificates(self._server.cfg)
+        check_certificates(self._server.cfg)
         try:
             yield
         except BaseException:
@@ -66,24 +67,24 @@ class ListenerFactory:
             raise
 
     def _own_paths(self) -> list[str]:
-        theirs = compat.has_stock_predecessor(self._server)
+        theirs = self._server.has_stock_predecessor
         return [each.path for each in self.listeners if each.path and not each.is_lent and not theirs]
 
     def _make(self, activated: Sequence[sd_listen_fds.Activated]) -> None:
         server = self._server
         if activated:
             # Nobody's to unlink, nor to close for good.
-            server.systemd = True
+            server.mark_sockets_as_systemds()
             for each in activated:
                 if each.role == "app":
-                    self._add(f"systemd:{each.name}", each.fd, compat.adopt_listener(server, each.fd))
+                    self._add(f"systemd:{each.name}", each.fd, adopt_listener(server, each.fd))
             return
-        stock = compat.take_stock_inheritance() if server.master_pid else []
+        stock = take_stock_inheritance() if server.predecessor_pid else []
         if stock:
             binds = self._wanted() if self._mode == "fd" and len(stock) == len(server.cfg.bind) else []
             for at, fd in enumerate(stock):
                 bind, address = (binds[at].bind, binds[at].address) if binds else (f"fd://{fd}", fd)
-                self._add(bind, address, compat.adopt_listener(server, fd))
+                self._add(bind, address, adopt_listener(server, fd))
             return
         for place in self._wanted():
             if self._shares or str(place.address).startswith("\0"):
@@ -96,17 +97,18 @@ class ListenerFactory:
 
     def _create(self, place: Place) -> None:
         if isinstance(place.address, str):
-            # gunicorn takes the file away from whoever serves there (sock.py:128).
+            # gunicorn takes the file away from the process that serves there:
+            # test_unix_socket_removes_the_file_that_is_there.
             unlink_stale_socket(place.address)
         try:
-            self._add(place.bind, place.address, compat.create_listener(self._server, place.address))
+            self._add(place.bind, place.address, create_listener(self._server, place.address))
         except (SystemExit, OverflowError):
             # It has tried for five seconds, and does not say what to do.
             self._bind(place)
 
     def _adopt_number(self, bind: str, fd: int) -> Any:
         try:
-            return compat.adopt_listener(self._server, fd)
+            return adopt_listener(self._server, fd)
         except OSError as error:
             raise ListenerError(
                 f"bind = {bind!r}: descriptor {fd} is no listening socket ({error.strerror}): whoever starts gunicorn "
@@ -142,7 +144,7 @@ class ListenerFactory:
         try:
             if isinstance(address, str):
                 unlink_stale_socket(address)
-            sock = compat.bind_listener(self._server, address, shared=self._shares)
+            sock = bind_listener(self._server, address, shared=self._shares)
         except (OSError, OverflowError) as error:
             why = describe_bind_error(error, address, shared=self._shares)
             if self._settings.takeover and self._is_first:
@@ -200,7 +202,7 @@ class ListenerFactory:
         kept = dict(found.kept)
         for at, place in enumerate(wanted):
             if at in kept:
-                sock = compat.adopt_listener(server, inherited.listeners[kept[at]], shared=self._shares)
+                sock = adopt_listener(server, inherited.listeners[kept[at]], shared=self._shares)
                 self._rebind_unless_reached(place, sock)
                 self._add(place.bind, place.address, sock, place.slot)
             elif isinstance(place.address, int):

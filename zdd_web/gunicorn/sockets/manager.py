@@ -30,8 +30,10 @@ from zdd_web import log, service
 from zdd_web.board import LAYOUT, Board, Slot
 from zdd_web.board.admission import Admission
 from zdd_web.errors import ListenerError
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.sockets import bind_listener
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
@@ -48,7 +50,7 @@ LOOK_WHETHER_THEY_STAY_EVERY = 0.1
 class ListenerManager:
     """The listeners of this generation."""
 
-    def __init__(self, server: Any, board: Board, settings: Settings, inherited: Inheritance | None) -> None:
+    def __init__(self, server: ArbiterFacade, board: Board, settings: Settings, inherited: Inheritance | None) -> None:
         """Take what systemd has passed. Raises `ListenerError`."""
         self._server, self._board, self._header, self._settings = server, board, board.header, settings
         self._inherited = inherited
@@ -100,7 +102,7 @@ class ListenerManager:
         for each in usable:
             each.record.name = str(each.sock).replace("\0", "@") + (f"#{each.slot}" if self._shares else "")
         # What gunicorn names when it says where it listens; see for_worker().
-        self._server.LISTENERS = [each.sock for each in usable if not (self._shares and each.slot)]
+        self._server.set_listeners([each.sock for each in usable if not (self._shares and each.slot)])
 
     def _share_ports(self) -> None:
         groups = {
@@ -160,10 +162,10 @@ class ListenerManager:
 
     # -- in a worker
 
-    def for_worker(self, worker: Any, slot: Slot) -> dict[int, int]:
+    def for_worker(self, worker: WorkerFacade, slot: Slot) -> dict[int, int]:
         """Give a worker what it accepts from; return the index of each listener, by descriptor."""
         if self._ports:
-            worker.sockets = [port.for_worker(slot) for port in self._ports]
+            worker.set_sockets([port.for_worker(slot) for port in self._ports])
         return {each.socket.fileno(): each.index for each in self._all if each.is_open}
 
     # -- what is to be seen of them
@@ -255,7 +257,7 @@ class ListenerManager:
     def _reopen(self, each: Listener) -> None:
         backlog = self._server.cfg.backlog
         if not each.is_open:
-            each.sock = compat.bind_listener(self._server, each.address, shared=self._shares)
+            each.sock = bind_listener(self._server, each.address, shared=self._shares)
             each.note_file()
             if each.listens:
                 each.listen(backlog)
@@ -329,7 +331,7 @@ class ListenerManager:
             port.close(partial(self._close, for_good=for_good))
         for each in self._all:
             self._close(each, for_good=for_good and not each.is_lent)
-        self._server.LISTENERS = []
+        self._server.set_listeners([])
 
     def _close(self, each: Listener, *, for_good: bool) -> None:
         if for_good:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from typing import Any
-
-from gunicorn.errors import HaltServer
 
 from zdd_web import log, metrics
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn.adapter import compat, logger_class
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
+from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager
@@ -25,7 +23,7 @@ GIVEN_UP_AFTER = 5.0
 class PredecessorLink:
     """What a new master inherited, and how far it has come towards office."""
 
-    def __init__(self, inherited: Inheritance, server: Any, board: Board) -> None:
+    def __init__(self, inherited: Inheritance, server: ArbiterFacade, board: Board) -> None:
         self.inherited, self._server, self._board = inherited, server, board
         self._channel = inherited.open_channel()
         #: Copies what this generation says to the boot log, until it is in office.
@@ -62,11 +60,8 @@ class PredecessorLink:
     def speak(self) -> None:
         """Give this master its own stderr back, now that what it says goes to the boot log by the handler as well."""
         assert self.handler is not None
-        if logger_class.is_standard(self._server.log):
-            logging.getLogger("gunicorn.error").addHandler(self.handler)
-        else:
-            self._server.log = logger_class.Copying(self._server.log, self.handler)
-            log.use_gunicorn(self._server.log)
+        self._server.copy_log_to(self.handler)
+        log.use_gunicorn(self._server.log)
         if not self.inherited.taken:
             boot_log.give_back_stderr(self.inherited.stderr, self.inherited.boot_log)
         self._channel.send("speaks")
@@ -79,9 +74,9 @@ class PredecessorLink:
         os.environ.pop("GUNICORN_FD", None)
         self._server.cfg.set("pidfile", self._pid_file or None)
         dropped = listening.take()
-        # gunicorn's stop() unlinks Unix sockets while this is 0 (arbiter.py:449): not before they are ours alone.
-        self._server.master_pid = self.inherited.predecessor
-        compat.hold_control_server(self._server)
+        # gunicorn's stop() unlinks Unix sockets while this is 0: not before they are ours alone.
+        self._server.set_predecessor(self.inherited.predecessor)
+        self._server.hold_control_server()
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path, dropped=dropped,
                             added_paths=listening.added_paths)  # fmt: skip
@@ -184,16 +179,17 @@ class PredecessorLink:
     def _take_office(self) -> None:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
         self.is_active = True
-        self._server.master_pid = 0
+        self._server.set_predecessor(0)
         if self.handler is not None:
             self.handler.end()
             self.handler = None
         if self._pid_file:
-            pid_file = self._server.pidfile = PidFile(self._pid_file, os.getpid())
+            pid_file = PidFile(self._pid_file, os.getpid())
+            self._server.set_pid_file(pid_file)
             try:
                 # `create` also uses up what a predecessor had prepared that was killed before it could commit it.
                 if self.alone or pid_file.read() != os.getpid():
                     pid_file.create(os.getpid())
             except OSError as error:
                 log.emit("internal.error", logging.ERROR, where="pid file", error=str(error))
-        compat.resume_control_server(self._server)
+        self._server.resume_control_server()

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from zdd_web import log, metrics
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
@@ -109,7 +108,7 @@ class UpgradeCoordinator:
         self.upgrade.hint = first_boot(self._header)
         guarded("systemd", master.notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
-        self._server.reexec_pid = self.upgrade.pid
+        self._server.set_successor(self.upgrade.pid)
         self._outcome(UpgradeState.BOOTING, "")
         self._header.upgrade_number += 1
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
@@ -187,7 +186,7 @@ class UpgradeCoordinator:
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
                 f"older one has finished its requests (`zdd-web status` shows them), or raise the limit"
             )
-        if self._server.cfg.settings.get("dirty_apps") and self._server.cfg.dirty_apps:
+        if self._server.has_dirty_apps:
             raise UpgradeError(
                 "dirty_apps are set: their processes cannot be handed over, and a second master would end those of the "
                 "first; restart the service, or move them into a service of their own"
@@ -212,7 +211,7 @@ class UpgradeCoordinator:
         return launch
 
     def _pre_exec(self, launch: Launch) -> Launch:
-        given, removed = compat.call_pre_exec(self._server)
+        given, removed = self._server.call_pre_exec()
         environ = {key: value for key, value in launch.environ.items() if key not in removed}
         return dataclasses.replace(launch, environ={**environ, **given})
 
@@ -272,7 +271,7 @@ class UpgradeCoordinator:
         try:
             self._identity.prepare(upgrade.pid, upgrade.pid_file)
         except OSError as error:
-            self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
+            self._fail(upgrade, f"the pid file {upgrade.pid_file} cannot be replaced: {error.strerror}")
             return
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
         self._outcome(UpgradeState.COMMITTING, "")
@@ -316,7 +315,7 @@ class UpgradeCoordinator:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self.upgrade = self._line = None
-        self._server.reexec_pid = 0
+        self._server.set_successor(0)
         self._header.successor_pid = self._header.successor_phase = 0
 
     def _commit(self, upgrade: Upgrade) -> None:

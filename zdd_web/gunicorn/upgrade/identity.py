@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
 
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.systemd import SystemdNotifier
@@ -20,7 +19,7 @@ from zdd_web.gunicorn.systemd import SystemdNotifier
 class ServiceIdentity:
     """What this master holds of it, or hands over."""
 
-    def __init__(self, server: Any, supervisor: SystemdNotifier) -> None:
+    def __init__(self, server: ArbiterFacade, supervisor: SystemdNotifier) -> None:
         self._server, self._supervisor = server, supervisor
         self._prepared = ""
 
@@ -29,7 +28,7 @@ class ServiceIdentity:
 
         Raises OSError, while nothing has been promised yet.
         """
-        ours = self._server.pidfile
+        ours = self._server.pid_file
         if ours is not None and os.path.abspath(ours.fname) == pid_file:
             self._prepared = ours.prepare(pid)
 
@@ -42,10 +41,10 @@ class ServiceIdentity:
 
     def hand_over(self, pid: int, *, workers: int, is_child: bool) -> None:
         """Give everything to a successor with so many workers; raises whatever stands in the way, some of it done."""
-        if self._prepared:
-            self._server.pidfile.commit(self._prepared)
+        if self._prepared and self._server.pid_file is not None:
+            self._server.pid_file.commit(self._prepared)
             self._prepared = ""
-        compat.suspend_control_server(self._server)
+        self._server.suspend_control_server()
         if is_child:
             # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
             self._supervisor.hand_over(pid, workers)
@@ -57,14 +56,15 @@ class ServiceIdentity:
         """Make everything this master's again, each for itself: to serve without is better than not to serve."""
         steps: list[tuple[str, Callable[[], object]]] = [
             ("systemd", self._supervisor.take_back),
-            ("control socket", lambda: compat.resume_control_server(self._server)),
+            ("control socket", self._server.resume_control_server),
         ]
-        if self._server.pidfile is not None:
-            steps.append(("pid file", lambda: self._server.pidfile.create(os.getpid())))
+        pid_file = self._server.pid_file
+        if pid_file is not None:
+            steps.append(("pid file", lambda: pid_file.create(os.getpid())))
         for where, step in steps:
             guarded(where, step)()
 
     def forget_attempt(self, pid: int) -> None:
         """Remove the pid file that a release without install() writes, as gunicorn does in an upgrade of its own."""
-        if self._server.pidfile is not None:
-            PidFile(f"{self._server.pidfile.fname}.2", pid).unlink()
+        if self._server.pid_file is not None:
+            PidFile(f"{self._server.pid_file.fname}.2", pid).unlink()

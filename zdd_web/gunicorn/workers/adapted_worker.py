@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from zdd_web.board import Board, Slot
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.process import Process
@@ -17,7 +18,7 @@ class AdaptedWorker(Protocol):
     """A worker, as its adapter sees it; `WorkerRuntime` is one."""
 
     #: gunicorn's worker.
-    worker: Any
+    worker: WorkerFacade
     board: Board
     slot: Slot
     process: Process

@@ -11,11 +11,11 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from zdd_web import log, waitgroup
 from zdd_web.gunicorn import process_exit
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers.exit_states import STATUS, Event, StateMachine
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
@@ -48,7 +48,7 @@ class Threads(Protocol):
 class AfterLoop:
     """What a worker still waits for, and for how long."""
 
-    def __init__(self, worker: Any, process: Process, machine: StateMachine, adapter: Threads) -> None:
+    def __init__(self, worker: WorkerFacade, process: Process, machine: StateMachine, adapter: Threads) -> None:
         assert process.slot is not None
         self._worker, self._process, self._slot, self._machine = worker, process, process.slot, machine
         self._adapter = adapter
@@ -74,7 +74,7 @@ class AfterLoop:
         self._run_drained_hooks()
         self._left_behind = process_exit.wait(self.threads_left, self.threads_deadline, self._adapter.beat)
         process_exit.name(self._left_behind, self._adapter.frames)
-        self._last_beat = compat.lasting_heartbeat(self._worker)
+        self._last_beat = self._worker.lasting_heartbeat()
 
     # -- background work
 
@@ -148,7 +148,7 @@ class AfterLoop:
         return process_exit.earlier(header.deadline, self._slot.retire_deadline, self._threads_own)
 
     def _is_orphaned(self) -> bool:
-        return os.getppid() != int(self._worker.ppid)
+        return os.getppid() != self._worker.ppid
 
     # -- the exit
 

@@ -29,9 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from zdd_web.board import Slot
-
-#: The handlers that gunicorn installs in a worker (base.py:164), by the names it looks them up by.
-HANDLERS = ("handle_exit", "handle_quit", "handle_abort", "handle_usr1", "handle_winch")
+from zdd_web.gunicorn.adapter.worker import HANDLERS
 
 #: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
 MAP_FIXED = 0x10
@@ -70,14 +68,14 @@ def attach(worker: Any, slot: Slot, listeners: Iterable[int], stop_accepting: Ca
     """
     global _leave
     for name in HANDLERS:
-        setattr(worker, name, OwnHandler(getattr(worker, name)))
+        worker.wrap(name, OwnHandler)
     inodes = {fd: os.fstat(fd).st_ino for fd in listeners}
 
     def leave() -> None:
         reset_handlers()
         size = slot.words.itemsize
         write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
-        worker.notify = lambda: None
+        worker.replace("notify", lambda: None)
         close_copies(inodes)
         stop_accepting()
 
@@ -113,7 +111,7 @@ def own_signals() -> list[int]:
 def reset_handlers() -> None:
     """Give every signal that has a handler of the worker's its default action."""
     # Not Python's own handler for SIGINT: KeyboardInterrupt would unwind through the view into gunicorn's main loop,
-    # which takes it for the order to stop the service (arbiter.py:275).
+    # which takes it for the order to stop the service (test_keyboard_interrupt_ends_the_loop).
     for sig in own_signals():
         signal.signal(sig, signal.SIG_DFL)
     # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import os
 import signal
@@ -18,11 +17,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gunicorn.arbiter import Arbiter
-from gunicorn.workers.base import Worker
-
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.adapter import asgi, heads
+from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
+from zdd_web.gunicorn.adapter.uvicorn import UvicornServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
@@ -44,7 +42,8 @@ class AsyncioAdapter(WorkerAdapter):
     """What both have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
-    #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `CountingApp`.
+    #: (test_asgi_has_a_shortcut_without_post_request); neither counts a request of which the app has sent the reply and
+    #: goes on. See `CountingApp`.
     counts_by_hook = False
 
     #: Whether a reply is to say `Connection: close` itself.
@@ -69,8 +68,8 @@ class AsyncioAdapter(WorkerAdapter):
         """See `WorkerAdapter`."""
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
-        self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
-        self._end, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
+        self.worker.handle_signals_in_python()
+        self._end = self.worker.replace("handle_exit", self._handle_exit)
 
     def count(self, app: Callable[..., Any]) -> CountingApp:
         """Put what counts between the server and the app."""
@@ -90,7 +89,7 @@ class AsyncioAdapter(WorkerAdapter):
         if self.runtime.slot.state == WorkerState.BOOTING:
             # So gunicorn up to 26 says that the start-up failed of an app that must have one.
             self._could_not_boot()
-            raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
+            raise SystemExit(WORKER_BOOT_ERROR)
 
     def _could_not_boot(self) -> None:
         with contextlib.suppress(RuntimeError), self.runtime.boot_step():
@@ -160,8 +159,9 @@ class AsyncioAdapter(WorkerAdapter):
                 # The loop goes on beating.
                 await asyncio.to_thread(runtime.pass_checks, lambda: None, self.loop)
         except Exception:
-            # gunicorn would log it as a listener that cannot be opened, and exit with 0 (gasgi.py:200).
-            raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
+            # gunicorn would log it as a listener that cannot be opened, and exit with 0:
+            # test_asgi_takes_an_error_before_the_listener_for_its_own.
+            raise SystemExit(WORKER_BOOT_ERROR) from None
         gate = runtime.arrive_at_gate()
         opened = asyncio.Event()
         self.loop.add_reader(gate, opened.set)
@@ -235,7 +235,7 @@ class AsyncioAdapter(WorkerAdapter):
         raise NotImplementedError
 
     def end_now(self, status: int) -> NoReturn:
-        """See `WorkerAdapter`: SystemExit would be taken for an error of the app that runs (h11_impl.py:414)."""
+        """See `WorkerAdapter`: uvicorn takes SystemExit for an error of the app that runs."""
         try:
             self.runtime.run_exit_hook()
         finally:
@@ -253,37 +253,30 @@ class AsgiAdapter(AsyncioAdapter):
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self._drained = asyncio.Event()
-        from gunicorn.asgi.protocol import ASGIProtocol
-
-        protocol: Any = ASGIProtocol
-        heads.note_heads(protocol)
-        if not hasattr(protocol, "_will_close"):
-            # 25 and 26 have no place where it is decided; the header has the client close.
-            return
-        self.says_close = False
-        will_close, leaving = protocol._will_close, runtime.process.is_leaving
-        protocol._will_close = lambda self, *arguments: leaving() or will_close(self, *arguments)
+        self.says_close = not asgi.adapt_protocol(runtime.process.is_leaving)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
-        worker = self.worker
-        worker.asgi = self.count(worker.asgi)
-        serve, shutdown = worker._serve, worker._shutdown
+        self.worker.set_asgi(self.count(self.worker.asgi))
+        asgi.replace_loop(self.worker, self._serving, self._shutting_down)
 
+    def _serving(self, serve: asgi.Coroutine) -> asgi.Coroutine:
         async def then_serve() -> None:
             self.enter_loop()
             await serve()
 
+        return then_serve
+
+    def _shutting_down(self, shutdown: asgi.Coroutine) -> asgi.Coroutine:
         async def shutdown_when_drained() -> None:
-            # gunicorn comes here by itself when the master is gone (gasgi.py:213).
+            # gunicorn comes here by itself when the master is gone: test_asgi_shuts_down_when_its_master_is_gone.
             self._obey_term()
             await self._drained.wait()
             await self._close_connections()
-            # gunicorn 25 does not count out those that it has closed itself, and would wait for them.
-            worker.nr_conns = 0
+            asgi.forget_connections(self.worker)
             await shutdown()
 
-        worker._serve, worker._shutdown = then_serve, shutdown_when_drained
+        return shutdown_when_drained
 
     def reads_a_head(self, connection: Any) -> bool:
         """See `Loop`."""
@@ -292,8 +285,8 @@ class AsgiAdapter(AsyncioAdapter):
     def stop_accepting(self) -> None:
         """See `Loop`."""
         super().stop_accepting()
-        # Connections close after their next reply (protocol.py:1404), HTTP/2 says GOAWAY; see `_shutdown` above.
-        self.worker.alive = False
+        # Connections close after their next reply, HTTP/2 sends GOAWAY; see `_shutting_down()`.
+        self.worker.end_loop()
 
     def end_loop(self) -> None:
         """See `WorkerAdapter`."""
@@ -327,33 +320,24 @@ class UvicornAdapter(AsyncioAdapter):
 
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
-        runtime.worker.config.limit_max_requests = None
-        self._server: Any = None
+        self._uvicorn = UvicornServer(runtime.worker)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
-        self.worker.wsgi = self.count(self.worker.wsgi)
-        self.worker._serve = self._serve
+        self.worker.set_wsgi(self.count(self.worker.wsgi))
+        self.worker.replace("_serve", self._serve)
 
     async def _serve(self) -> None:
-        # As uvicorn_worker's, which keeps the server to itself and takes the signals.
-        from uvicorn.server import Server
-
-        self.worker.config.app = self.worker.wsgi
-        self._server = server = Server(self.worker.config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+        self._uvicorn.make(self.worker.wsgi)
         self.enter_loop()
-        await server.serve(sockets=self.worker.sockets)
-        if not server.started:
-            raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
+        if not await self._uvicorn.serve(self.worker):
+            raise SystemExit(WORKER_BOOT_ERROR)
 
     def reads_a_head(self, connection: Any) -> bool:
         """See `Loop`."""
         return heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:
-        """See `WorkerAdapter`; uvicorn closes what is idle, and websockets with 1012 (uvicorn 0.54, server.py:291)."""
+        """See `WorkerAdapter`."""
         left = clock.remaining(self.runtime.process.deadline_ns)
-        config = self.worker.config
-        config.timeout_graceful_shutdown = None if left is None else 0 if self.has_cut else max(1, math.ceil(left))
-        self._server.should_exit = True
+        self._uvicorn.end(None if left is None else 0 if self.has_cut else max(1, math.ceil(left)))

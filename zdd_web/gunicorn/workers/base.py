@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from zdd_web import waitgroup
 from zdd_web.board import Heartbeat, Slot
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.gthread import WindDown
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.warmup import warm_up
@@ -20,7 +20,7 @@ from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
-LINGER = compat.WindDown.LINGER
+LINGER = WindDown.LINGER
 
 
 def on_board(beat: Callable[[], None], slot: Slot) -> Callable[[], None]:
@@ -61,13 +61,13 @@ class WorkerAdapter:
     def enter(self) -> None:
         """Hang on the worker what this family needs, after what all workers have."""
         slot, words = self.runtime.slot, self.runtime.slot.words
-        slot.heartbeat = Heartbeat.ALWAYS if compat.beats_always(self.worker) else Heartbeat.BETWEEN_REQUESTS
+        slot.heartbeat = Heartbeat.ALWAYS if self.worker.beats_always else Heartbeat.BETWEEN_REQUESTS
         at, values = slot.base + Slot.heartbeat.index, (Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)
 
         def connected(is_connected: bool) -> None:
             words[at] = values[is_connected]
 
-        compat.beat_often(self.worker, self.interval, connected)
+        self.worker.beat_often(self.interval, connected)
 
     def before_load(self) -> None:
         """Called before the app is imported."""
@@ -78,7 +78,7 @@ class WorkerAdapter:
         with runtime.boot_step() as step:
             header, generation = runtime.settings.generation_header, runtime.board.header.generation
             if header:
-                self.worker.wsgi = _name_generation(self.worker.wsgi, header, generation)
+                self.worker.set_wsgi(_name_generation(self.worker.wsgi, header, generation))
             warm_up(self.worker.wsgi, runtime.settings.warmup, self.beat, step)
             runtime.pass_checks(self.beat)
         runtime.wait_at_gate(self.interval)
@@ -89,7 +89,7 @@ class WorkerAdapter:
 
     def wake(self) -> None:
         """Make the loop take a turn now; called from a signal handler, or by `later()`."""
-        compat.wake(self.worker)
+        self.worker.wake()
 
     def later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
         """Call a function from a signal handler, in a while."""
@@ -104,17 +104,14 @@ class WorkerAdapter:
 
     def leaving(self) -> Leaving | None:
         """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
-        return compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
+        return self.worker.wind_down()
 
     def end_loop(self) -> None:
         """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""
         self._obey(signal.SIGTERM, None)
-        if (
-            not compat.tell_when_not_accepting(self.worker, self.runtime.accepts_no_more)
-            and self.runtime.slot.in_flight
-        ):
+        if not self.worker.tell_when_not_accepting(self.runtime.accepts_no_more) and self.runtime.slot.in_flight:
             # A sync worker looks at `alive` before it accepts again: one that has a request in hand has its last.
-            compat.accept_nobody(self.worker)
+            self.worker.accept_nothing()
             self.runtime.accepts_no_more()
         self.wake()
 
@@ -127,14 +124,14 @@ class WorkerAdapter:
     def in_a_child_of_the_app(self) -> None:
         """Called in a process that the app has forked, which has what this worker had in memory."""
         # A child that comes back from the view is in gunicorn's loop, and is to leave it.
-        self.worker.alive = False
+        self.worker.end_loop()
 
     def cut(self) -> None:
         """Called at the deadline, if the loop is not over."""
 
     def own_threads(self) -> set[threading.Thread]:
         """Return the worker's threads, which are not the app's."""
-        return compat.pool_threads(self.worker)
+        return self.worker.pool_threads()
 
     def frames(self) -> Mapping[int, FrameType]:
         """Return where each thread stands, by its `ident`."""

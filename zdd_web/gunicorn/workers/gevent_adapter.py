@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -12,12 +11,10 @@ import gevent
 from gevent import getcurrent
 from gevent.server import StreamServer
 from gevent.socket import socket as GeventSocket  # noqa: N812 - a class
-from gunicorn.http.unreader import SocketUnreader
-from gunicorn.workers import ggevent
-from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
+from zdd_web.gunicorn.adapter import gevent as gunicorns
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
 from zdd_web.listeners.reuseport.queues import Queues
@@ -28,8 +25,9 @@ class GeventAdapter(WorkerAdapter):
 
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
-        # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
-        self.beat = on_board(functools.partial(Worker.notify, self.worker), runtime.slot)
+        # The class's own exits when the master is gone (test_gevent_exits_when_its_master_is_gone), with what is in
+        # hand; the kernel sends SIGTERM.
+        self.beat = on_board(self.worker.plain_notify, runtime.slot)
         self._servers: list[Any] = []
         self._idle: dict[Any, _Idle] = {}
         self._main: Any = None
@@ -62,36 +60,31 @@ class GeventAdapter(WorkerAdapter):
                 if handle is not None:
                     self.handle = handle
 
-        ggevent.StreamServer = Server  # type: ignore[attr-defined]
-        worker.patch = self._patch
-        handle = worker.handle
-        # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
-        worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
-        worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
-        self._note_heads()
-        worker.handle_exit = self._in_a_greenlet(worker.handle_exit)
-        worker.handle_quit = self._in_a_greenlet(worker.handle_quit)
+        gunicorns.serve_by(Server)
+        worker.wrap("patch", self._patching)
+        # It asks the listener for its name in a greenlet of its own (test_gevent_asks_for_the_name_of_a_listener),
+        # where that may be closed.
+        worker.wrap("handle", lambda handle: lambda listener, client, addr: handle(names[listener], client, addr))
+        worker.replace("timeout_ctx", lambda: _Idle(worker.cfg.keepalive, self._idle))
+        gunicorns.note_data(self._note_data)
+        worker.wrap("handle_exit", self._in_a_greenlet)
+        worker.wrap("handle_quit", self._in_a_greenlet)
 
-    def _patch(self) -> None:
-        # It makes gevent's sockets of the listeners (ggevent.py:40).
-        worker = self.worker
-        queues = [each for each in worker.sockets if isinstance(each, Queues)]
-        worker.sockets = [each for each in worker.sockets if each not in queues]
-        type(worker).patch(worker)
-        worker.sockets += queues
+    def _patching(self, patch: Callable[[], None]) -> Callable[[], None]:
+        def patch_but_queues() -> None:
+            # It makes gevent's sockets of the listeners: test_gevent_makes_its_own_sockets_of_the_listeners.
+            worker = self.worker
+            queues = [each for each in worker.sockets if isinstance(each, Queues)]
+            worker.set_sockets([each for each in worker.sockets if each not in queues])
+            patch()
+            worker.set_sockets([*worker.sockets, *queues])
 
-    def _note_heads(self) -> None:
-        unreader: Any = SocketUnreader
-        read = unreader.chunk
+        return patch_but_queues
 
-        def read_and_note(self_: Any, *arguments: Any) -> Any:
-            data = read(self_, *arguments)
-            idle = self._idle.get(getcurrent())
-            if idle is not None and not data.isspace():
-                idle.is_reading = True
-            return data
-
-        unreader.chunk = read_and_note
+    def _note_data(self, data: bytes) -> None:
+        idle = self._idle.get(getcurrent())
+        if idle is not None and not data.isspace():
+            idle.is_reading = True
 
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
@@ -121,11 +114,11 @@ class GeventAdapter(WorkerAdapter):
         gevent.spawn(waitgroup.run_stop_hooks)
 
     def end_loop(self) -> None:
-        """See `WorkerAdapter`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
+        """See `WorkerAdapter`: accept no more now; the loop looks once a second: test_gevent_looks_once_a_second."""
         for server in self._servers:
             server.close()
         self.runtime.accepts_no_more()
-        self.worker.alive = False
+        self.worker.end_loop()
         # gunicorn waits for as long as `keepalive` for the next request.
         self.later(LINGER, self._close_idle)
 
@@ -136,7 +129,7 @@ class GeventAdapter(WorkerAdapter):
             server.stop_accepting()
 
     def cut(self) -> None:
-        """See `WorkerAdapter`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` counts them out."""
+        """See `WorkerAdapter`: gunicorn kills the greenlets, whose `post_request` counts them out."""
         if self.runtime.slot.in_flight:
             self.has_cut = True
             self.runtime.requests.stop()
@@ -151,7 +144,7 @@ class GeventAdapter(WorkerAdapter):
             gevent.get_hub().loop.run_callback(idle.end)
 
     def end_now(self, status: int) -> NoReturn:
-        """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it (base_async.py:127)."""
+        """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it."""
         self._main.throw(SystemExit(status))
         raise AssertionError("the main greenlet came back")
 

@@ -14,12 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gunicorn.errors import AppImportError
-
 from zdd_web import access_log, checks, log, process, waitgroup, watch
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn import settings_sources
-from zdd_web.gunicorn.adapter import compat, gthread, sync
+from zdd_web.gunicorn.adapter.exits import AppImportError
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
@@ -37,7 +36,7 @@ class WorkerRuntime:
 
     def __init__(
         self,
-        worker: Any,
+        worker: WorkerFacade,
         board: Board,
         slot: Slot,
         settings: Settings,
@@ -53,13 +52,8 @@ class WorkerRuntime:
         self.boot = boot_watch.BootWatch(self._note_step, boot_log.fd if boot_log is not None else 2)
         self._checks: checks.Runner | None = None
         self._listeners = listeners
-        limit = compat.take_max_requests(worker)
-        compat.close_connections_when(self.process.is_leaving)
-        compat.look_before_closing(worker)
-        compat.end_by_signal_alone(worker)
-        compat.remember_names(worker)
-        gthread.adapt(worker, self.process)
-        sync.adapt(worker, self.process)
+        limit = worker.take_max_requests()
+        worker.adapt(self.process)
         self.adapter = registry.adapter_for(self)
         self._machine = StateMachine()
         is_new = self.adapter.is_on_new_connection
@@ -68,8 +62,6 @@ class WorkerRuntime:
         self.shutdown = WorkerShutdown(worker, self.process, listeners, self._machine, self.adapter, self.after_loop)
         #: Calls `worker_exit`, where a worker ends from within a signal handler.
         self.run_exit_hook: Callable[[], None] = self.after_loop.exit
-        self._load: Callable[[], None] = worker.load_wsgi
-        self._run: Callable[[], None] = worker.run
 
     @property
     def settings(self) -> Settings:
@@ -81,13 +73,16 @@ class WorkerRuntime:
         self.slot.start = proc.start_time(os.getpid())
         self.slot.pid = self.pid
         worker, shutdown = self.worker, self.shutdown
-        worker.handle_exit = shutdown.handle_exit
-        worker.handle_quit, worker.handle_abort = shutdown.handle_quit, shutdown.handle_abort
-        worker.handle_usr1 = reopening(worker.handle_usr1)
-        worker.load_wsgi, worker.run = self.load, self.run
+        worker.replace("handle_exit", shutdown.handle_exit)
+        worker.replace("handle_quit", shutdown.handle_quit)
+        worker.replace("handle_abort", shutdown.handle_abort)
+        worker.wrap("handle_usr1", reopening)
+        self._load: Callable[[], None] = worker.replace("load_wsgi", self.load)
+        self._run: Callable[[], None] = worker.replace("run", self.run)
         self.adapter.enter()
         app_forks.attach(worker, self.slot, self._listeners, self.adapter.in_a_child_of_the_app)
-        worker.notify = shutdown.turn = Orders(shutdown, once).turn(self.adapter.beat)
+        shutdown.turn = Orders(shutdown, once).turn(self.adapter.beat)
+        worker.replace("notify", shutdown.turn)
 
     # -- boot
 
@@ -128,7 +123,8 @@ class WorkerRuntime:
         self.boot.over()
         self.slot.error = f"{type(error).__name__}: {error}"
         if self.boot_log is not None and isinstance(error, (SystemExit, AppImportError)):
-            # gunicorn logs these at debug only, or not at all (arbiter.py:754-757); the others it logs itself.
+            # gunicorn logs these at debug only, or not at all; the others it logs itself:
+            # test_worker_that_cannot_import_the_app_says_so_at_debug_level.
             self.boot_log.handle(
                 logging.LogRecord(
                     "zdd_web",
@@ -217,7 +213,8 @@ class WorkerRuntime:
     def run(self) -> None:
         """The worker's loop, then the wait for background work.
 
-        Not in `worker_exit`: the heartbeat's file is closed by then (arbiter.py:772), and gunicorn would kill us.
+        Not in `worker_exit`: the heartbeat's file is closed by then (test_heartbeat_is_closed_before_worker_exit), and
+        gunicorn would kill us.
         """
         self.adapter.run(self._run)
         if os.getpid() != self.pid:

@@ -23,7 +23,7 @@ from typing import Any
 
 from zdd_web.board import ListenerRecord, WorkerState
 from zdd_web.board.admission import SHUT, Admission
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.exit_states import (
@@ -60,7 +60,7 @@ class WorkerShutdown:
 
     def __init__(
         self,
-        worker: Any,
+        worker: WorkerFacade,
         process: Process,
         listeners: dict[int, int],
         machine: StateMachine,
@@ -181,12 +181,12 @@ class WorkerShutdown:
         self._end_now(Event.ABORT, self.worker.cfg.worker_abort, 1)
 
     def _end_now(self, event: Event, hook: Callable[[Any], None], status: int) -> None:
-        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler (gthread.py:313), and Python
-        # joins the pool's threads at exit.
+        # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler
+        # (test_gthread_ends_its_pool_in_a_signal_handler), and Python joins the pool's threads at exit.
         self._machine.move(event)
-        self.worker.alive = False
+        self.worker.end_loop()
         self.worker.cfg.set("graceful_timeout", 0)
-        hook(self.worker)
+        hook(self.worker.raw)
         self._adapter.end_now(status)
 
     def wake(self) -> None:
@@ -224,7 +224,7 @@ class WorkerShutdown:
         self._adapter.later(PATIENCE, os.kill, os.getpid(), signal.SIGTERM)
 
     def _empty_queues(self) -> None:
-        self.worker.notify = self.notify
+        self.worker.replace("notify", self.notify)
         self._adapter.wake()
         self._adapter.later(SETTLE, self._adapter.wake)
 
@@ -232,14 +232,14 @@ class WorkerShutdown:
         self._process.going = True
         self._wind_down = self._adapter.leaving()
         if self._wind_down is not None:
-            self.worker.notify = self.notify
+            self.worker.replace("notify", self.notify)
         else:
             self._machine.move(Event.WOUND_DOWN)
 
     def _end_loop(self) -> None:
         # What is left of the deadline, and not `graceful_timeout`.
         left = clock.remaining(self._process.deadline_ns)
-        compat.set_graceful_timeout(self.worker, NO_LIMIT if left is None else left)
+        self.worker.set_graceful_timeout(NO_LIMIT if left is None else left)
         self.watch_deadline()
         self._adapter.end_loop()
 

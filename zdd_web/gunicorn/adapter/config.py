@@ -1,0 +1,75 @@
+"""gunicorn's configuration, as far as it is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from gunicorn.config import make_settings
+
+
+class Setting(Protocol):
+    """One of gunicorn's settings: `get()` returns its value, `default` what it is without any."""
+
+    value: Any
+    default: Any
+
+    def get(self) -> Any:
+        """Return the value."""
+
+    def set(self, value: Any) -> None:
+        """Validate and set the value."""
+
+
+class Config(Protocol):
+    """`gunicorn.config.Config`: durations in whole seconds, `address` as parsed from `bind`."""
+
+    address: Sequence[str | int | tuple[str, int]]
+    backlog: int
+    bind: Sequence[str]
+    check_config: bool
+    daemon: bool
+    env: Mapping[str, str]
+    env_orig: dict[str, str]
+    errorlog: str
+    forwarded_allow_ips: Sequence[str]
+    gid: int
+    graceful_timeout: float
+    initgroups: bool
+    keepalive: int
+    pidfile: str | None
+    preload_app: bool
+    proc_name: str
+    reuse_port: bool
+    settings: dict[str, Setting]
+    timeout: int
+    uid: int
+    worker_abort: Callable[[Any], None]
+    worker_class: type
+    worker_class_str: str
+    worker_exit: Callable[[Any, Any], None]
+    worker_int: Callable[[Any], None]
+    workers: int
+
+    def set(self, name: str, value: Any) -> None:
+        """Validate a value and set it."""
+
+
+def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
+    """Return a hook of the user as gunicorn would call it.
+
+    A dotted string is imported and the number of arguments checked, by gunicorn itself, with gunicorn's own errors.
+    """
+    setting = make_settings()[name]
+    setting.set(value)
+    hook: Callable[..., Any] = setting.get()
+    return hook
+
+
+def knows(setting: str) -> bool:
+    """Tell whether this gunicorn has such a setting.
+
+    >>> knows("workers"), knows("wurkers")
+    (True, False)
+    """
+    return setting in make_settings()

@@ -1,0 +1,39 @@
+"""uvicorn_worker's worker, and uvicorn's own server and configuration, which it makes and keeps to itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.worker import WorkerFacade
+
+
+class UvicornServer:
+    """What one worker runs in the place of uvicorn_worker's own server, which takes the signals."""
+
+    def __init__(self, worker: WorkerFacade) -> None:
+        self._config: Any = worker.raw.config
+        self._config.limit_max_requests = None
+        self._made: Any = None
+
+    def make(self, app: Callable[..., Any]) -> None:
+        """Make the server of an app."""
+        from uvicorn.server import Server
+
+        self._config.app = app
+        made: Any = Server(self._config)
+        made.capture_signals = contextlib.nullcontext
+        self._made = made
+
+    async def serve(self, worker: WorkerFacade) -> bool:
+        """Serve until `end()`; tell whether the app's start-up succeeded."""
+        serving: Awaitable[None] = self._made.serve(sockets=worker.sockets)
+        await serving
+        return bool(self._made.started)
+
+    def end(self, within: int | None) -> None:
+        """Have it end, within seconds or without a limit; it closes what is idle, and websockets with 1012."""
+        self._config.timeout_graceful_shutdown = within
+        self._made.should_exit = True
