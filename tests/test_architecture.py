@@ -330,7 +330,7 @@ assert not ours, ours
         "import zdd_web.wsgi",
         "import zdd_web.asgi, zdd_web.access_log, zdd_web.watch",
         "import zdd_web.gunicorn",
-        "import zdd_web.gunicorn.handoff.handover, zdd_web.system.boot_log, zdd_web.gunicorn.upgrade.successor_process",
+        "import zdd_web.system.boot_log, zdd_web.gunicorn.upgrade.successor_process",
     ],
 )
 def test_package_drags_no_framework_in(then: str) -> None:

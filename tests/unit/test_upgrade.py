@@ -16,7 +16,7 @@ import pytest
 from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
 from zdd_web.board import LAYOUT
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.successor_process import LATE_AT_LEAST, Stage, Upgrade, Verdict
 from zdd_web.system import proc
@@ -33,7 +33,7 @@ PRELUDE = """
 import os, select, signal, sys
 from zdd_web.system import clock, proc
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 
 inherited = Inheritance.take(os.environ)
 os.dup2(inherited.stderr, 2) if {real_stderr} else None

@@ -18,7 +18,7 @@ from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
 from zdd_web.gunicorn import config_check, settings_sources, termination_message
 from zdd_web.gunicorn.adapter import check_config, compat, logger_class
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.master.master import Master
 from zdd_web.gunicorn.pid_file import PidFile

@@ -24,7 +24,7 @@ from zdd_web.system import clock
 from zdd_web.system.sd_notify import notify
 
 if TYPE_CHECKING:
-    from zdd_web.gunicorn.handoff.handover import Inheritance
+    from zdd_web.gunicorn.handoff.inheritance import Inheritance
     from zdd_web.gunicorn.master.master import Master
 
 #: How long a full socket is waited for, seconds: where the message is MAINPID, without which the unit ends with this

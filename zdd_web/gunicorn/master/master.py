@@ -36,12 +36,13 @@ from zdd_web.errors import SettingsError
 from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
+from zdd_web.gunicorn.master.plan import Plan, plan
 from zdd_web.gunicorn.master.probe_process import ProbePort
 from zdd_web.gunicorn.master.reload import Reload, too_many_workers
-from zdd_web.gunicorn.master.roster import Plan, Roster, plan
+from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager

@@ -35,7 +35,7 @@ from zdd_web import log
 from zdd_web.board import LAYOUT, Board, WorkerState
 from zdd_web.errors import ListenerError, SettingsError
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.master.roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
 from zdd_web.lifecycle import STOPPING, Phase

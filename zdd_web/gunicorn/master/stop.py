@@ -18,12 +18,12 @@ from gunicorn.errors import HaltServer
 
 from zdd_web import keeper, lifecycle, log
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn import process_exit, termination_message
+from zdd_web.gunicorn import boot_progress, process_exit, termination_message
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.master.roster import ExitedWorker
 from zdd_web.gunicorn.upgrade.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.workers import late_arrivals
+from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
 from zdd_web.lifecycle import Event, Phase
 from zdd_web.system import clock
 
@@ -142,7 +142,7 @@ class Stop:
         if self._master.phase is not Phase.BOOTING or self._ended_booting:
             return
         seconds = clock.since(self._header.started_at)
-        progress = termination_message.progress(self._master.board.snapshot())
+        progress = boot_progress.progress(self._master.board.snapshot())
         self._ended_booting = f"ended by {sig.name} while it booted, after {seconds:.1f} s: {progress}"
         self._master.start_message.failed(self._ended_booting)
 

@@ -32,7 +32,7 @@ from zdd_web.board.admission import Admission
 from zdd_web.errors import ListenerError
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
 from zdd_web.lifecycle import Phase

@@ -13,7 +13,7 @@ from zdd_web import log, metrics
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn.adapter import compat, logger_class
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.system import boot_log, clock, pauses, proc

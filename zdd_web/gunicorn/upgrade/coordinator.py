@@ -22,10 +22,10 @@ from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.boot_progress import first_boot
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
-from zdd_web.gunicorn.termination_message import first_boot
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity

@@ -17,7 +17,8 @@ import contextlib
 import signal
 import socket
 
-from zdd_web.gunicorn.handoff.handover import Channel, Inheritance
+from zdd_web.gunicorn.handoff.channel import Channel
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade, Verdict
 from zdd_web.system import clock, fd_passing, pauses, proc
 from zdd_web.system.boot_log import BootLog

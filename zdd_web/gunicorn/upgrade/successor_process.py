@@ -31,7 +31,9 @@ from typing import Any
 
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn.handoff.handover import ENV, MOST_QUEUED, Channel, Inheritance, Message
+from zdd_web.gunicorn.boot_progress import progress
+from zdd_web.gunicorn.handoff.channel import MOST_QUEUED, Channel, Message
+from zdd_web.gunicorn.handoff.inheritance import ENV, Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement
 from zdd_web.system import clock, descriptors, pauses, proc, stdio
@@ -91,7 +93,7 @@ class Upgrade:
         self.keeps_board = False
         self._channel = channel
         #: These adopt its workers when it has ended.
-        self._ancestors = proc.ancestors(pid)
+        self._adopters = proc.ancestors(pid)
         self._user = proc.owner(pid)
         self._window: CommitWindow | None = None
         self._judgement = Judgement()
@@ -256,7 +258,7 @@ class Upgrade:
     def signal_worker(self, pid: int, start: int, sig: signal.Signals) -> None:
         """Signal a process that the successor's board names, if it is one of its workers; see the module's text."""
         assert self.board is not None
-        parents, users = (self.pid, *self._ancestors), None
+        parents, users = (self.pid, *self._adopters), None
         if not self.board.names_its_workers:
             parents = (self.pid,)
         elif self.board.header.worker_uid:
@@ -310,12 +312,9 @@ class Upgrade:
         if self.board is None:
             return "zdd_web was not installed yet (a configuration file that hangs, or one without install()?)"
         try:
-            workers = self.board.snapshot().workers
+            return progress(self.board.snapshot(), of_wanted=False, most_errors=MOST_ERRORS)
         except BoardError as error:
             return str(error)
-        states = [worker.state.label for worker in workers]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none yet"
-        return "; ".join([f"workers: {counts}", *self._errors()])
 
     def _errors(self) -> list[str]:
         if self.board is None:

@@ -21,7 +21,7 @@ path no other user can connect at all.
     master   -> refused      reason
                 inheritance  the fields of `Inheritance`, and the descriptors
 
-From here on the connection is the handover channel (handover.py), the newcomer is a successor like any other
+From here on the connection is the handover channel (channel.py), the newcomer is a successor like any other
 (newcomer.py, deploy.py), and readiness, deadline, commit window and outcome are those of SIGUSR2.
 
 Between the commit, where the old master closes its socket, and the first turn of the new one in office nobody listens
@@ -42,7 +42,8 @@ from typing import TYPE_CHECKING, Any
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, UpgradeError
-from zdd_web.gunicorn.handoff.handover import Channel, Inheritance
+from zdd_web.gunicorn.handoff.channel import Channel
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings

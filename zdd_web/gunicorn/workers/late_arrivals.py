@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zdd_web.board import Slot
-    from zdd_web.gunicorn.master.roster import ExitedWorker
+    from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
 
 #: New connections in the last part of a lame duck mean that others came after it. Load balancers take five seconds at
 #: least: a shorter lame duck does not tell a slow one from one that ignores probes.
