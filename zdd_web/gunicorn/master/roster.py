@@ -114,6 +114,21 @@ class Roster:
             member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
         )
 
+    @property
+    def any_serves(self) -> bool:
+        """Whether a worker serves, one that was told to leave included."""
+        return any(member.state is WorkerState.SERVING for member in self.members())
+
+    @property
+    def all_leave(self) -> bool:
+        """Whether no worker accepts any more."""
+        return all(member.state is WorkerState.LEAVING for member in self.members())
+
+    @property
+    def any_leaves(self) -> bool:
+        """Whether a worker was told to leave, or does not serve."""
+        return any(member.told or member.state is not WorkerState.SERVING for member in self.members())
+
     def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
         gone = []

@@ -15,31 +15,33 @@ import logging
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from zdd_web import log, metrics
-from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
+from zdd_web.board import LAYOUT, Board, UpgradeState
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.boot_progress import first_boot
+from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
+from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
-from zdd_web.gunicorn.upgrade.orphans import Orphans
+from zdd_web.gunicorn.upgrade.leftovers import Leftovers
 from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.probes import look
 from zdd_web.service import Line
+from zdd_web.settings import Settings
 from zdd_web.system import clock, fd_passing, masking, proc, stdio
 from zdd_web.system.boot_log import BootLog
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
 
 #: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
@@ -63,32 +65,50 @@ def _successor_health(board: Board) -> tuple[int, str]:
 class UpgradeCoordinator:
     """What this master knows of its successor, if there is one."""
 
-    def __init__(self, master: Master, launch: Launch, inherited: Inheritance | None) -> None:
-        self._master, self._launch = master, launch
-        self._server, self._header, self._settings = master.server, master.header, master.settings
+    def __init__(
+        self,
+        server: Any,
+        generation: Generation,
+        launch: Launch,
+        inherited: Inheritance | None,
+        listening: ListenerManager,
+        notifier: SystemdNotifier,
+        *,
+        given: Callable[[], dict[str, Any]],
+        reloads: Callable[[], bool],
+        all_leave: Callable[[], bool],
+        close_takeover: Callable[[], None],
+    ) -> None:
+        """`given` returns the fields of `Inheritance` that other roles know, `reloads` whether a reload is under way.
+
+        `all_leave` returns whether no worker of this generation accepts any more; `close_takeover` ends the listening
+        for takeovers.
+        """
+        self._server, self._generation, self._header = server, generation, generation.header
+        self._launch, self._listening, self._notifier = launch, listening, notifier
+        self._given, self._reloads, self._all_leave = given, reloads, all_leave
+        self._close_takeover = close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
-        env_file = self._settings.env_file
+        env_file = generation.settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
-        #: A successor that was told to stop, together with this generation, when it had requests in hand already.
-        self.cancelled: Upgrade | None = None
-        #: Successors that were given up, are nobody's children here, and have not ended yet.
-        self._given_up: list[ExternalSuccessor] = []
-        #: Workers of successors whose master was killed after `go`.
-        self._orphans: list[Orphans] = []
+        self.leftovers = Leftovers()
         #: Whoever has started this process waits for its pid.
         self._was_started = inherited is None or inherited.taken
         self._boot_log: BootLog | None = None
-        self._identity = ServiceIdentity(master.server, master.notifier)
+        self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
         self._line: Line | None = None
+
+    @property
+    def _settings(self) -> Settings:
+        return self._generation.settings
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
         if self.forwards(signal.SIGUSR2):
             return
-        master = self._master
-        if master.awaits_promotion and master.phase is Phase.SERVING:
+        if self._generation.awaits_promotion and self._generation.phase is Phase.SERVING:
             # A deploy right after a deploy: a second at most, and worth waiting for.
             self._when_active = True
             return
@@ -103,11 +123,11 @@ class UpgradeCoordinator:
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
-            guarded("systemd", master.notifier.refused)("upgrade", str(error))
+            guarded("systemd", self._notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        guarded("systemd", master.notifier.upgrade_began)()
+        guarded("systemd", self._notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
         self._outcome(UpgradeState.BOOTING, "")
@@ -127,7 +147,13 @@ class UpgradeCoordinator:
             boot_log = self._new_boot_log()
             inheritance = self._inheritance(boot_log)
             self.upgrade = ExternalSuccessor.send_handoff(
-                end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
+                end,
+                who,
+                told,
+                inheritance,
+                boot_log,
+                self._settings.upgrade_timeout,
+                self._settings.commit_window,
             )
         except (ZddError, OSError) as error:
             self._close_unused_pipe()
@@ -144,21 +170,19 @@ class UpgradeCoordinator:
 
     def _inheritance(self, boot_log: BootLog) -> Inheritance:
         """Return what a successor is given, all but its end of the channel. Raises OSError."""
-        master = self._master
-        probe, probe_bind = master.probes.inheritance
+        given = self._given()
+        pipes: tuple[int, ...] = given.pop("stderr_pipes")
         return Inheritance(
             generation=self._header.generation + 1,
             predecessor=os.getpid(),
             channel=-1,
             boot_log=boot_log.fd,
             stderr=-1,
-            stderr_pipes=(boot_log.output.reader, *master.stderr_relay.pipes),
+            stderr_pipes=(boot_log.output.reader, *pipes),
             ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
-            **master.listening.inheritance(),
-            kept=master.kept,
-            board=master.board.fd,
-            probe=probe,
-            probe_bind=probe_bind,
+            **self._listening.inheritance(),
+            **given,
+            board=self._generation.board.fd,
         )
 
     def _new_boot_log(self) -> BootLog:
@@ -176,12 +200,12 @@ class UpgradeCoordinator:
     def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
-        if self._master.phase is not Phase.SERVING:
-            raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
-        if self._master.reload.under_way:
+        if self._generation.phase is not Phase.SERVING:
+            raise UpgradeError(f"the generation is {self._generation.phase.label}: only a serving one can be upgraded")
+        if self._reloads():
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
         # What rejected successors have left count too: they hold the listeners, and memory.
-        alive = len(self.ancestors.alive()) + 1 + len(self._given_up) + len(self._orphans)
+        alive = len(self.ancestors.alive()) + 1 + len(self.leftovers)
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
@@ -226,11 +250,10 @@ class UpgradeCoordinator:
 
     def follow(self) -> None:
         """Hear the successor and do what its verdict means; the tick's call."""
-        if self._when_active and not self._master.awaits_promotion:
+        if self._when_active and not self._generation.awaits_promotion:
             self._when_active = False
             self.request()
-        self._given_up = [each for each in self._given_up if not each.follow_end()]
-        self._orphans = [each for each in self._orphans if not each.follow()]
+        self.leftovers.follow()
         upgrade = self.upgrade
         if upgrade is None:
             return
@@ -240,7 +263,7 @@ class UpgradeCoordinator:
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
-            self._master.listening.close(for_good=False)
+            self._listening.close(for_good=False)
         if verdict is not None and verdict.ready:
             self._approve(upgrade, verdict.workers)
         elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
@@ -257,10 +280,10 @@ class UpgradeCoordinator:
 
     def follow_last_accepts(self) -> None:
         """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
-        leaving = all(member.state is WorkerState.LEAVING for member in self._master.roster.members())
+        leaving = self._all_leave()
         if leaving:
             # Not before: who is busy may hold them for long, and they could not be bound again.
-            guarded("listeners", self._master.listening.close_dropped)()
+            guarded("listeners", self._listening.close_dropped)()
         if self._header.upgrade_state != UpgradeState.COMMITTING:
             return
         # An operator who is told "done" expects no answer of the old code to a request sent from now on.
@@ -279,7 +302,7 @@ class UpgradeCoordinator:
         upgrade.go()
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
-        self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
+        self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
         self._identity.discard()
         self._identity.forget_attempt(upgrade.pid)
         self._forget_successor()
@@ -288,28 +311,13 @@ class UpgradeCoordinator:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
-        guarded("systemd", self._master.notifier.upgrade_ended)("failed", reason)
+        guarded("systemd", self._notifier.upgrade_ended)("failed", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
-        board = None
-        if upgrade.is_child and not now and upgrade.board is not None and upgrade.board.header.layout == LAYOUT:
-            board, upgrade.keeps_board = upgrade.board, True
-        upgrade.end(now=now, reason=reason)
-        if board is not None:
-            # As long as an old generation may take for what it has in hand.
-            limit = clock.after_ns(self._settings.retire_timeout)
-            self._orphans.append(Orphans(board, upgrade.signal_worker, limit))
-        if isinstance(upgrade, ExternalSuccessor) and not upgrade.follow_end():
-            self._given_up.append(upgrade)
-
-    def end_given_up(self) -> None:
-        """Have none of those that were given up outlive this master, if it can be helped: they hold its listeners."""
-        for each in self._given_up:
-            each.follow_end(wait=False)
-        for orphans in self._orphans:
-            orphans.end()
+        # As long as an old generation may take for the requests that it has accepted.
+        self.leftovers.end(upgrade, now=now, reason=reason, workers_have=self._settings.retire_timeout)
 
     def _forget_successor(self) -> None:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
@@ -331,17 +339,20 @@ class UpgradeCoordinator:
         self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         # First of all: the successor offers itself there when it hears that it is in office.
-        guarded("takeover", self._master.takeover.close)()
+        guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
-        if upgrade.dropped:
-            guarded("listeners", self._master.listening.drop)(upgrade.dropped)
-        self._master.release_predecessor()
+        self._generation.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
-        self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
+        self._generation.move(Event.SUCCEEDED, successor=upgrade.pid)
+
+    def drain_unwanted_listeners(self) -> None:
+        """Begin to empty the listeners that the successor does not use; a retiring generation's entry action."""
+        if self.upgrade is not None and self.upgrade.dropped:
+            self._listening.drop(self.upgrade.dropped)
 
     def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
         if upgrade.board is not None:
-            guarded("metrics", metrics.take_back)(self._master.board, upgrade.board)
+            guarded("metrics", metrics.take_back)(self._generation.board, upgrade.board)
         self._end(upgrade, now=False, reason=reason)
         self._forget_successor()
         if self._header.upgrade_state == UpgradeState.COMMITTING:
@@ -350,13 +361,13 @@ class UpgradeCoordinator:
             return  # a stop was asked for meanwhile: nobody shall serve
         log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
         # First of all: whatever fails below, there is nobody else to serve.
-        self._master.move(Event.SUCCESSOR_LOST)
-        guarded("listeners", self._master.listening.take_back)()
+        self._generation.move(Event.SUCCESSOR_LOST)
+        guarded("listeners", self._listening.take_back)()
         self._identity.take_back()
 
     def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
-        if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
+        if not (self.leaves_a_keeper and self._generation.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         current = self._descendants(self.upgrade).is_active()
         if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
@@ -401,39 +412,18 @@ class UpgradeCoordinator:
             return
         if upgrade.stage is Stage.COMMITTING:
             # It has requests in hand: it stops as this generation does, which waits for it.
-            upgrade.ask_to_stop(sig)
-            self.cancelled = upgrade
+            self.leftovers.stop(upgrade, sig)
         else:
             self._end(upgrade, now=True, reason=reason)
         self._identity.discard()
         self._forget_successor()
-        guarded("systemd", self._master.notifier.upgrade_ended)("was cancelled", reason)
+        guarded("systemd", self._notifier.upgrade_ended)("was cancelled", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
-    def waits_for_cancelled(self) -> bool:
-        """Tell whether a cancelled successor, or workers of a failed one, are still here.
-
-        Those that stand still, or take too long, are killed.
-        """
-        # Of a stop, or of a retirement that has taken too long.
-        too_late = clock.passed(self._master.stop.ends_at)
-        if self._orphans and not too_late:
-            return True  # they finish what they have in hand
-        if any(each.stage is Stage.BOOTING for each in self._given_up) and not too_late:
-            return True  # it is to say why it ends, and has two seconds for it
-        upgrade = self.cancelled
-        if upgrade is None:
-            return False
-        if upgrade.status is not None:
-            # Its workers may be left, where it was killed.
-            self.cancelled = None
-            self._end(upgrade, now=False, reason="")
-            return bool(self._orphans)
-        if too_late or upgrade.is_stalled():
-            upgrade.end(now=True)
-            return False
-        return True
+    def waits_for_leftovers(self, deadline: int) -> bool:
+        """Tell whether processes of an upgrade are still to be waited for, until `deadline` (monotonic nanoseconds)."""
+        return self.leftovers.wait(clock.passed(deadline), self._settings.retire_timeout)
 
     @property
     def under_way(self) -> bool:
@@ -442,11 +432,9 @@ class UpgradeCoordinator:
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone."""
-        for upgrade in (self.upgrade, self.cancelled, *self._given_up):
-            if upgrade is not None:
-                upgrade.forget()
-        for orphans in self._orphans:
-            orphans.forget()
+        if self.upgrade is not None:
+            self.upgrade.forget()
+        self.leftovers.after_fork()
         if self._boot_log is not None:
             self._boot_log.close()
             self._boot_log = None

@@ -127,6 +127,11 @@ class Upgrade:
         return cls(pid, ours, boot_log, timeout, commit_window)
 
     @property
+    def has_accepted(self) -> bool:
+        """Whether it was sent `go`, and may have accepted requests since."""
+        return bool(self.went_at)
+
+    @property
     def seconds(self) -> float:
         """How long ago it began."""
         return clock.since(self.began)
