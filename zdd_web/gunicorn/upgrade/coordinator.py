@@ -34,7 +34,16 @@ from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.leftovers import Leftovers
-from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade
+from zdd_web.gunicorn.upgrade.states import (
+    HANDED_OVER,
+    OUTCOME,
+    RELEASED,
+    SUCCESSOR,
+    Successor,
+    SuccessorEvent,
+    knows,
+)
+from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.probes import look
@@ -130,7 +139,7 @@ class UpgradeCoordinator:
         guarded("systemd", self._notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
-        self._outcome(UpgradeState.BOOTING, "")
+        self._publish(self.upgrade)
         self._header.upgrade_number += 1
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
@@ -164,7 +173,7 @@ class UpgradeCoordinator:
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        self._outcome(UpgradeState.BOOTING, "")
+        self._publish(self.upgrade)
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
 
@@ -240,6 +249,9 @@ class UpgradeCoordinator:
         environ = {key: value for key, value in launch.environ.items() if key not in removed}
         return dataclasses.replace(launch, environ={**environ, **given})
 
+    def _publish(self, upgrade: Upgrade, reason: str = "") -> None:
+        self._outcome(OUTCOME[upgrade.state], reason)
+
     def _outcome(self, state: UpgradeState, reason: str) -> None:
         if state is UpgradeState.FAILED and self._boot_log is not None:
             # A command that sees the state reads it.
@@ -261,18 +273,18 @@ class UpgradeCoordinator:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
         verdict = upgrade.poll()
-        if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
-            # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
+        if upgrade.state in RELEASED:
+            # This master will not serve again, and a process that still holds a listener keeps clients waiting.
             self._listening.close(for_good=False)
         if verdict is not None and verdict.ready:
             self._approve(upgrade, verdict.workers)
-        elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
-            self._return_to_office(upgrade, verdict.reason)
+        elif verdict is not None and upgrade.state in HANDED_OVER:
+            self._serve_again(upgrade, verdict.reason)
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
             self._commit(upgrade)
-        elif upgrade.stage is Stage.IN_OFFICE:
+        elif upgrade.state in HANDED_OVER:
             self.follow_last_accepts()
 
     def _speak_for(self, successor: Board) -> None:
@@ -284,12 +296,13 @@ class UpgradeCoordinator:
         if leaving:
             # Not before: who is busy may hold them for long, and they could not be bound again.
             guarded("listeners", self._listening.close_dropped)()
-        if self._header.upgrade_state != UpgradeState.COMMITTING:
+        upgrade = self.upgrade
+        if upgrade is None or not knows(SUCCESSOR, upgrade.state, SuccessorEvent.LAST_ACCEPT):
             return
-        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
         if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
+            upgrade.move(SuccessorEvent.LAST_ACCEPT)
             self._header.upgrades_done += 1
-            self._outcome(UpgradeState.DONE, "")
+            self._publish(upgrade)
 
     def _approve(self, upgrade: Upgrade, workers: int) -> None:
         try:
@@ -298,21 +311,23 @@ class UpgradeCoordinator:
             self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
             return
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
-        self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
+        self._publish(upgrade)
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
         self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
+        # Not before: if that raises, the next tick finds the same state and tries again.
+        upgrade.move(SuccessorEvent.FAILED)
         self._identity.discard()
         self._identity.forget_attempt(upgrade.pid)
         self._forget_successor()
         said = upgrade.boot_log.text()
-        if said and not upgrade.speaks:
+        if said and not upgrade.has_own_stderr:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._notifier.upgrade_ended)("failed", reason)
-        self._outcome(UpgradeState.FAILED, reason)
+        self._publish(upgrade, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
@@ -350,15 +365,18 @@ class UpgradeCoordinator:
         if self.upgrade is not None and self.upgrade.dropped:
             self._listening.drop(self.upgrade.dropped)
 
-    def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
+    def _serve_again(self, upgrade: Upgrade, reason: str) -> None:
         if upgrade.board is not None:
             guarded("metrics", metrics.take_back)(self._generation.board, upgrade.board)
         self._end(upgrade, now=False, reason=reason)
+        upgrade.move(SuccessorEvent.FAILED)
         self._forget_successor()
-        if self._header.upgrade_state == UpgradeState.COMMITTING:
-            self._outcome(UpgradeState.FAILED, reason)
+        if upgrade.state is Successor.REJECTED:
+            self._publish(upgrade, reason)
+        # Its pipe too: what it has left behind would fill it, and block.
+        upgrade.boot_log.publish()
         if self._header.deadline:
-            return  # a stop was asked for meanwhile: nobody shall serve
+            return  # a stop was requested meanwhile: no generation is to serve
         log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
         # First of all: whatever fails below, there is nobody else to serve.
         self._generation.move(Event.SUCCESSOR_LOST)
@@ -403,22 +421,24 @@ class UpgradeCoordinator:
     def cancel(self, sig: signal.Signals) -> None:
         """End an upgrade under way, because the service is being stopped by this signal."""
         upgrade = self.upgrade
-        if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
+        if upgrade is None or upgrade.state in HANDED_OVER:
             return
         reason = "the service was stopped"
-        if upgrade.stage is Stage.COMMITTING and not upgrade.is_child:
+        if upgrade.state is Successor.COMMITTING and not upgrade.is_child:
             # It serves, and whoever stops this process means this one alone: that one has a pid of its own.
             self._commit(upgrade)
             return
-        if upgrade.stage is Stage.COMMITTING:
-            # It has requests in hand: it stops as this generation does, which waits for it.
+        if upgrade.state is Successor.COMMITTING:
+            # It has accepted requests: it stops as this generation does, which waits for it.
             self.leftovers.stop(upgrade, sig)
+            upgrade.move(SuccessorEvent.STOP)
         else:
             self._end(upgrade, now=True, reason=reason)
+            upgrade.move(SuccessorEvent.FAILED)
         self._identity.discard()
         self._forget_successor()
         guarded("systemd", self._notifier.upgrade_ended)("was cancelled", reason)
-        self._outcome(UpgradeState.FAILED, reason)
+        self._publish(upgrade, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
     def waits_for_leftovers(self, deadline: int) -> bool:
