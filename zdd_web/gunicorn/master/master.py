@@ -15,8 +15,8 @@ Everything of ours runs in that one loop, in one thread, so nothing here needs a
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
 
 The master's roles each have a module of their own: `PredecessorLink` (it has a predecessor), `UpgradeCoordinator` (it
-has a successor), `Reload`, `Roster` (its workers), `Capacity` (how many), `Stop` (its end). Each receives the
-`Generation` (context.py) and what else it uses; none receives the master. They move the phase through
+has a successor), `Reload`, `Roster` and `Workforce` (its workers), `Capacity` (how many), `Stop` (its end). Each
+receives the `Generation` (context.py) and what else it uses; none receives the master. They move the phase through
 `Generation.move()`, which runs the entry actions of `lifecycle.ON_ENTRY`.
 
 While something is under way the loop is made to turn fifty times a second instead of once.
@@ -24,7 +24,6 @@ While something is under way the loop is made to turn fifty times a second inste
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from zdd_web import lifecycle, log, process
+from zdd_web import log, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter import compat
@@ -42,11 +41,11 @@ from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.master.capacity import Capacity, too_many_workers
-from zdd_web.gunicorn.master.plan import plan
 from zdd_web.gunicorn.master.probe_process import ProbePort
 from zdd_web.gunicorn.master.reload import Reload
 from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
+from zdd_web.gunicorn.master.workforce import Workforce
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
@@ -64,9 +63,6 @@ from zdd_web.system.boot_log import StderrRelay
 #: How often the loop turns while something is under way, seconds.
 BUSY_TICK = 0.02
 IDLE_TICK = 1.0
-
-#: How long after its deadline a worker that was told to leave is killed, seconds, beside what naming its work takes.
-OVERDUE_SLACK = 5.0
 
 NO_EXIT_STATUS = -1
 
@@ -144,6 +140,16 @@ class Master:
             self.gate,
             self.start_message,
         )
+        self.workforce = Workforce(
+            server,
+            self.generation,
+            self.roster,
+            self.listening,
+            self.capacity,
+            self.stop,
+            self.gate,
+            self.start_message,
+        )
         self.generation.on_move(
             self.roster.__len__,
             self.notifier.moved,
@@ -151,7 +157,7 @@ class Master:
                 "open_gate": self._open_gate,
                 "block_new_connections": self._block_new_connections,
                 "drain_unwanted_listeners": self.coordinator.drain_unwanted_listeners,
-                "retire_workers": self._retire_workers,
+                "retire_workers": self.workforce.retire_all,
             },
         )
         process.attach(self.board, None, settings)
@@ -171,12 +177,12 @@ class Master:
         self._gunicorn_usr1: Callable[[], None] = server.handle_usr1
         # gunicorn's reaper ends the service at these exit statuses (arbiter.py:681), up to 23 out of a signal handler,
         # in the middle of anything. No process can exit with a negative one;
-        # `_handle_exited_workers` decides, in the loop.
+        # `Workforce` decides, in the loop.
         server.WORKER_BOOT_ERROR = server.APP_LOAD_ERROR = NO_EXIT_STATUS
         compat.tell_exits(self._reaped)
         compat.silence_systemd()
         server.maybe_promote_master = guarded("tick", self.tick)
-        server.manage_workers = self._manage_workers_guarded
+        server.manage_workers = self.workforce.follow
         server.reap_workers = guarded("reap_workers", self.reap_workers)
         server.stop = self._stop
         self.stop.take_over()
@@ -265,39 +271,6 @@ class Master:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
 
-    def _handle_exited_workers(self) -> None:
-        for gone in self.roster.reconcile():
-            self.stop.count(gone)
-            self.header.requests_gone += gone.requests
-            self.header.server_errors_gone += gone.server_errors
-            self.header.late_gone += gone.late
-            if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
-                self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
-            self.header.workers_lost += gone.lost
-            if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
-                continue
-            why = "; ".join(part for part in (gone.ended, gone.error) if part) or "no reason given"
-            reason = f"worker {gone.pid} ended before it served: {why}"
-            if (
-                self.generation.phase is Phase.BOOTING
-                and self.predecessor_link is not None
-                and not self.predecessor_link.alone
-            ):
-                self.predecessor_link.fail(reason)
-                raise HaltServer(log.one_line(reason), type(self.server).WORKER_BOOT_ERROR)
-            if self.generation.phase is Phase.BOOTING and gone.could_not_boot:
-                raise HaltServer(log.one_line(reason), gone.exit_status)
-            if self.generation.phase in lifecycle.SPAWNING:
-                wait = self.roster.boot_failed()
-                self.start_message.doing(f"its workers booted; {reason}")
-                log.emit(
-                    "worker.boot_failed",
-                    logging.ERROR,
-                    pid=gone.pid,
-                    error=why,
-                    retry_in=wait,
-                )
-
     def _follow_boot(self) -> None:
         ready = sum(member.state is WorkerState.READY for member in self.roster.members())
         if ready < self.server.num_workers:
@@ -367,67 +340,6 @@ class Master:
                 handler()
 
         return handle
-
-    # -- workers
-
-    def manage_workers(self) -> None:
-        """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
-        # After the reaper and before anybody is spawned in place of one whose end should end the start.
-        self._handle_exited_workers()
-        # Those of a reload or a SIGTTIN.
-        self.roster.note_forks()
-        if self.gate.opened or (self.predecessor_link is not None and self.predecessor_link.alone):
-            # A first start takes as long as it takes; a successor whose predecessor died shall not hang for ever.
-            self.roster.give_up_boots(self.generation.settings.upgrade_timeout)
-        if self.generation.phase in (Phase.DRAINING, Phase.RETIRING):
-            guarded("listeners", self.listening.follow)()
-            if not self.server.WORKERS:
-                self.stop.end_when_no_worker_is_left()
-            else:
-                self.stop.end_at_the_deadline()
-        decision = plan(self.roster.members(), self.server.num_workers, self.generation.phase, self.roster.room)
-        self.capacity.note_room(decision, lambda: self.roster.any_leaves)
-        if self.roster.may_spawn():
-            for _ in range(decision.spawn):
-                self._spawn()
-        deadline = self.stop.ends_at
-        if self.generation.phase in lifecycle.SPAWNING:
-            deadline = clock.after_ns(self.generation.settings.recycle_timeout)
-            slack = self.generation.settings.stop_budget().abandon_window + OVERDUE_SLACK
-            for pid in self.roster.kill_overdue(slack):
-                log.emit("worker.overdue", logging.ERROR, pid=pid, timeout=self.generation.settings.recycle_timeout)
-        self.roster.retire(decision.retire, deadline)
-        self.roster.repeat()
-
-    def _spawn(self) -> None:
-        master = os.getpid()
-        try:
-            self.server.spawn_worker()
-            self.roster.note_forks()
-        except Exception:
-            if os.getpid() == master:
-                raise
-            # A worker for which gunicorn could not even print why it ends (arbiter.py:757): back here it would be a
-            # second master, with this one's workers and listeners.
-            os._exit(type(self.server).WORKER_BOOT_ERROR)
-
-    def _retire_workers(self) -> None:
-        # One that has ended was not told to: first its end is noted.
-        self._handle_exited_workers()
-        self.roster.retire([member.pid for member in self.roster.members() if not member.told], self.stop.ends_at)
-
-    def _manage_workers_guarded(self) -> None:
-        # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.
-        if self.gate.opened:
-            guarded("manage_workers", self.manage_workers)()
-            return
-        try:
-            with self.start_message.reporting():
-                self.manage_workers()
-        except Exception as error:
-            if self.predecessor_link is not None and not isinstance(error, StopIteration):
-                self.predecessor_link.fail(f"{type(error).__name__}: {error}")
-            raise
 
     def _block_new_connections(self) -> None:
         if self.kept or self.header.successor_pid or self.generation.awaits_promotion:

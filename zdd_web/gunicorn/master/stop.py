@@ -2,7 +2,7 @@
 
 A stop has one budget, `GRACE_PERIOD`; its deadline stands on the board, where workers read it. A generation that
 retires has `RETIRE_TIMEOUT`. The loop ends by gunicorn's own means, `StopIteration` and `HaltServer`, from
-`Master.manage_workers`: with no worker left, or at the deadline.
+`Workforce.manage_workers`: with no worker left, or at the deadline.
 """
 
 from __future__ import annotations

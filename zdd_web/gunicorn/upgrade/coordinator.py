@@ -10,7 +10,6 @@ word to the successor, then the phase, whose change has the roster retire the wo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -19,56 +18,38 @@ from collections.abc import Callable
 from typing import Any
 
 from zdd_web import log, metrics
-from zdd_web.board import LAYOUT, Board, UpgradeState
+from zdd_web.board import Board
 from zdd_web.errors import UpgradeError, ZddError
-from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.boot_progress import first_boot
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
-from zdd_web.gunicorn.handoff.parentage import Parentage
+from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.leftovers import Leftovers
+from zdd_web.gunicorn.upgrade.outcome import Outcome
+from zdd_web.gunicorn.upgrade.preparation import Preparation
 from zdd_web.gunicorn.upgrade.states import (
     HANDED_OVER,
-    OUTCOME,
     RELEASED,
     SUCCESSOR,
     Successor,
     SuccessorEvent,
     knows,
 )
+from zdd_web.gunicorn.upgrade.successor_health import successor_health
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
-from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import STOPPING, Event, Phase
-from zdd_web.probes import look
 from zdd_web.service import Line
 from zdd_web.settings import Settings
 from zdd_web.system import clock, fd_passing, masking, proc, stdio
-from zdd_web.system.boot_log import BootLog
 
 #: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
-
-
-def _successor_health(board: Board) -> tuple[int, str]:
-    """Return the phase that a successor's probes speak of, and what is wrong with it while it serves."""
-    header = board.header
-    if header.layout != LAYOUT:
-        return header.phase, ""
-    if header.phase == Phase.RETIRING and header.successor_phase:
-        # It has a successor itself, and speaks for that.
-        return header.successor_phase, header.successor_trouble
-    if header.phase != Phase.SERVING:
-        return header.phase, ""
-    failed = [each for each in examine(Probe.READINESS, look(board)) if each.status is Status.FAIL]
-    # A check may have the name of something else that is looked at, such as "workers".
-    return header.phase, "; ".join(each.name if each.is_check else f"{each.name}: {each.text}" for each in failed)
 
 
 class UpgradeCoordinator:
@@ -94,17 +75,25 @@ class UpgradeCoordinator:
         for takeovers.
         """
         self._server, self._generation, self._header = server, generation, generation.header
-        self._launch, self._listening, self._notifier = launch, listening, notifier
-        self._given, self._reloads, self._all_leave = given, reloads, all_leave
-        self._close_takeover = close_takeover
+        self._listening, self._notifier = listening, notifier
+        self._all_leave, self._close_takeover = all_leave, close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
-        env_file = generation.settings.env_file
-        self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
         self.leftovers = Leftovers()
-        #: Whoever has started this process waits for its pid.
+        #: The process that has started this one waits for its pid.
         self._was_started = inherited is None or inherited.taken
-        self._boot_log: BootLog | None = None
+        self._preparation = Preparation(
+            server,
+            generation,
+            launch,
+            listening,
+            self.ancestors,
+            self.leftovers,
+            was_started=self._was_started,
+            given=given,
+            reloads=reloads,
+        )
+        self._outcome = Outcome(self._header)
         self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
         self._line: Line | None = None
@@ -122,16 +111,17 @@ class UpgradeCoordinator:
             self._when_active = True
             return
         try:
-            self._refuse_unless_possible()
-            launch, boot_log = self._next_launch(), self._new_boot_log()
+            self._refuse_another()
+            self._preparation.refuse_unless_possible()
+            launch, boot_log = self._preparation.next_launch(), self._preparation.new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
-            inheritance = self._inheritance(boot_log)
-            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
+            inheritance = self._preparation.inheritance(boot_log)
+            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._preparation.pre_exec)
         except (ZddError, OSError) as error:
-            self._close_unused_pipe()
-            self._outcome(UpgradeState.REFUSED, str(error))
-            self._header.upgrades_refused += 1
-            self._header.upgrade_number += 1
+            if self.upgrade is None:
+                self._preparation.close_unused_pipe()
+            self._outcome.refused(str(error), under_way=self.upgrade is not None)
+            self._outcome.requested()
             guarded("systemd", self._notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
@@ -139,10 +129,14 @@ class UpgradeCoordinator:
         guarded("systemd", self._notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.reexec_pid = self.upgrade.pid
-        self._publish(self.upgrade)
-        self._header.upgrade_number += 1
+        self._outcome.publish(self.upgrade)
+        self._outcome.requested()
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
+
+    def _refuse_another(self) -> None:
+        if self.upgrade is not None:
+            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
 
     def admit(self, end: socket.socket, who: fd_passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -152,9 +146,10 @@ class UpgradeCoordinator:
                     f"this is the service {self._header.name!r}, and that one {name!r}: give each its TAKEOVER_SOCKET, "
                     f"or the same NAME if they are one"
                 )
-            self._refuse_unless_possible(forks=False)
-            boot_log = self._new_boot_log()
-            inheritance = self._inheritance(boot_log)
+            self._refuse_another()
+            self._preparation.refuse_unless_possible(forks=False)
+            boot_log = self._preparation.new_boot_log()
+            inheritance = self._preparation.inheritance(boot_log)
             self.upgrade = ExternalSuccessor.send_handoff(
                 end,
                 who,
@@ -165,7 +160,8 @@ class UpgradeCoordinator:
                 self._settings.commit_window,
             )
         except (ZddError, OSError) as error:
-            self._close_unused_pipe()
+            if self.upgrade is None:
+                self._preparation.close_unused_pipe()
             with contextlib.suppress(OSError):
                 fd_passing.send(end, {"kind": "refused", "reason": str(error)})
             end.close()
@@ -173,92 +169,9 @@ class UpgradeCoordinator:
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        self._publish(self.upgrade)
+        self._outcome.publish(self.upgrade)
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
-
-    def _inheritance(self, boot_log: BootLog) -> Inheritance:
-        """Return what a successor is given, all but its end of the channel. Raises OSError."""
-        given = self._given()
-        pipes: tuple[int, ...] = given.pop("stderr_pipes")
-        return Inheritance(
-            generation=self._header.generation + 1,
-            predecessor=os.getpid(),
-            channel=-1,
-            boot_log=boot_log.fd,
-            stderr=-1,
-            stderr_pipes=(boot_log.output.reader, *pipes),
-            ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
-            **self._listening.inheritance(),
-            **given,
-            board=self._generation.board.fd,
-        )
-
-    def _new_boot_log(self) -> BootLog:
-        if self._boot_log is not None:
-            self._boot_log.close()
-            self._boot_log = None
-        self._boot_log = BootLog()
-        self._header.boot_log_fd = self._boot_log.fd
-        return self._boot_log
-
-    def _close_unused_pipe(self) -> None:
-        if self.upgrade is None and self._boot_log is not None:
-            self._boot_log.output.close()
-
-    def _refuse_unless_possible(self, *, forks: bool = True) -> None:
-        if self.upgrade is not None:
-            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
-        if self._generation.phase is not Phase.SERVING:
-            raise UpgradeError(f"the generation is {self._generation.phase.label}: only a serving one can be upgraded")
-        if self._reloads():
-            raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        # What rejected successors have left count too: they hold the listeners, and memory.
-        alive = len(self.ancestors.alive()) + 1 + len(self.leftovers)
-        if alive >= self._settings.max_generations:
-            raise UpgradeError(
-                f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
-                f"older one has finished its requests (`zdd-web status` shows them), or raise the limit"
-            )
-        if self._server.cfg.settings.get("dirty_apps") and self._server.cfg.dirty_apps:
-            raise UpgradeError(
-                "dirty_apps are set: their processes cannot be handed over, and a second master would end those of the "
-                "first; restart the service, or move them into a service of their own"
-            )
-        if forks and not self._settings.keep_pid:
-            parentage = Parentage.of_this_process(adopted=not self._was_started)
-            obstacle = parentage.obstacle(parent_stays=self._settings.parent_stays)
-            if obstacle:
-                raise UpgradeError(obstacle)
-
-    def _next_launch(self) -> Launch:
-        launch = self._launch.following(self._settings.release_dir)
-        if self._settings.env_file:
-            launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
-        obstacle = launch.obstacle()
-        if obstacle:
-            raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
-        if launch.left:
-            log.emit("upgrade.left_behind", logging.WARNING, variables=",".join(launch.left),
-                     remedy="they name paths of the old release that the new one lacks, such as those of an agent: set "
-                     "them in ENV_FILE, or restart the service")  # fmt: skip
-        return launch
-
-    def _pre_exec(self, launch: Launch) -> Launch:
-        given, removed = compat.call_pre_exec(self._server)
-        environ = {key: value for key, value in launch.environ.items() if key not in removed}
-        return dataclasses.replace(launch, environ={**environ, **given})
-
-    def _publish(self, upgrade: Upgrade, reason: str = "") -> None:
-        self._outcome(OUTCOME[upgrade.state], reason)
-
-    def _outcome(self, state: UpgradeState, reason: str) -> None:
-        if state is UpgradeState.FAILED and self._boot_log is not None:
-            # A command that sees the state reads it.
-            self._boot_log.publish()
-        self._header.upgrade_reason = reason
-        self._header.upgrade_since = clock.now_ns()
-        self._header.upgrade_state = state
 
     def follow(self) -> None:
         """Hear the successor and do what its verdict means; the tick's call."""
@@ -288,7 +201,7 @@ class UpgradeCoordinator:
             self.follow_last_accepts()
 
     def _speak_for(self, successor: Board) -> None:
-        self._header.successor_phase, self._header.successor_trouble = _successor_health(successor)
+        self._header.successor_phase, self._header.successor_trouble = successor_health(successor)
 
     def follow_last_accepts(self) -> None:
         """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
@@ -302,7 +215,7 @@ class UpgradeCoordinator:
         if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
             upgrade.move(SuccessorEvent.LAST_ACCEPT)
             self._header.upgrades_done += 1
-            self._publish(upgrade)
+            self._outcome.publish(upgrade)
 
     def _approve(self, upgrade: Upgrade, workers: int) -> None:
         try:
@@ -312,7 +225,7 @@ class UpgradeCoordinator:
             return
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
         upgrade.go()
-        self._publish(upgrade)
+        self._outcome.publish(upgrade)
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
         self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
@@ -327,7 +240,7 @@ class UpgradeCoordinator:
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._notifier.upgrade_ended)("failed", reason)
-        self._publish(upgrade, reason)
+        self._outcome.publish(upgrade, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
@@ -372,7 +285,7 @@ class UpgradeCoordinator:
         upgrade.move(SuccessorEvent.FAILED)
         self._forget_successor()
         if upgrade.state is Successor.REJECTED:
-            self._publish(upgrade, reason)
+            self._outcome.publish(upgrade, reason)
         # Its pipe too: what it has left behind would fill it, and block.
         upgrade.boot_log.publish()
         if self._header.deadline:
@@ -438,7 +351,7 @@ class UpgradeCoordinator:
         self._identity.discard()
         self._forget_successor()
         guarded("systemd", self._notifier.upgrade_ended)("was cancelled", reason)
-        self._publish(upgrade, reason)
+        self._outcome.publish(upgrade, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
     def waits_for_leftovers(self, deadline: int) -> bool:
@@ -455,6 +368,4 @@ class UpgradeCoordinator:
         if self.upgrade is not None:
             self.upgrade.forget()
         self.leftovers.after_fork()
-        if self._boot_log is not None:
-            self._boot_log.close()
-            self._boot_log = None
+        self._preparation.after_fork()
