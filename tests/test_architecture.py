@@ -57,6 +57,40 @@ MAY_USE = {
     "__init__": set(),
 }  # fmt: skip
 
+#: The same inside gunicorn/, where an import for typing alone counts too: a role that names another one's type depends
+#: on it. From what knows gunicorn alone to what knows everything.
+GUNICORN_MAY_USE: dict[str, set[str]] = {
+    "adapter": set(),
+    "boot_progress": set(),
+    "pid_file": set(),
+    "process_exit": set(),
+    "termination_message": {"adapter"},
+    "log_rotation": {"adapter"},
+    "context": {"adapter"},
+    "settings_sources": {"adapter", "context"},
+    "handoff": {"adapter", "context", "settings_sources"},
+    "systemd": {"adapter", "context", "settings_sources", "handoff"},
+    "sockets": {"adapter", "context", "settings_sources", "handoff"},
+    "workers": {"adapter", "context", "settings_sources", "handoff", "log_rotation", "process_exit"},
+    "upgrade": {
+        "adapter", "context", "settings_sources", "handoff", "systemd", "sockets", "boot_progress", "pid_file",
+    },
+    "master": {
+        "adapter", "context", "settings_sources", "handoff", "systemd", "sockets", "workers", "upgrade",
+        "boot_progress", "log_rotation", "pid_file", "process_exit", "termination_message",
+    },
+    # What a start would refuse, the number of workers included.
+    "config_check": {"adapter", "settings_sources", "handoff", "master"},
+    "hooks": {
+        "adapter", "context", "settings_sources", "handoff", "workers", "upgrade", "master", "config_check", "pid_file",
+        "termination_message",
+    },
+    "__init__": {"hooks"},
+}  # fmt: skip
+
+#: Modules that may name the type of the whole master: every other role receives what it needs of it.
+KNOW_THE_MASTER = {"zdd_web.gunicorn.hooks"}
+
 #: What a decision needs of the standard library; nothing of it touches the world.
 PURE = {"errors", "settings", "lifecycle", "health"}
 PURE_STDLIB = {"__future__", "collections", "dataclasses", "difflib", "enum", "functools", "itertools", "math", "re"}
@@ -189,6 +223,54 @@ def test_order_has_no_circles() -> None:
         ready = [part for part, used in MAY_USE.items() if part not in done and used <= set(done)]
         assert ready, f"a circle among {sorted(set(MAY_USE) - set(done))}"
         done += ready
+
+
+def part_inside_gunicorn(module: str) -> str:
+    names = module.split(".")
+    return names[2] if len(names) > 2 else "__init__"
+
+
+INSIDE_GUNICORN = [
+    each for each in IMPORTS if part_of(each.importer) == "gunicorn" and each.name.startswith("zdd_web.gunicorn.")
+]
+
+
+def test_every_part_of_gunicorn_has_its_place_in_the_order() -> None:
+    assert {part_inside_gunicorn(module) for module in TREES if part_of(module) == "gunicorn"} == set(GUNICORN_MAY_USE)
+
+
+def test_parts_of_gunicorn_use_only_those_that_they_may() -> None:
+    wrong = [
+        str(each)
+        for each in INSIDE_GUNICORN
+        if (importer := part_inside_gunicorn(each.importer)) != (used := part_inside_gunicorn(each.name))
+        and used not in GUNICORN_MAY_USE[importer]
+    ]
+    assert wrong == []
+
+
+def test_order_inside_gunicorn_has_no_circles() -> None:
+    done: set[str] = set()
+    for part, used in GUNICORN_MAY_USE.items():
+        assert used <= done, f"{part} is listed before {used - done}"
+        done.add(part)
+
+
+def test_modules_of_gunicorn_import_each_other_in_no_circle() -> None:
+    edges = {(each.importer, each.name) for each in INSIDE_GUNICORN if each.name in TREES}
+    while True:
+        # What nothing imports, and what imports nothing, is in no circle.
+        importers, imported = {importer for importer, _ in edges}, {name for _, name in edges}
+        left = {(importer, name) for importer, name in edges if importer in imported and name in importers}
+        if left == edges:
+            break
+        edges = left
+    assert sorted(edges) == []
+
+
+def test_no_role_receives_the_whole_master() -> None:
+    users = {each.importer for each in IMPORTS if each.name == "zdd_web.gunicorn.master.master"}
+    assert users == KNOW_THE_MASTER
 
 
 def test_decisions_touch_nothing_of_the_world() -> None:
@@ -414,7 +496,7 @@ assert not ours, ours
         "import zdd_web.wsgi",
         "import zdd_web.asgi, zdd_web.access_log, zdd_web.watch",
         "import zdd_web.gunicorn",
-        "import zdd_web.gunicorn.handoff.handover, zdd_web.system.boot_log, zdd_web.gunicorn.upgrade.successor_process",
+        "import zdd_web.system.boot_log, zdd_web.gunicorn.upgrade.successor_process",
     ],
 )
 def test_package_drags_no_framework_in(then: str) -> None:

@@ -66,6 +66,14 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     Phase.STOPPED: {},
 }
 
+#: What a master does when it enters a phase, in this order: names of actions that the master defines, so that no loop
+#: has to find out whether they were done.
+ON_ENTRY: dict[Phase, tuple[str, ...]] = {
+    Phase.SERVING: ("open_gate",),
+    Phase.DRAINING: ("block_new_connections", "retire_workers"),
+    Phase.RETIRING: ("drain_unwanted_listeners", "retire_workers"),
+}
+
 #: A generation spawns workers in these: it is to serve, or serves.
 SPAWNING = frozenset({Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK})
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.forks import spawn, status_of
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.system import fd_passing
 
 Pair = tuple[socket.socket, socket.socket]

@@ -13,15 +13,8 @@ import pytest
 from tests.unit.conftest import descriptors
 from tests.unit.forks import in_child, spawn, status_of
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handoff.handover import (
-    ENV,
-    MESSAGE_BYTES,
-    MOST_AT_A_TIME,
-    MOST_QUEUED,
-    Channel,
-    Inheritance,
-    Message,
-)
+from zdd_web.gunicorn.handoff.channel import MESSAGE_BYTES, MOST_AT_A_TIME, MOST_QUEUED, Channel, Message
+from zdd_web.gunicorn.handoff.inheritance import ENV, Inheritance
 
 Pair = tuple[Channel, Channel]
 

@@ -16,7 +16,8 @@ def test_on_exit_is_not_called_in_a_master_that_was_never_in_office(
 ) -> None:
     seen: list[str] = []
     master: Any = SimpleNamespace(
-        awaits_promotion=awaits_promotion, probes=SimpleNamespace(end=lambda: seen.append("probe port"))
+        generation=SimpleNamespace(awaits_promotion=awaits_promotion),
+        probes=SimpleNamespace(end=lambda: seen.append("probe port")),
     )
     state: Any = SimpleNamespace(master=master, users={"on_exit": lambda server: seen.append("on_exit")})
     monkeypatch.setattr(hooks, "state", state)

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from zdd_web.errors import LifecycleError
-from zdd_web.lifecycle import LEAVING, SPAWNING, TRANSITIONS, WORKERS_LEAVE, Event, Phase, after
+from zdd_web.lifecycle import LEAVING, ON_ENTRY, SPAWNING, TRANSITIONS, WORKERS_LEAVE, Event, Phase, after
 
 KNOWN = {
     (Phase.BOOTING, Event.READY): Phase.SERVING,
@@ -97,4 +97,16 @@ def test_numbers_on_the_board_are_forever() -> None:
         "draining": 4,
         "retiring": 5,
         "stopped": 6,
+    }
+
+
+def test_entry_actions_are_what_the_design_says() -> None:
+    assert ON_ENTRY == {
+        Phase.SERVING: ("open_gate",),
+        Phase.DRAINING: ("block_new_connections", "retire_workers"),
+        Phase.RETIRING: ("drain_unwanted_listeners", "retire_workers"),
+    }
+    # A phase whose workers leave tells them to, and does so last.
+    assert {phase for phase, actions in ON_ENTRY.items() if actions[-1] == "retire_workers"} == WORKERS_LEAVE - {
+        Phase.STOPPED
     }

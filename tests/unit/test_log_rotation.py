@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web.gunicorn.handoff.handover import Channel
+from zdd_web.gunicorn.handoff.channel import Channel
 from zdd_web.gunicorn.log_rotation import Rotation, reopening
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.system import log_files
@@ -150,3 +150,18 @@ def test_file_that_cannot_be_opened_again_is_given_up_until_it_can(
     handle()
     handler.emit(logging.LogRecord("tests", logging.INFO, "", 0, "found", (), None))
     assert Path(path).read_text() == "found\n"
+
+
+def test_failure_to_look_at_the_open_files_does_not_end_the_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a worker it is called by the signal handler itself, in the middle of a request.
+    def fails(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    reopened: list[int] = []
+    handle = reopening(lambda: reopened.append(1))
+    monkeypatch.setattr(log_files, "opened", fails)
+    handle()
+    monkeypatch.undo()
+    monkeypatch.setattr(log_files, "discard_failed", fails)
+    handle()
+    assert reopened == [1, 1]

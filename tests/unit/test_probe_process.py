@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.generations import a_generation
 from zdd_web.board import Board
 from zdd_web.errors import ListenerError, SettingsError
 from zdd_web.gunicorn.master import probe_process
@@ -101,15 +102,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Any:
     board.close()
 
 
-def serving(port: Port) -> Any:
-    header = port._header
-    return SimpleNamespace(
-        phase=Phase.SERVING,
-        header=header,
-        predecessor_link=None,
-        awaits_promotion=False,
-        coordinator=SimpleNamespace(upgrade=None),
-    )
+def follow(port: ProbePort, phase: Phase = Phase.SERVING) -> None:
+    port.follow(a_generation(port._board, phase), None, lambda: True)
 
 
 def reaped(port: Port) -> None:
@@ -132,18 +126,18 @@ def test_it_is_forked_again_at_once_and_later_each_time_after_that(port: Port, c
     port.statuses = [3]
     port.start(None)
     reaped(port)
-    port.follow(serving(port))  # at once
+    follow(port)  # at once
     reaped(port)
     before = port._header.probe_pid
-    port.follow(serving(port))
+    follow(port)
     assert port._header.probe_pid == before
     waits = []
     for _ in range(4):
         waits.append(clock.remaining(port._not_before))
         port._not_before = clock.now_ns()
-        port.follow(serving(port))
+        follow(port)
         reaped(port)
-        port.follow(serving(port))
+        follow(port)
     assert all(wait is not None and 0 < wait <= 30 for wait in waits)
     assert waits == sorted(waits)  # type: ignore[type-var]
     assert "exit status 3" in caplog.text
@@ -156,7 +150,7 @@ def test_one_that_has_lived_is_forked_again_at_once(port: Port, monkeypatch: pyt
         before = port._header.probe_pid
         os.kill(before, signal.SIGKILL)
         reaped(port)
-        port.follow(serving(port))
+        follow(port)
         assert port._header.probe_pid != before
 
 
@@ -170,10 +164,10 @@ def test_a_failed_fork_is_tried_again(port: Port, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fork", no_fork)
-        port.follow(serving(port))
+        follow(port)
     before = port._header.probe_pid
     port._not_before = clock.NEVER
-    port.follow(serving(port))
+    follow(port)
     assert port._header.probe_pid != before
 
 
@@ -185,7 +179,7 @@ def test_a_first_fork_that_fails_ends_no_start_and_is_tried_again(port: Port, mo
         patch.setattr(os, "fork", no_fork)
         port.start(None)
     assert port._header.probe_pid == 0
-    port.follow(serving(port))
+    follow(port)
     assert port._header.probe_pid != 0
 
 
@@ -194,9 +188,7 @@ def test_nobody_is_forked_for_a_service_that_has_stopped(port: Port) -> None:
     before = port._header.probe_pid
     os.kill(before, signal.SIGKILL)
     reaped(port)
-    master = serving(port)
-    master.phase = Phase.STOPPED
-    port.follow(master)
+    follow(port, Phase.STOPPED)
     assert port._header.probe_pid == before
 
 
@@ -214,7 +206,7 @@ def test_without_probe_bind_there_is_nothing() -> None:
     board = Board.create("probe-port", slots=1)
     made = ProbePort(SimpleNamespace(), board, Settings(), None)
     made.start(None)
-    made.follow(SimpleNamespace())  # type: ignore[arg-type]
+    follow(made)
     made.look()
     made.reopen_logs()
     made.after_fork()

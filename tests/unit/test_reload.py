@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.unit.forks import status_of
+from tests.unit.generations import a_generation
+from zdd_web.board import Board
 from zdd_web.gunicorn.master import reload as module
 from zdd_web.gunicorn.master.reload import Proof, Reload
 from zdd_web.settings import Settings
@@ -21,21 +23,25 @@ from zdd_web.system.captured_output import KEPT_BYTES
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def a_master(**changed: Any) -> Any:
+def a_reload(*, has_room: bool = True) -> tuple[Reload, list[str]]:
+    """Return one, and the reasons of the refusals that systemd was sent."""
     refused: list[str] = []
-    notifier = SimpleNamespace(refused=lambda what, reason: refused.append(reason))
-    values: dict[str, Any] = {
-        "server": SimpleNamespace(cfg=SimpleNamespace(preload_app=False)),
-        "settings": Settings(upgrade_timeout=60),
-        "coordinator": SimpleNamespace(forwards=lambda sig: False),
-        "notifier": notifier,
-        "not_now": lambda: "",
-        "header": SimpleNamespace(slot_count=4),
-        "roster": SimpleNamespace(room=1),
-        "listening": SimpleNamespace(unreachable_paths=list),
-        "refused": refused,
-    }
-    return SimpleNamespace(**{**values, **changed})
+    notifier: Any = SimpleNamespace(refused=lambda what, reason: refused.append(reason))
+    server: Any = SimpleNamespace(cfg=SimpleNamespace(preload_app=False))
+    listening: Any = SimpleNamespace(unreachable_paths=list)
+    generation = a_generation(Board.private(), upgrade_timeout=60)
+    generation.header.slot_count = 4
+    reload = Reload(
+        server,
+        generation,
+        listening,
+        notifier,
+        forwards=lambda sig: False,
+        obstacle=lambda: "",
+        has_room=lambda: has_room,
+        done=lambda: None,
+    )
+    return reload, refused
 
 
 @pytest.mark.parametrize("what", ["pipe", "fork"])
@@ -49,19 +55,18 @@ def test_reload_that_cannot_be_tried_is_refused(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, what, fails)
-    master = a_master()
-    reload = Reload(master)
+    reload, refused = a_reload()
     with caplog.at_level(logging.INFO, "zdd_web"):
         reload.request()
     assert not reload.under_way
     assert "event=refused signal=HUP" in caplog.text
     assert remedy in caplog.text
     assert "reload.started" not in caplog.text
-    assert len(master.refused) == 1
+    assert len(refused) == 1
 
 
 def test_reload_without_a_slot_for_one_more_worker_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    reload = Reload(a_master(roster=SimpleNamespace(room=0)))
+    reload, _ = a_reload(has_room=False)
     reload.request()
     assert not reload.under_way
     assert "all 4 slots of the board are taken" in caplog.text

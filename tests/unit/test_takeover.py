@@ -7,15 +7,13 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from tests.unit.generations import a_generation
+from zdd_web.board import Board
 from zdd_web.gunicorn.upgrade import takeover as module
 from zdd_web.gunicorn.upgrade.takeover import BACKLOG, MOST_WAITING, TakeoverListener
-from zdd_web.lifecycle import Phase
-from zdd_web.settings import Settings
 from zdd_web.system import clock
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect as another user")
@@ -24,16 +22,12 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect
 @pytest.fixture
 def offer() -> Iterator[TakeoverListener]:
     # An abstract address, which any user can connect to.
-    master: Any = SimpleNamespace(
-        settings=Settings(takeover=True),
-        header=SimpleNamespace(name=f"unit-{os.getpid()}", successor_pid=0),
-        awaits_promotion=False,
-        phase=Phase.SERVING,
-    )
-    offer = TakeoverListener(master)
+    board = Board.create(f"unit-{os.getpid()}", slots=1)
+    offer = TakeoverListener(a_generation(board, takeover=True), lambda *request: None)
     offer.open()
     yield offer
     offer.close()
+    board.close()
 
 
 def connect(offer: TakeoverListener, stack: contextlib.ExitStack, *, uid: int = 0) -> None:
@@ -97,13 +91,13 @@ def test_no_more_of_ours_are_let_in_than_have_a_place(offer: TakeoverListener) -
 
 def test_path_belongs_to_this_user_alone(tmp_path: Path) -> None:
     where = tmp_path / "takeover"
-    master: Any = SimpleNamespace(
-        settings=Settings(takeover=True, takeover_socket=str(where)), header=SimpleNamespace(name="unit")
-    )
-    offer = TakeoverListener(master)
+    board = Board.create("unit", slots=1)
+    generation = a_generation(board, takeover=True, takeover_socket=str(where))
+    offer = TakeoverListener(generation, lambda *request: None)
     offer.open()
     try:
         assert where.stat().st_mode & 0o777 == 0o600
     finally:
         offer.close()
+        board.close()
     assert not where.exists()

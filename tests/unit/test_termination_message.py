@@ -10,7 +10,7 @@ from gunicorn.errors import HaltServer
 
 from tests.unit.forks import spawn, status_of
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn import termination_message
+from zdd_web.gunicorn import boot_progress, termination_message
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.settings import Settings
 
@@ -105,14 +105,11 @@ def test_progress_names_states_and_what_is_wrong() -> None:
     ):
         slot = board.claim(age)
         slot.pid, slot.state, slot.error = 4710 + age, state, error
-    assert (
-        termination_message.progress(board.snapshot())
-        == "workers: 2 booting, 1 ready of 3; check 'database': no answer"
-    )
+    assert boot_progress.progress(board.snapshot()) == "workers: 2 booting, 1 ready of 3; check 'database': no answer"
     board.close()
 
 
 def test_progress_of_a_start_without_workers() -> None:
     board = Board.private(name="unit")
     board.header.workers_wanted = 2
-    assert termination_message.progress(board.snapshot()) == "workers: none yet of 2"
+    assert boot_progress.progress(board.snapshot()) == "workers: none yet of 2"

@@ -16,9 +16,10 @@ import pytest
 from tests.unit.conftest import descriptors
 from tests.unit.forks import read_to_end, status_of
 from zdd_web.board import LAYOUT
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
-from zdd_web.gunicorn.upgrade.successor_process import LATE_AT_LEAST, Stage, Upgrade, Verdict
+from zdd_web.gunicorn.upgrade.states import Successor
+from zdd_web.gunicorn.upgrade.successor_process import LATE_AT_LEAST, Upgrade, Verdict
 from zdd_web.system import proc
 from zdd_web.system.boot_log import BootLog
 from zdd_web.system.captured_output import KEPT_BYTES
@@ -33,7 +34,7 @@ PRELUDE = """
 import os, select, signal, sys
 from zdd_web.system import clock, proc
 from zdd_web.board import Board, WorkerState
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 
 inherited = Inheritance.take(os.environ)
 os.dup2(inherited.stderr, 2) if {real_stderr} else None
@@ -178,7 +179,7 @@ def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench) -> 
         say(hear())
         channel.send("release")
     """)
-    assert upgrade.stage is Stage.BOOTING
+    assert upgrade.state is Successor.STARTING
     assert verdict(upgrade) == Verdict(ready=True, workers=3)
     assert upgrade.poll() is None
     assert (upgrade.pid_file, upgrade.committed) == ("/run/unit.pid", False)
@@ -190,8 +191,8 @@ def test_successor_that_is_ready_waits_for_go_and_takes_office(bench: Bench) -> 
     assert upgrade.poll() is None
     assert upgrade.committed is True
     upgrade.promote_successor()
-    assert (upgrade.stage, upgrade.committed) == (Stage.IN_OFFICE, False)
-    until(upgrade, lambda: upgrade.released)
+    assert (upgrade.state, upgrade.committed) == (Successor.PROMOTED, False)
+    until(upgrade, lambda: upgrade.state is Successor.ENDING)
     assert bench.said() == ["go", "office"]
 
 
@@ -711,6 +712,7 @@ def test_commit_window_is_extended_by_what_is_left_of_the_timeout(bench: Bench) 
     upgrade.go()
     assert upgrade._window is not None
     assert 0 < upgrade._window.window.limit < PATIENCE
+    upgrade.state = Successor.READY
     upgrade.began -= int(PATIENCE * 1e9)
     upgrade.go()
     assert upgrade._window.window.limit == LATE_AT_LEAST

@@ -21,7 +21,7 @@ from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, discount_pauses
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config, normalise_hook
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.master.master import Master
 from zdd_web.gunicorn.pid_file import PidFile
@@ -41,7 +41,6 @@ class State:
 
     launch: Launch
     inherited: Inheritance | None
-    settings: Settings = field(default_factory=Settings)
     master: Master | None = None
     worker: WorkerRuntime | None = None
     users: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -114,7 +113,7 @@ def check(cfg: Config) -> None:
                 f"{name} was set after install() in the configuration file, so zdd_web's own is lost: "
                 f"define it before install(), which runs both"
             )
-    if state is not None and state.settings.keep_pid and cfg.daemon:
+    if settings_sources.in_force().keep_pid and cfg.daemon:
         raise SettingsError("KEEP_PID = True and daemon = True contradict each other: a daemon has no parent to keep")
     if cfg.reuse_port:
         raise SettingsError(
@@ -130,9 +129,9 @@ def _examine_configuration(cfg: Config) -> None:
     # The service that runs in this container, if there is one, has a message of its own.
     state.termination_log = ""
     try:
-        state.settings = settings_sources.settle(cfg)
+        settings = settings_sources.settle(cfg)
         check(cfg)
-        config_check.examine_configuration(cfg, state.settings)
+        config_check.examine_configuration(cfg, settings)
     except ZddError as error:
         fail(error)
 
@@ -140,7 +139,7 @@ def _examine_configuration(cfg: Config) -> None:
 def _examine_app() -> None:
     assert state is not None
     try:
-        config_check.examine_app(state.settings)
+        config_check.examine_app(settings_sources.in_force())
     except ZddError as error:
         fail(error)
 
@@ -161,16 +160,16 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
         facade = ArbiterFacade(server)
         log.use_gunicorn(server.log)
         try:
-            state.settings = settings_sources.settle(server.cfg)
-            state.termination_log = state.settings.termination_log
+            settings = settings_sources.settle(server.cfg)
+            state.termination_log = settings.termination_log
             check(server.cfg)
         except SettingsError as error:
             fail(error, facade)
         try:
-            name = service_name(state.settings, server.cfg)
-            if state.inherited is None and state.settings.takeover:
-                state.inherited = takeover.ask(state.settings, name, server.cfg.pidfile or "")
-            state.master = Master(facade, state.settings, state.launch, name, state.inherited)
+            name = service_name(settings, server.cfg)
+            if state.inherited is None and settings.takeover:
+                state.inherited = takeover.ask(settings, name, server.cfg.pidfile or "")
+            state.master = Master(facade, settings_sources.in_force, state.launch, name, state.inherited)
             if server.cfg.pidfile and state.inherited is None:
                 PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
@@ -185,7 +184,7 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
             _report_preloading(facade, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
-        state.settings = settings_sources.settle(server.cfg)
+        settings_sources.settle(server.cfg)
     hook = _user_hook("nworkers_changed")
     if hook is not None:
         # Called from SIGTTIN's handler too, where what it raises would end a service that serves.
@@ -264,9 +263,9 @@ def post_fork(server: Any, worker: Any) -> None:
     slot = master.roster.slot_of(worker)
     boot_log = master.predecessor_link.handler if master.predecessor_link is not None else None
     master.after_fork(slot)
-    facade = WorkerFacade(worker)
+    facade, settings = WorkerFacade(worker), master.generation.settings
     listeners = master.listening.for_worker(facade, slot)
-    state.worker = WorkerRuntime(facade, master.board, slot, master.settings, master.gate, boot_log, listeners)
+    state.worker = WorkerRuntime(facade, master.board, slot, settings, master.gate, boot_log, listeners)
     state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.
@@ -327,7 +326,7 @@ def on_exit(server: Any) -> None:
     try:
         hook = _user_hook("on_exit")
         # One that was given up before it was in office has nothing to end: the generation before it serves.
-        if hook is not None and not state.master.awaits_promotion:
+        if hook is not None and not state.master.generation.awaits_promotion:
             hook(server)
     finally:
         guarded("probe port", state.master.probes.end)()

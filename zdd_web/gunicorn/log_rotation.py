@@ -6,7 +6,7 @@ another one, and of those that retire there may be several; each would write on 
 Theory of operation
 -------------------
 The master that gets the signal opens its own files again, has its workers and its probe process do so, and sends
-`reopen` over the handover channels (handover.py) to its successor and to its predecessor. Not the signal: a successor
+`reopen` over the handover channels (channel.py) to its successor and to its predecessor. Not the signal: a successor
 that has not installed its handlers yet would die of it, and on the channel the message waits.
 
 A master that receives it does the same, so it travels along the whole line. Each rotation has a number, which only
@@ -63,8 +63,10 @@ def reopening(handler: Callable[..., None]) -> Callable[..., None]:
     attempt = guarded("log files", handler)
 
     def handle(*arguments: object) -> None:
-        before = log_files.opened()
+        # Each step on its own: what the first or the last cannot do is no reason to keep the old files.
+        before = guarded("log files", log_files.opened)()
         attempt(*arguments)
-        log_files.discard_failed(before)
+        if before is not None:
+            guarded("log files", log_files.discard_failed)(before)
 
     return handle

@@ -86,6 +86,11 @@ def settle(cfg: Config) -> Settings:
     return _in_force.settings
 
 
+def in_force() -> Settings:
+    """Return the settings in force: the master's one holder of them; the defaults before `settle()`."""
+    return Settings() if _in_force is None else _in_force.settings
+
+
 def refuse_changes(cfg: Config) -> None:
     """Read all sources again, in the child that tries a reload, and have it refused when the master's have changed.
 

@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from zdd_web import log
 from zdd_web.errors import UpgradeError
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import Phase
 from zdd_web.probes import look
 from zdd_web.system import clock
 from zdd_web.system.sd_notify import notify
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.handoff.handover import Inheritance
-    from zdd_web.gunicorn.master.master import Master
 
 #: How long a full socket is waited for, seconds: where the message is MAINPID, without which the unit ends with this
 #: process, and elsewhere.
@@ -94,8 +91,16 @@ def count(number: int, what: str) -> str:
 class SystemdNotifier:
     """This master's voice to systemd."""
 
-    def __init__(self, master: Master, inherited: Inheritance | None) -> None:
-        self._master, self._header = master, master.header
+    def __init__(
+        self,
+        generation: Generation,
+        inherited: Inheritance | None,
+        workers: Callable[[], int],
+        not_now: Callable[[], str],
+    ) -> None:
+        """`workers` counts them; `not_now` returns why an upgrade or a reload is under way, "" when none is."""
+        self._generation, self._header = generation, generation.header
+        self._workers, self._not_now = workers, not_now
         #: Whether systemd has started this very process, which then has a unit of its own, whoever served before it.
         self._was_started = inherited is None or inherited.taken
         forked_by = inherited.predecessor if inherited is not None and not inherited.taken else 0
@@ -116,9 +121,9 @@ class SystemdNotifier:
     @property
     def _is_the_unit(self) -> bool:
         """Whether this master is its unit's main process."""
-        if self._master.phase is Phase.RETIRING:
+        if self._generation.phase is Phase.RETIRING:
             return self._superseded
-        return self._was_started or not self._master.awaits_promotion
+        return self._was_started or not self._generation.awaits_promotion
 
     def _status(self, text: str) -> str:
         return f"generation {self._header.generation}: {text}"
@@ -137,9 +142,9 @@ class SystemdNotifier:
 
     def _say_ready(self) -> None:
         # One that takes over from another unit has to be in office first: until then it may come to nothing.
-        if not self._is_ready and not self._master.awaits_promotion:
+        if not self._is_ready and not self._generation.awaits_promotion:
             self._is_ready = True
-            self._tell(*ready(self._status(f"serving, {count(len(self._master.roster), 'worker')}")))
+            self._tell(*ready(self._status(f"serving, {count(self._workers(), 'worker')}")))
 
     def ends_now(self, within: float) -> None:
         """SIGINT or SIGQUIT: this master ends within so many seconds."""
@@ -166,7 +171,7 @@ class SystemdNotifier:
 
     def refused(self, what: str, reason: str) -> None:
         """Neither an upgrade nor a reload will begin: whoever waits for it (`Type=notify-reload`) waits no more."""
-        if not self._master.not_now():
+        if not self._not_now():
             text = self._status(f"the {what} was refused: {reason}")
             self._tell(*reloading(text, clock.now_ns()))
             self._tell(*ready(text))
@@ -184,7 +189,7 @@ class SystemdNotifier:
             self._note_unheard(lines, error)
         except OSError as error:
             self._note_unheard(lines, error)
-            if not self._master.settings.keep_pid:
+            if not self._generation.settings.keep_pid:
                 raise UpgradeError(
                     f"systemd does not hear MAINPID={pid} ({error}), and would end the service with this master"
                 ) from None
@@ -198,18 +203,18 @@ class SystemdNotifier:
     def take_back(self) -> None:
         """This master is the service again."""
         self._superseded = False
-        text = self._status(f"serving again, {count(len(self._master.roster), 'worker')}")
+        text = self._status(f"serving again, {count(self._workers(), 'worker')}")
         self._tell(*main_process(self._unless_kept(os.getpid()), text))
 
     def follow(self) -> None:
         """Say that the service lives, when it is time to and while it does; the tick's call."""
-        if self._was_started and self._master.phase is Phase.SERVING:
+        if self._was_started and self._generation.phase is Phase.SERVING:
             self._say_ready()
-        if not self._watchdog or not self._is_the_unit or self._master.phase in (Phase.BOOTING, Phase.STOPPED):
+        if not self._watchdog or not self._is_the_unit or self._generation.phase in (Phase.BOOTING, Phase.STOPPED):
             return
         if self._told_alive_at and clock.since(self._told_alive_at) < self.interval:
             return
-        found = examine(Probe.LIVENESS, look(self._master.board))
+        found = examine(Probe.LIVENESS, look(self._generation.board))
         failed = [f"{each.name}: {each.text}" for each in found if each.status is Status.FAIL]
         if failed and not self._withheld:
             log.emit("watchdog.withheld", logging.ERROR, reason="; ".join(failed), watchdog=self._watchdog)
@@ -221,14 +226,14 @@ class SystemdNotifier:
     # -- how it is said
 
     def _unless_kept(self, pid: int) -> int | None:
-        return None if self._master.settings.keep_pid else pid
+        return None if self._generation.settings.keep_pid else pid
 
     def _in_hand(self) -> str:
-        board = self._master.board.snapshot()
+        board = self._generation.board.snapshot()
         return f"{count(board.in_flight, 'request')} and {count(board.tasks, 'background task')} in hand"
 
     def _stops(self, text: str, seconds: float) -> None:
-        seconds += self._master.settings.stop_budget().margin + STOP_MARGIN
+        seconds += self._generation.settings.stop_budget().margin + STOP_MARGIN
         self._tell(*stopping(self._status(text), seconds))
 
     def _tell(self, *lines: str, patience: float = PATIENCE) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zdd_web import log
-from zdd_web.board import Header, Snapshot
 from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.settings import ENV_PREFIX, Settings
 
@@ -72,19 +71,3 @@ def path(installed: Mapping[str, Any], environ: Mapping[str, str]) -> str:
     """
     found = environ.get(f"{ENV_PREFIX}TERMINATION_LOG", installed.get("termination_log"))
     return found if isinstance(found, str) else Settings().termination_log
-
-
-def first_boot(header: Header) -> str:
-    """Say how long the first boot of a generation took, and what to do if another needs longer; "" before its end."""
-    if not header.ready_at:
-        return ""
-    seconds = (header.ready_at - header.started_at) / 1e9
-    return f"generation {header.generation} first booted in {seconds:.1f} s; raise UPGRADE_TIMEOUT if more is needed"
-
-
-def progress(board: Snapshot) -> str:
-    """Say how far the workers of a generation that boots have come."""
-    states = [worker.state.label for worker in board.workers]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none yet"
-    errors = sorted({worker.error for worker in board.workers if worker.error})
-    return "; ".join([f"workers: {counts} of {board.workers_wanted}", *errors])

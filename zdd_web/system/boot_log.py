@@ -82,6 +82,11 @@ class BootLog:
             raise
         self._spoke = False
 
+    @property
+    def spoke(self) -> bool:
+        """Whether the successor has its own stderr again."""
+        return self._spoke
+
     def drain(self) -> None:
         """Keep the end of what the successor has printed; what comes after `speaks` goes to this process's stderr."""
         if self._spoke and self.output.reader >= 0:

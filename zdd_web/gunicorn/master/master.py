@@ -14,35 +14,38 @@ by name on each round (tests/contract: test_loop_looks_its_methods_up_on_the_ins
 Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
 
-The master's roles each have a module of their own, and move the phase through `Master.move()`: `PredecessorLink`
-(it has a predecessor), `UpgradeCoordinator` (it has a successor), `Reload`, `Roster` (its workers), `Stop` (its end).
+The master's roles each have a module of their own: `PredecessorLink` (it has a predecessor), `UpgradeCoordinator` (it
+has a successor), `Reload`, `Roster` and `Workforce` (its workers), `Capacity` (how many), `Stop` (its end). Each
+receives the `Generation` (context.py) and what else it uses; none receives the master. They move the phase through
+`Generation.move()`, which runs the entry actions of `lifecycle.ON_ENTRY`.
 
 While something is under way the loop is made to turn fifty times a second instead of once.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from zdd_web import lifecycle, log, process
+from zdd_web import log, process
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, silence_systemd, tell_exits
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
+from zdd_web.gunicorn.master.capacity import Capacity, too_many_workers
 from zdd_web.gunicorn.master.probe_process import ProbePort
-from zdd_web.gunicorn.master.reload import Reload, too_many_workers
-from zdd_web.gunicorn.master.roster import Plan, Roster, plan
+from zdd_web.gunicorn.master.reload import Reload
+from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
+from zdd_web.gunicorn.master.workforce import Workforce
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
@@ -61,19 +64,23 @@ from zdd_web.system.boot_log import StderrRelay
 BUSY_TICK = 0.02
 IDLE_TICK = 1.0
 
-#: How long after its deadline a worker that was told to leave is killed, seconds, beside what naming its work takes.
-OVERDUE_SLACK = 5.0
-
 
 class Master:
     """What zdd_web adds to gunicorn's arbiter, in the master's process."""
 
     def __init__(
-        self, server: ArbiterFacade, settings: Settings, launch: Launch, name: str, inherited: Inheritance | None
+        self,
+        server: ArbiterFacade,
+        settings_in_force: Callable[[], Settings],
+        launch: Launch,
+        name: str,
+        inherited: Inheritance | None,
     ) -> None:
-        self.server, self.settings = server, settings
+        settings = settings_in_force()
+        self.server = server
         self.board = Board.create(name)
         self.header = self.board.header
+        self.generation = Generation(self.board, settings_in_force)
         too_many = too_many_workers(server.num_workers, self.header.slot_count)
         if too_many:
             self.board.close()
@@ -90,16 +97,67 @@ class Master:
         self.once = Once()
         self.roster = Roster(server, self.board)
         self.predecessor_link = PredecessorLink(inherited, server, self.board) if inherited else None
+        self.generation.predecessor = self.predecessor_link
         self._inherited_as_kept = inherited.kept if inherited else False
-        self.notifier = SystemdNotifier(self, inherited)
+        self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
-        self.coordinator = UpgradeCoordinator(self, launch, inherited)
-        self.takeover = TakeoverListener(self)
-        self.reload = Reload(self)
-        self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
-        self.stop = Stop(self)
-        self._has_room = True
         self.listening = ListenerManager(server, self.board, settings, inherited)
+        self.coordinator = UpgradeCoordinator(
+            server,
+            self.generation,
+            launch,
+            inherited,
+            self.listening,
+            self.notifier,
+            given=self._fields_to_inherit,
+            reloads=lambda: self.reload.under_way,
+            all_leave=lambda: self.roster.all_leave,
+            close_takeover=lambda: self.takeover.close(),
+        )
+        self.takeover = TakeoverListener(self.generation, self.coordinator.admit)
+        self.reload = Reload(
+            server,
+            self.generation,
+            self.listening,
+            self.notifier,
+            forwards=self.coordinator.forwards,
+            obstacle=self.not_now,
+            has_room=lambda: bool(self.roster.room),
+            done=self._reloaded,
+        )
+        self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
+        self.capacity = Capacity(server, self.header.slot_count, self.not_now)
+        self.stop = Stop(
+            server,
+            self.generation,
+            self.roster,
+            self.listening,
+            self.notifier,
+            self.coordinator,
+            self.reload,
+            self.gate,
+            self.start_message,
+        )
+        self.workforce = Workforce(
+            server,
+            self.generation,
+            self.roster,
+            self.listening,
+            self.capacity,
+            self.stop,
+            self.gate,
+            self.start_message,
+        )
+        self.generation.on_move(
+            self.roster.__len__,
+            self.notifier.moved,
+            {
+                "open_gate": self._open_gate,
+                "block_new_connections": self._block_new_connections,
+                "drain_unwanted_listeners": self.coordinator.drain_unwanted_listeners,
+                "retire_workers": self.workforce.retire_all,
+            },
+        )
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
         self.probes = ProbePort(server, self.board, settings, inherited, self.listening.probe_socket)
@@ -107,22 +165,17 @@ class Master:
             # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
             self.probes.start(None)
 
-    @property
-    def phase(self) -> Phase:
-        """The phase of this generation."""
-        return Phase(self.header.phase)
-
     # -- start
 
     def take_over(self) -> None:
         """Replace the arbiter's methods on this instance; called from `on_starting`."""
         server = self.server
-        # `_handle_exited_workers` decides.
+        # `Workforce` decides.
         server.survive_failed_boots()
         tell_exits(self._reaped)
         silence_systemd()
         server.replace("maybe_promote_master", guarded("tick", self.tick))
-        server.replace("manage_workers", self._manage_workers_guarded)
+        server.replace("manage_workers", self.workforce.follow)
         self._gunicorn_reap: Callable[[], None] = server.replace(
             "reap_workers", guarded("reap_workers", self.reap_workers)
         )
@@ -134,13 +187,8 @@ class Master:
             "handle_usr1", guarded("handle_usr1", self.rotation.request)
         )
         server.set_wait(self._interval)
-        self._gunicorn_winch: Callable[[], None] = server.replace(
-            "handle_winch", guarded("handle_winch", self.handle_winch)
-        )
-        self._gunicorn_ttin: Callable[[], None] = server.replace(
-            "handle_ttin", guarded("handle_ttin", self.handle_ttin)
-        )
-        if self.settings.keep_pid:
+        self.capacity.take_over()
+        if self.generation.settings.keep_pid:
             # Grandchildren whose master retired become ours, and the keeper's after us.
             proc.become_subreaper()
             for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
@@ -155,17 +203,23 @@ class Master:
         self.probes.start(self.predecessor_link)
         self.start_message.doing("its workers booted")
         self.header.workers_wanted = server.num_workers
-        log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
-                 grace_period=self.settings.grace_period, drain_delay=self.settings.drain_delay,
+        settings = self.generation.settings
+        log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=settings.listener,
+                 grace_period=settings.grace_period, drain_delay=settings.drain_delay,
                  kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name)  # fmt: skip
 
     def _interval(self) -> float:
-        if self.phase is Phase.SERVING and self._settled():
+        if self.generation.phase is Phase.SERVING and self._settled():
             return min(IDLE_TICK, self.notifier.interval)
         return BUSY_TICK
 
     def _settled(self) -> bool:
-        if self.coordinator.under_way or self.awaits_promotion or self.reload.under_way or self.takeover.busy:
+        if (
+            self.coordinator.under_way
+            or self.generation.awaits_promotion
+            or self.reload.under_way
+            or self.takeover.busy
+        ):
             return False
         if self.listening.is_busy or self.stderr_relay.busy:
             return False
@@ -177,19 +231,16 @@ class Master:
         """One round of the loop: hear what others said, then move the phase."""
         pauses.turn()
         self.header.tick_at = clock.now_ns()
-        if self.server.num_workers > self.header.slot_count:
-            # By gunicorn's control socket (`worker add`), which asks no handler of ours.
-            self._refuse_workers(self.server.num_workers, request="workers")
-            self.server.want(self.header.slot_count)
+        self.capacity.limit()
         self.header.workers_wanted = self.server.num_workers
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
-        self.header.boot_timeout = int(self.settings.upgrade_timeout * 1e9)
+        self.header.boot_timeout = int(self.generation.settings.upgrade_timeout * 1e9)
         self.header.worker_uid = self.server.cfg.uid + 1
         try:
             if self.predecessor_link is not None and self.predecessor_link.follow():
-                self.predecessor_link = None
-            if self.phase is Phase.BOOTING:
+                self.predecessor_link = self.generation.predecessor = None
+            if self.generation.phase is Phase.BOOTING:
                 self._follow_boot()
         except HaltServer as halt:
             # No other error ends the start from here: the loop goes on.
@@ -204,54 +255,16 @@ class Master:
         guarded("takeover", self.takeover.follow)()
         self.reload.follow()
         self.rotation.follow()
-        guarded("probe port", self.probes.follow)(self)
+        guarded("probe port", self.probes.follow)(
+            self.generation, self.coordinator.upgrade, lambda: self.roster.any_serves
+        )
         if self.roster.serving() >= self.server.num_workers:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
         guarded("systemd", self.notifier.follow)()
-        if self.phase is Phase.SERVING and self.predecessor_link is None and not self.coordinator.under_way:
+        if self.generation.phase is Phase.SERVING and self.predecessor_link is None and not self.coordinator.under_way:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
-
-    def move(self, event: Event, level: int = logging.INFO, **fields: Any) -> None:
-        """Enter the phase that follows upon an event, and say so. Raises `LifecycleError` when there is none."""
-        since, before = self.header.phase_since, self.phase
-        phase = lifecycle.after(before, event)
-        if phase is before:
-            return
-        self.header.phase_since = clock.now_ns()
-        self.header.phase = phase
-        log.emit(f"phase.{phase.label}", level, after=round(clock.since(since), 3), workers=len(self.roster), **fields)
-        guarded("systemd", self.notifier.moved)(before, phase)
-
-    def _handle_exited_workers(self) -> None:
-        for gone in self.roster.reconcile():
-            self.stop.count(gone)
-            self.header.requests_gone += gone.requests
-            self.header.server_errors_gone += gone.server_errors
-            self.header.late_gone += gone.late
-            if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
-                self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
-            self.header.workers_lost += gone.lost
-            if gone.told or gone.state not in (WorkerState.BOOTING, WorkerState.READY):
-                continue
-            why = "; ".join(part for part in (gone.ended, gone.error) if part) or "no reason given"
-            reason = f"worker {gone.pid} ended before it served: {why}"
-            if self.phase is Phase.BOOTING and self.predecessor_link is not None and not self.predecessor_link.alone:
-                self.predecessor_link.fail(reason)
-                raise HaltServer(log.one_line(reason), WORKER_BOOT_ERROR)
-            if self.phase is Phase.BOOTING and gone.could_not_boot:
-                raise HaltServer(log.one_line(reason), gone.exit_status)
-            if self.phase in lifecycle.SPAWNING:
-                wait = self.roster.boot_failed()
-                self.start_message.doing(f"its workers booted; {reason}")
-                log.emit(
-                    "worker.boot_failed",
-                    logging.ERROR,
-                    pid=gone.pid,
-                    error=why,
-                    retry_in=wait,
-                )
 
     def _follow_boot(self) -> None:
         ready = sum(member.state is WorkerState.READY for member in self.roster.members())
@@ -271,7 +284,9 @@ class Master:
                 self.predecessor_link.fail(reason)
             raise HaltServer(log.one_line(reason), WORKER_BOOT_ERROR) from None
         self.header.ready_at = clock.now_ns()
-        self.move(Event.READY, pid=os.getpid())
+        self.generation.move(Event.READY, pid=os.getpid())
+
+    def _open_gate(self) -> None:
         self.gate.open()
         self.start_message.served()
 
@@ -280,54 +295,25 @@ class Master:
         """Whether a gunicorn goes on to use all of the listeners when this service has ended."""
         return self._inherited_as_kept or self.server.has_stock_predecessor
 
-    # -- as a successor
+    def _fields_to_inherit(self) -> dict[str, Any]:
+        probe, probe_bind = self.probes.inheritance
+        return {"probe": probe, "probe_bind": probe_bind, "kept": self.kept, "stderr_pipes": self.stderr_relay.pipes}
 
-    @property
-    def awaits_promotion(self) -> bool:
-        """Whether the predecessor has not handed over yet."""
-        return self.predecessor_link is not None and not self.predecessor_link.is_active
-
-    def release_predecessor(self) -> None:
-        """Tell a predecessor that still retires not to come back."""
-        if self.predecessor_link is not None:
-            self.predecessor_link.release()
-
-    def reloaded(self) -> None:
-        """Have everybody replaced, now that a new configuration is in force."""
+    def _reloaded(self) -> None:
+        # A new configuration is in force: every worker is to be replaced.
         self.roster.outdate()
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()
         self.header.reload_number += 1
-        guarded("probe port", lambda: self.probes.renew(settings_sources.settle(self.server.cfg)))()
+        guarded("probe port", lambda: self.probes.renew(self.generation.settings))()
 
     # -- what a person asks of it
 
-    def handle_winch(self) -> None:
-        """SIGWINCH to a daemon takes all workers away, until others are asked for; to anybody else it means nothing."""
-        reason = self.not_now()
-        if self.server.cfg.daemon and reason:
-            log.emit("refused", logging.WARNING, signal="WINCH", reason=reason,
-                      remedy="an upgrade takes the old workers away by itself")  # fmt: skip
-            return
-        self._gunicorn_winch()
-
-    def handle_ttin(self) -> None:
-        """SIGTTIN: one more worker, if the board has a slot for it."""
-        wanted = self.server.num_workers + 1
-        if wanted > self.header.slot_count:
-            self._refuse_workers(wanted, signal="TTIN")
-            return
-        self._gunicorn_ttin()
-
-    def _refuse_workers(self, wanted: int, **by: Any) -> None:
-        reason = too_many_workers(wanted, self.header.slot_count)
-        log.emit("refused", logging.WARNING, **by, reason=reason, remedy="start another service beside this one")
-
     def not_now(self) -> str:
         """Say why the workers are not to be touched just now; "" when nothing is under way."""
-        if self.phase is not Phase.SERVING:
-            return f"the generation is {self.phase.label}"
-        if self.coordinator.under_way or self.awaits_promotion:
+        if self.generation.phase is not Phase.SERVING:
+            return f"the generation is {self.generation.phase.label}"
+        if self.coordinator.under_way or self.generation.awaits_promotion:
             return "an upgrade is under way"
         return "a reload is under way" if self.reload.under_way else ""
 
@@ -339,7 +325,7 @@ class Master:
         """The generations that this one has a channel to."""
         return [
             each
-            for each in (self.predecessor_link, self.coordinator.upgrade, self.coordinator.cancelled)
+            for each in (self.predecessor_link, self.coordinator.upgrade, *self.coordinator.leftovers)
             if each is not None
         ]
 
@@ -350,88 +336,19 @@ class Master:
 
         return handle
 
-    # -- workers
-
-    def manage_workers(self) -> None:
-        """Spawn and retire as the roster plans, and end the loop when nobody is left or the deadline passed."""
-        # After the reaper and before anybody is spawned in place of one whose end should end the start.
-        self._handle_exited_workers()
-        # Those of a reload or a SIGTTIN.
-        self.roster.note_forks()
-        if self.gate.opened or (self.predecessor_link is not None and self.predecessor_link.alone):
-            # A first start takes as long as it takes; a successor whose predecessor died shall not hang for ever.
-            self.roster.give_up_boots(self.settings.upgrade_timeout)
-        if self.phase is Phase.DRAINING and not self.header.blocked_since:
-            guarded("block_new_connections", self._close_door)()
-        if self.phase in (Phase.DRAINING, Phase.RETIRING):
-            guarded("listeners", self.listening.follow)()
-            if not self.server.has_workers:
-                self.stop.end_when_no_worker_is_left()
-            else:
-                self.stop.end_at_the_deadline()
-        decision = plan(self.roster.members(), self.server.num_workers, self.phase, self.roster.room)
-        self._note_room(decision)
-        if self.roster.may_spawn():
-            for _ in range(decision.spawn):
-                self._spawn()
-        deadline = self.stop.ends_at
-        if self.phase in lifecycle.SPAWNING:
-            deadline = clock.after_ns(self.settings.recycle_timeout)
-            slack = self.settings.stop_budget().abandon_window + OVERDUE_SLACK
-            for pid in self.roster.kill_overdue(slack):
-                log.emit("worker.overdue", logging.ERROR, pid=pid, timeout=self.settings.recycle_timeout)
-        self.roster.retire(decision.retire, deadline)
-        self.roster.repeat()
-
-    def _spawn(self) -> None:
-        master = os.getpid()
-        try:
-            self.server.spawn_worker()
-            self.roster.note_forks()
-        except Exception:
-            if os.getpid() == master:
-                raise
-            # A worker for which gunicorn could not even print why it ends
-            # (test_error_that_cannot_be_printed_leaves_spawn_worker): back here it would be a
-            # second master, with this one's workers and listeners.
-            os._exit(WORKER_BOOT_ERROR)
-
-    def _note_room(self, decision: Plan) -> None:
-        # Those that retire or leave make room by themselves.
-        stuck = bool(decision.without_room) and not (decision.spawn or decision.retire or self._any_leaves())
-        if stuck and self._has_room:
-            log.emit("refused", logging.WARNING, request="replacement", workers=decision.without_room,
-                     reason=f"all {self.header.slot_count} slots of the board are taken; the old workers serve on",
-                     remedy="run fewer workers (SIGTTOU)")  # fmt: skip
-        self._has_room = not stuck
-
-    def _any_leaves(self) -> bool:
-        return any(member.told or member.state is not WorkerState.SERVING for member in self.roster.members())
-
-    def _manage_workers_guarded(self) -> None:
-        # Before anybody is served, an error (a `pre_fork` of the user that raises) ends the start, as gunicorn has it.
-        if self.gate.opened:
-            guarded("manage_workers", self.manage_workers)()
-            return
-        try:
-            with self.start_message.reporting():
-                self.manage_workers()
-        except Exception as error:
-            if self.predecessor_link is not None and not isinstance(error, StopIteration):
-                self.predecessor_link.fail(f"{type(error).__name__}: {error}")
-            raise
-
-    def _close_door(self) -> None:
-        if self.kept or self.header.successor_pid or self.awaits_promotion:
-            self.listening.keep(but_added=self.awaits_promotion)
+    def _block_new_connections(self) -> None:
+        if self.kept or self.header.successor_pid or self.generation.awaits_promotion:
+            self.listening.keep(but_added=self.generation.awaits_promotion)
         else:
             self.listening.shut()
 
     def _stop(self, graceful: bool = True) -> None:
         # gunicorn's own closes them in an order of its own, and cannot close an abstract Unix socket.
-        is_last = not (self.kept or self.server.successor_pid or self.header.successor_pid or self.awaits_promotion)
+        is_last = not (
+            self.kept or self.server.successor_pid or self.header.successor_pid or self.generation.awaits_promotion
+        )
         guarded("takeover", self.takeover.close)()
-        guarded("takeover", self.coordinator.end_given_up)()
+        guarded("takeover", self.coordinator.leftovers.kill)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
 
@@ -442,7 +359,7 @@ class Master:
 
     def _reaped(self, pid: int, status: int) -> None:
         self.roster.reaped(pid, status)
-        for child in (self.coordinator.upgrade, self.coordinator.cancelled, self.reload.proof):
+        for child in (self.coordinator.upgrade, *self.coordinator.leftovers, self.reload.proof):
             if child is not None and child.pid == pid:
                 child.reaped(status)
 

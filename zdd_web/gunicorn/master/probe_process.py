@@ -26,24 +26,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from zdd_web import log
-from zdd_web.board import LAYOUT, Board, WorkerState
+from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import ListenerError, SettingsError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, change_user, set_process_title
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.master.roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
+from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.settings import APP_SETTINGS, Settings
 from zdd_web.system import clock, proc
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
-    from zdd_web.gunicorn.upgrade.accession import PredecessorLink
 
 #: Clients that may wait while the process is forked again.
 BACKLOG = 1024
@@ -196,13 +195,16 @@ class ProbePort:
         if guarded("probe port", self._fork)():
             log.emit("probes.listening", address=spell(self._listener.getsockname()), pid=self._pid)
 
-    def follow(self, master: Master) -> None:
-        """Tell the process whether it accepts, and fork it again when it has died; the tick's call."""
+    def follow(self, generation: Generation, successor: Upgrade | None, any_serves: Callable[[], bool]) -> None:
+        """Tell the process whether it accepts, and fork it again when it has died; the tick's call.
+
+        `any_serves` returns whether a worker of this generation serves.
+        """
         if self._listener is None:
             return
-        self._header.probe_accepts = self._accepts(master)
+        self._header.probe_accepts = self._accepts(generation, successor, any_serves)
         self.look()
-        if (self._pid and self._status is None) or master.phase is Phase.STOPPED:
+        if (self._pid and self._status is None) or generation.phase is Phase.STOPPED:
             return
         if self._pid:
             self._died()
@@ -234,29 +236,28 @@ class ProbePort:
             self._status = status
 
     @staticmethod
-    def _accepts(master: Master) -> bool:
-        if master.phase is Phase.BOOTING:
-            # Beside one that serves nobody shall hear of this generation, until it serves too.
-            return master.predecessor_link is None or master.predecessor_link.alone
-        if master.awaits_promotion and not any(each.state is WorkerState.SERVING for each in master.roster.members()):
+    def _accepts(generation: Generation, successor: Upgrade | None, any_serves: Callable[[], bool]) -> bool:
+        if generation.phase is Phase.BOOTING:
+            # While another generation serves, clients hear of this one only when it serves too.
+            return generation.predecessor is None or generation.predecessor.alone
+        if generation.awaits_promotion and not any_serves():
             return False  # the gate was opened a moment ago
-        upgrade = master.coordinator.upgrade
-        if not master.header.successor_pid:
+        if not generation.header.successor_pid:
             # Two that answer in turn would each tell their own counts.
-            board = upgrade.board if upgrade is not None and not upgrade.gone else None
+            board = successor.board if successor is not None and not successor.gone else None
             return board is None or not (
                 board.header.layout == LAYOUT and board.header.probe_shared and board.header.probe_accepts
             )
-        if upgrade is None:
+        if successor is None:
             return True
-        board = upgrade.board
+        board = successor.board
         if board is None or board.header.layout != LAYOUT:
             return False
         if not board.header.probe_shared:
             # Nobody answers here but this one, and it answers as its successor would.
             return True
         # One that was stopped, and not succeeded, has ended while this generation still finishes what it has.
-        return upgrade.gone and board.header.phase in (*STOPPING, Phase.STOPPED) and not board.header.successor_pid
+        return successor.gone and board.header.phase in (*STOPPING, Phase.STOPPED) and not board.header.successor_pid
 
     def renew(self, settings: Settings) -> None:
         """Have another process answer when what it knows has changed; the old one lets its clients go."""

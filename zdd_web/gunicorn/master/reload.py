@@ -14,8 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from zdd_web import log
 from zdd_web.errors import NeedsUpgrade, ZddError
@@ -23,14 +22,14 @@ from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.master.capacity import too_many_workers
 from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.settings import Settings
 from zdd_web.system import clock, pauses, proc, stdio
 from zdd_web.system.captured_output import CapturedOutput, last_line
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
-
 
 #: Exit status of a proof that found a change which SIGHUP cannot make. Not one of gunicorn's own (1, 3, 4).
 NEEDS_UPGRADE = 10
@@ -113,8 +112,26 @@ class Proof:
 class Reload:
     """The master's side of SIGHUP."""
 
-    def __init__(self, master: Master) -> None:
-        self._master, self._server = master, master.server
+    def __init__(
+        self,
+        server: ArbiterFacade,
+        generation: Generation,
+        listening: ListenerManager,
+        notifier: SystemdNotifier,
+        *,
+        forwards: Callable[[signal.Signals], bool],
+        obstacle: Callable[[], str],
+        has_room: Callable[[], bool],
+        done: Callable[[], None],
+    ) -> None:
+        """`forwards` sends a signal to the process that it is meant for, and returns False when that is this one.
+
+        `obstacle` returns why no reload can begin now, or ""; `has_room`
+        whether the board has a slot for one more worker. `done` is called when a new configuration is in force.
+        """
+        self._server, self._generation = server, generation
+        self._listening, self._notifier = listening, notifier
+        self._forwards, self._obstacle, self._has_room, self._done = forwards, obstacle, has_room, done
         self.proof: Proof | None = None
 
     def after_fork(self) -> None:
@@ -129,38 +146,38 @@ class Reload:
 
     def request(self) -> None:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
-        if self._master.coordinator.forwards(signal.SIGHUP):
+        if self._forwards(signal.SIGHUP):
             return
         if self._server.cfg.preload_app:
             # The app is imported in this process, and a module is imported once.
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
-            guarded("systemd", self._master.notifier.refused)("reload", reason)
+            guarded("systemd", self._notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade)")
             return
-        obstacle = self._master.not_now()
+        obstacle = self._obstacle()
         if obstacle:
             self._refuse(logging.WARNING, obstacle, "send it again later")
             return
-        if not self._master.roster.room:
-            slots = self._master.header.slot_count
+        if not self._has_room():
+            slots = self._generation.header.slot_count
             reason = f"all {slots} slots of the board are taken, and a new worker starts before an old one retires"
-            guarded("systemd", self._master.notifier.refused)("reload", reason)
+            guarded("systemd", self._notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), or send SIGTTOU before")
             return
-        unreachable = self._master.listening.unreachable_paths()
+        unreachable = self._listening.unreachable_paths()
         if unreachable:
             reason = f"the file of a Unix socket is gone, or leads to another socket: {', '.join(unreachable)}"
-            guarded("systemd", self._master.notifier.refused)("reload", reason)
+            guarded("systemd", self._notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, "use an upgrade (SIGUSR2, zdd-web upgrade), which binds it again")
             return
         try:
-            self.proof = Proof.begin(self._server, self._master.settings, self._master.header.slot_count)
+            self.proof = Proof.begin(self._server, self._generation.settings, self._generation.header.slot_count)
         except OSError as error:
             reason = f"config and app cannot be tried in a child process: {error.strerror}"
-            guarded("systemd", self._master.notifier.refused)("reload", reason)
+            guarded("systemd", self._notifier.refused)("reload", reason)
             self._refuse(logging.WARNING, reason, _REMEDIES.get(error.errno or 0, "send it again later"))
             return
-        guarded("systemd", self._master.notifier.reload_began)()
+        guarded("systemd", self._notifier.reload_began)()
         log.emit("reload.started", child=self.proof.pid)
 
     def follow(self) -> None:
@@ -173,12 +190,12 @@ class Reload:
         said = proof.close()
         if not reason:
             reason = apply(self._server)
-        guarded("systemd", self._master.notifier.reload_ended)(reason)
+        guarded("systemd", self._notifier.reload_ended)(reason)
         if reason:
             stdio.write_stderr(said)
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
-        self._master.reloaded()
+        self._done()
         log.emit("reload.done", workers=self._server.num_workers)
 
     def cancel(self) -> None:
@@ -187,7 +204,7 @@ class Reload:
             self.proof.end()
             self.proof.close()
             self.proof = None
-            guarded("systemd", self._master.notifier.reload_ended)("the service was stopped")
+            guarded("systemd", self._notifier.reload_ended)("the service was stopped")
 
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
@@ -201,19 +218,6 @@ def _remedy(status: int | None) -> str:
     """
     # A wait status has the exit status in its second byte.
     return "use an upgrade" if status == NEEDS_UPGRADE << 8 else "fix it and send SIGHUP again"
-
-
-def too_many_workers(workers: int, slots: int) -> str:
-    """Return why there cannot be so many workers, or "".
-
-    >>> too_many_workers(512, 512)
-    ''
-    >>> too_many_workers(600, 512)
-    'workers = 600: the board has 512 slots, one for each worker: run fewer'
-    """
-    return (
-        f"workers = {workers}: the board has {slots} slots, one for each worker: run fewer" if workers > slots else ""
-    )
 
 
 def _try(server: ArbiterFacade, settings: Settings, slots: int, output: int) -> None:

@@ -1,7 +1,6 @@
-"""The roster: which worker has which slot, and who should come or go.
+"""The roster: which worker has which slot, and what the master knows of each.
 
-`plan()` is the whole decision, pure; `Roster` keeps the books of the master. Both go by what workers say on the
-board: a worker that is leaving counts for nothing, one that boots counts only as on its way.
+What to do about them is `plan()`'s decision (plan.py), made from `Roster.members()`.
 
 What workers say is a claim (board.py). Which processes there are, and which of them were told to leave, the roster
 knows by itself: a pid comes from gunicorn's fork. A worker that has served once never counts as a failed boot. A
@@ -10,17 +9,16 @@ worker that says it leaves, and stays, is told to leave, which gives it a deadli
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from zdd_web.board import SLOTS, Board, Slot, WorkerState
+from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
-from zdd_web.gunicorn.adapter.exits import APP_LOAD_ERROR, WORKER_BOOT_ERROR
-from zdd_web.gunicorn.termination_message import first_boot
-from zdd_web.lifecycle import SPAWNING, Phase
+from zdd_web.gunicorn.boot_progress import first_boot
+from zdd_web.gunicorn.master.plan import Member
+from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
 from zdd_web.system import clock, pauses, proc
 
 #: The kernel may drop a SIGTERM that arrives between a worker's fork and its handlers (gunicorn #1910): say it again.
@@ -31,106 +29,6 @@ LINGERS_AFTER = 1.0
 
 #: After a failed boot the next one waits, longer each time, seconds.
 BACKOFF_FIRST, BACKOFF_FACTOR, BACKOFF_MOST = 0.5, 1.5, 30.0
-
-
-@dataclass(frozen=True)
-class Member:
-    """A worker as the plan sees it. `age` counts up, the oldest has the lowest; `told` means it was told to retire."""
-
-    pid: int
-    age: int
-    state: WorkerState
-    told: bool = False
-    outdated: bool = False
-    #: It says that it leaves, and has for a while.
-    lingers: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many workers to spawn, and the pids to retire; how many more there should be, for which there is no room."""
-
-    spawn: int = 0
-    retire: tuple[int, ...] = ()
-    without_room: int = 0
-
-
-def plan(members: Sequence[Member], wanted: int, phase: Phase, room: int = SLOTS) -> Plan:
-    """Decide who comes and who goes.
-
-    Capacity never falls by our own doing: a serving worker is retired only when `wanted` others serve. Workers from
-    before a reload, and those that have answered `max_requests`, are `outdated`: they are replaced, oldest first, as
-    others pass the gate. No more are spawned at a time than there is `room` for on the board: where more than half of
-    its slots are taken, the others follow as the replaced ones end.
-
-    >>> serving = WorkerState.SERVING
-    >>> plan([Member(1, 1, serving, outdated=True), Member(2, 2, serving)], wanted=1, phase=Phase.SERVING)
-    Plan(spawn=0, retire=(1,), without_room=0)
-    """
-    if phase not in SPAWNING:
-        return Plan(retire=tuple(member.pid for member in members if not member.told))
-    staying = sorted(
-        (member for member in members if not member.told and member.state is not WorkerState.LEAVING),
-        key=lambda member: (not member.outdated, member.age),
-    )
-    current = [member for member in staying if not member.outdated]
-    serving = [member for member in staying if member.state is WorkerState.SERVING]
-    # Its replacement is on its way: it has as long as any other that leaves, however often it beats.
-    retire = [member.pid for member in members if not member.told and member.lingers]
-    retire += [member.pid for member in serving[: max(0, len(serving) - wanted)]]
-    # One that has not promised anything yet costs nothing.
-    retire += [member.pid for member in staying if member.outdated and member.state is not WorkerState.SERVING]
-    missing = max(0, wanted - len(current))
-    return Plan(spawn=min(missing, room), retire=tuple(retire), without_room=max(0, missing - room))
-
-
-@dataclass(frozen=True)
-class ExitedWorker:
-    """What a worker that is no more had last said on the board."""
-
-    pid: int
-    state: WorkerState
-    error: str
-    abandoned: int
-    in_flight: int
-    told: bool
-    status: int | None
-    late: int = 0
-    late_by: float = 0.0
-    late_peer: str = ""
-    late_quarters: tuple[int, ...] = (0, 0, 0, 0)
-    late_new_by: float = 0.0
-    requests: int = 0
-    server_errors: int = 0
-
-    @property
-    def lost(self) -> bool:
-        """Whether it had served and ended without having been told to."""
-        if self.told:
-            return False
-        # A worker that gunicorn's `timeout` ends has time to say that it leaves; a person may have asked one to.
-        failed = self.killed or self.exit_status != 0
-        return self.state is WorkerState.SERVING or (self.state is WorkerState.LEAVING and failed)
-
-    @property
-    def ended(self) -> str:
-        """How it ended, in words; "" when nobody saw it."""
-        return "" if self.status is None else proc.describe(self.status)
-
-    @property
-    def exit_status(self) -> int:
-        """Its exit status; 0 when a signal ended it or nobody saw it."""
-        return os.waitstatus_to_exitcode(self.status) if self.status is not None and os.WIFEXITED(self.status) else 0
-
-    @property
-    def killed(self) -> bool:
-        """Whether a signal ended it."""
-        return self.status is not None and os.WIFSIGNALED(self.status)
-
-    @property
-    def could_not_boot(self) -> bool:
-        """Whether it ended in the way in which gunicorn's workers end when they cannot boot, or not load the app."""
-        return self.exit_status in (WORKER_BOOT_ERROR, APP_LOAD_ERROR)
 
 
 class Forked(Protocol):
@@ -223,6 +121,21 @@ class Roster:
         return sum(
             member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
         )
+
+    @property
+    def any_serves(self) -> bool:
+        """Whether a worker serves, one that was told to leave included."""
+        return any(member.state is WorkerState.SERVING for member in self.members())
+
+    @property
+    def all_leave(self) -> bool:
+        """Whether no worker accepts any more."""
+        return all(member.state is WorkerState.LEAVING for member in self.members())
+
+    @property
+    def any_leaves(self) -> bool:
+        """Whether a worker was told to leave, or does not serve."""
+        return any(member.told or member.state is not WorkerState.SERVING for member in self.members())
 
     def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""

@@ -2,7 +2,7 @@
 
 A stop has one budget, `GRACE_PERIOD`; its deadline stands on the board, where workers read it. A generation that
 retires has `RETIRE_TIMEOUT`. The loop ends by gunicorn's own means, `StopIteration` and `HaltServer`, from
-`Master.manage_workers`: with no worker left, or at the deadline.
+`Workforce.manage_workers`: with no worker left, or at the deadline.
 """
 
 from __future__ import annotations
@@ -12,21 +12,28 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from zdd_web import keeper, lifecycle, log
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn import process_exit, termination_message
+from zdd_web.gunicorn import boot_progress, process_exit, termination_message
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.exits import HaltServer
-from zdd_web.gunicorn.master.roster import ExitedWorker
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.master.reload import Reload
+from zdd_web.gunicorn.master.roster import Roster
+from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.ancestors import deadline_of_the_stop
+from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
 from zdd_web.gunicorn.workers import late_arrivals
+from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
+from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.lifecycle import Event, Phase
+from zdd_web.settings import Settings
 from zdd_web.system import clock
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
 
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
@@ -42,9 +49,22 @@ REAP_WITHIN, REAP_EVERY = 0.3, 0.005
 class Stop:
     """How one master ends, and what it has counted of work that was cut off."""
 
-    def __init__(self, master: Master) -> None:
-        self._master = master
-        self._server, self._header, self._settings = master.server, master.header, master.settings
+    def __init__(
+        self,
+        server: ArbiterFacade,
+        generation: Generation,
+        roster: Roster,
+        listening: ListenerManager,
+        notifier: SystemdNotifier,
+        coordinator: UpgradeCoordinator,
+        reload: Reload,
+        gate: Gate,
+        start_message: StartMessage,
+    ) -> None:
+        self._server, self._generation, self._header = server, generation, generation.header
+        self._roster, self._listening, self._notifier = roster, listening, notifier
+        self._coordinator, self._reload = coordinator, reload
+        self._gate, self._start_message = gate, start_message
         self._lame_duck_ends = clock.NEVER
         #: Why a start that was ended by a signal has come to nothing.
         self._ended_booting = ""
@@ -53,6 +73,10 @@ class Stop:
         self._killed_at_work = False
         self._ends_now = False
         self._late = late_arrivals.LateArrivals()
+
+    @property
+    def _settings(self) -> Settings:
+        return self._generation.settings
 
     def take_over(self) -> None:
         """Replace what the arbiter does at these signals, and at its end."""
@@ -64,20 +88,20 @@ class Stop:
 
     def follow(self) -> None:
         """End the lame duck when its time is over; the tick's call."""
-        if self._master.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
-            self._master.move(Event.LAME_DUCK_OVER)
+        if self._generation.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
+            self._generation.move(Event.LAME_DUCK_OVER)
 
     def count(self, gone: ExitedWorker) -> None:
         """Count what a worker that has ended leaves behind."""
         self._late.add(gone)
-        if self._master.phase in lifecycle.WORKERS_LEAVE:
+        if self._generation.phase in lifecycle.WORKERS_LEAVE:
             self._abandoned += gone.abandoned
             self._killed_at_work |= gone.killed and bool(gone.abandoned or gone.in_flight)
             self._cut += gone.in_flight
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
-        if self._master.phase is Phase.RETIRING:
+        if self._generation.phase is Phase.RETIRING:
             self._stop_retiring()
         else:
             self._begin()
@@ -85,9 +109,9 @@ class Stop:
     def _begin(self) -> None:
         guarded("termination message", self._note_end)(signal.SIGTERM)
         guarded("cancel", self._cancel)(signal.SIGTERM)
-        guarded("release_predecessor", self._master.release_predecessor)()
+        guarded("release_predecessor", self._generation.release_predecessor)()
         # A takeover in its commit window has just been committed.
-        phase = self._master.phase
+        phase = self._generation.phase
         if phase is Phase.BOOTING:
             self._header.deadline = clock.after_ns(min(BOOT_STOP_BUDGET, self._settings.stop_budget().work))
         elif not self._header.deadline:
@@ -98,7 +122,7 @@ class Stop:
         elif phase is Phase.LAME_DUCK:
             self._header.deadline = clock.after_ns(self._settings.stop_budget().work)
         self._header.stop_since = self._header.stop_since or clock.now_ns()
-        self._master.move(Event.STOP)
+        self._generation.move(Event.STOP)
         self._stop_ancestors(signal.SIGTERM)
 
     def _stop_retiring(self) -> None:
@@ -109,13 +133,13 @@ class Stop:
             # The whole service ends: this generation's part of it has the same time.
             own = clock.after_ns(budget.lame_duck + budget.work)
             self._header.deadline = guarded("deadline", deadline_of_the_stop)(own) or own
-        if not guarded("forward", self._master.coordinator.forwards)(signal.SIGTERM, unless_it_stops=is_first):
+        if not guarded("forward", self._coordinator.forwards)(signal.SIGTERM, unless_it_stops=is_first):
             self._header.stop_since = self._header.stop_since or clock.now_ns()
 
     def _stop_ancestors(self, sig: signal.Signals) -> None:
         # The active master speaks for the service; any other ends alone.
-        if self._master.phase is not Phase.RETIRING and not self._master.awaits_promotion:
-            guarded("forward", self._master.coordinator.ancestors.tell)(sig)
+        if self._generation.phase is not Phase.RETIRING and not self._generation.awaits_promotion:
+            guarded("forward", self._coordinator.ancestors.tell)(sig)
 
     def handle_int(self) -> None:
         """SIGINT keeps gunicorn's meaning: stop now."""
@@ -136,12 +160,12 @@ class Stop:
 
     def _note_end(self, sig: signal.Signals) -> None:
         """Have a start that a signal ends be a failed one, whose message says how far it had come."""
-        if self._master.phase is not Phase.BOOTING or self._ended_booting:
+        if self._generation.phase is not Phase.BOOTING or self._ended_booting:
             return
         seconds = clock.since(self._header.started_at)
-        progress = termination_message.progress(self._master.board.snapshot())
+        progress = boot_progress.progress(self._generation.board.snapshot())
         self._ended_booting = f"ended by {sig.name} while it booted, after {seconds:.1f} s: {progress}"
-        self._master.start_message.failed(self._ended_booting)
+        self._start_message.failed(self._ended_booting)
 
     def _halt_if_ended_booting(self) -> None:
         if self._ended_booting:
@@ -149,12 +173,12 @@ class Stop:
 
     def _prepare_to_end(self, sig: signal.Signals) -> None:
         guarded("cancel", self._cancel)(sig)
-        guarded("release_predecessor", self._master.release_predecessor)()
-        guarded("forward", self._master.coordinator.forwards)(sig)
+        guarded("release_predecessor", self._generation.release_predecessor)()
+        guarded("forward", self._coordinator.forwards)(sig)
         self._stop_ancestors(sig)
-        if self._master.predecessor_link is not None:
-            guarded("pid file", self._master.predecessor_link.unlink_pid_file)()
-        guarded("systemd", self._master.notifier.ends_now)(STOP_NOW_WITHIN)
+        if self._generation.predecessor is not None:
+            guarded("pid file", self._generation.predecessor.unlink_pid_file)()
+        guarded("systemd", self._notifier.ends_now)(STOP_NOW_WITHIN)
         self._ends_now = True
         # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
         self._header.phase = Phase.STOPPED
@@ -163,15 +187,15 @@ class Stop:
         self._server.cfg.set("graceful_timeout", min(self._server.cfg.graceful_timeout, STOP_NOW_WITHIN))
 
     def _cancel(self, sig: signal.Signals) -> None:
-        self._master.reload.cancel()
-        self._master.coordinator.cancel(sig)
+        self._reload.cancel()
+        self._coordinator.cancel(sig)
 
     def halt(self, reason: str | None = None, exit_status: int = 0) -> None:
         """End the process as gunicorn does, and in time, whatever threads of the app do."""
         # With `preload_app` threads that the app starts at import are the master's. Not for one that is to end now, or
         # has not served: it has promised nothing.
         until = clock.now_ns()
-        if self._master.gate.opened and not self._ends_now:
+        if self._gate.opened and not self._ends_now:
             is_stop = self._header.stop_since and self._header.deadline
             until = self._header.deadline if is_stop else clock.after_ns(self._settings.recycle_timeout)
         try:
@@ -191,10 +215,10 @@ class Stop:
 
     def end_when_no_worker_is_left(self) -> None:
         """End the loop, unless a cancelled successor is still here. Raises `StopIteration` or `HaltServer`."""
-        if self._master.coordinator.waits_for_cancelled():
+        if self._coordinator.waits_for_leftovers(self.ends_at):
             return
         if self._header.successor_pid:
-            self._master.coordinator.follow_last_accepts()
+            self._coordinator.follow_last_accepts()
             # gunicorn's reaper has forgotten a successor that was succeeded itself, and would unlink the socket.
             self._server.set_successor(self._header.successor_pid)
         seconds = self._leaving_for()
@@ -202,11 +226,11 @@ class Stop:
         said: dict[str, Any] = {}
         if self._header.stop_since:
             said = self._late.fields(self._settings.drain_delay, self._settings.grace_period, self._cut)
-        if self._master.listening.is_left_to_others:
+        if self._listening.is_left_to_others:
             # Nothing was refused: connections have gone to the others on the port.
             said.pop("remedy", None)
         late = bool(self._abandoned or self._cut) and clock.passed(self.ends_at)
-        self._master.move(Event.FINISHED, late_arrivals.level(said), seconds=seconds, **said)
+        self._generation.move(Event.FINISHED, late_arrivals.level(said), seconds=seconds, **said)
         abandoned = late or self._killed_at_work
         if abandoned:
             self._emit_abandoned(workers=0, requests=self._cut, tasks=self._abandoned, seconds=seconds)
@@ -215,7 +239,7 @@ class Stop:
     @property
     def ends_at(self) -> int:
         """When what is in hand is cut off: at a stop's deadline, or when a retirement has taken too long."""
-        if self._master.phase is Phase.RETIRING and not self._header.deadline:
+        if self._generation.phase is Phase.RETIRING and not self._header.deadline:
             return self._header.phase_since + int(self._settings.retire_timeout * 1e9)
         return self._header.deadline
 
@@ -224,12 +248,10 @@ class Stop:
         deadline = self.ends_at
         if deadline == clock.NEVER or clock.since(deadline) < self._settings.stop_budget().abandon_window:
             return
-        requests = self._master.board.snapshot().in_flight + self._cut
-        tasks = self._master.roster.unfinished() + self._abandoned
-        served = any(
-            member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self._master.roster.members()
-        )
-        killed = self._master.roster.kill()
+        requests = self._generation.board.snapshot().in_flight + self._cut
+        tasks = self._roster.unfinished() + self._abandoned
+        served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self._roster.members())
+        killed = self._roster.kill()
         # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
         abandoned = bool(requests or tasks)
         if abandoned or served:
@@ -262,7 +284,7 @@ class Stop:
         )
 
     def _leave(self, *, abandoned: bool) -> NoReturn:
-        if self._header.successor_pid and self._master.coordinator.becomes_the_keeper:
+        if self._header.successor_pid and self._coordinator.becomes_the_keeper:
             self._end_with_the_service()
             # What gunicorn's halt() would do, short of the exit: test_halt_ends_in_this_order.
             self._server.suspend_control_server()
@@ -276,7 +298,7 @@ class Stop:
         raise StopIteration
 
     def _end_with_the_service(self) -> None:
-        status = self._master.coordinator.identity_status()
+        status = self._coordinator.identity_status()
         if status is not None:
             raise HaltServer("the service was stopped", status)
 

@@ -34,7 +34,7 @@ from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.sockets import bind_listener
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
 from zdd_web.lifecycle import Phase

@@ -11,30 +11,31 @@ from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.exits import HaltServer
-from zdd_web.gunicorn.handoff.handover import Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.upgrade.states import LINK, Link, LinkEvent, after, knows
 from zdd_web.system import boot_log, clock, pauses, proc
 
 #: Seconds in which a master that was killed is gone for good, also on a machine that is short of everything.
 GIVEN_UP_AFTER = 5.0
 
 
+#: What the messages of a predecessor mean.
+EVENTS = {"go": LinkEvent.GO, "office": LinkEvent.PROMOTED, "given_up": LinkEvent.REJECTED}
+
+
 class PredecessorLink:
-    """What a new master inherited, and how far it has come towards office."""
+    """What a new master inherited, and how far it has come towards being the service."""
 
     def __init__(self, inherited: Inheritance, server: ArbiterFacade, board: Board) -> None:
         self.inherited, self._server, self._board = inherited, server, board
         self._channel = inherited.open_channel()
-        #: Copies what this generation says to the boot log, until it is in office.
+        #: Copies what this generation logs to the boot log, until it is active.
         self.handler: boot_log.Handler | None = boot_log.Handler(inherited.boot_log)
-        self.alone = False
-        self.is_active = False
-        self._asked = False
-        self._told = False
+        self.state = Link.BOOTING
+        #: When the channel was found to have ended while the predecessor lives.
         self._ended_at = clock.NEVER
-        #: Why the predecessor has given up one that is not its child; None while it has not.
-        self._given_up: str | None = None
         self.reopen_number = 0
         self._pid_file = ""
         self._predecessors: Board | None = None
@@ -45,6 +46,19 @@ class PredecessorLink:
                 pass  # counters begin anew
             finally:
                 os.close(inherited.board)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this generation is the service."""
+        return self.state is Link.ACTIVE
+
+    @property
+    def alone(self) -> bool:
+        """Whether the predecessor is gone, and has not handed over."""
+        return self.state in (Link.ALONE, Link.ALONE_READY)
+
+    def _move(self, event: LinkEvent) -> None:
+        self.state = after(LINK, self.state, event)
 
     @property
     def predecessors(self) -> Board | None:
@@ -83,38 +97,41 @@ class PredecessorLink:
 
     def may_serve(self, ready: int) -> bool:
         """Ask the predecessor for the gate, once; tell whether it has answered or is gone."""
-        if not self._asked:
-            self._asked = True
-            # Before anybody can have an answer of this generation.
+        if knows(LINK, self.state, LinkEvent.READY):
+            self._move(LinkEvent.READY)
+            # Before any client can have an answer of this generation.
             log.emit("upgrade.ready", pid=os.getpid(), workers=ready,
                      seconds=clock.since(self._board.header.started_at))  # fmt: skip
             self._channel.send("ready", workers=ready)
-        return self._told or self.alone
+        return self.state in (Link.SERVING, Link.ALONE_READY, Link.ACTIVE)
 
     def follow(self) -> bool:
         """Hear the predecessor; tell whether it is gone, and this object with it."""
         if self._predecessors is not None:
             metrics.carry(self._board, self._predecessors)
         while message := self._channel.receive():
-            if message.kind == "go":
-                self._told = True
-            elif message.kind == "office":
-                self._take_office()
-            elif message.kind == "reopen":
+            if message.kind == "reopen":
                 self.reopen_number = max(self.reopen_number, message.number("number"))
-            elif message.kind == "given_up" and self._given_up is None:
-                self._given_up = str(message.fields.get("reason", ""))
-                self._end()
-        if self._given_up is not None or not self._channel.ended:
+                continue
+            event = EVENTS.get(message.kind)
+            if event is None or not knows(LINK, self.state, event):
+                continue
+            self._move(event)
+            if event is LinkEvent.PROMOTED:
+                self._become_active()
+            elif event is LinkEvent.REJECTED:
+                self._end(str(message.fields.get("reason", "")))
+        if self.state is Link.REJECTED or not self._channel.ended:
             return False
         if not self.is_active and self._predecessor_lives():
             # A process's descriptors close a moment before it is gone. One that stays has given this master up.
             self._ended_at = self._ended_at or clock.now_ns()
             if pauses.since(self._ended_at) > GIVEN_UP_AFTER:
+                self._move(LinkEvent.REJECTED)
                 raise HaltServer("the predecessor has given this generation up", 1)
             return False
-        if not self.is_active and not self.alone:
-            self.alone = True
+        if knows(LINK, self.state, LinkEvent.LOST):
+            self._move(LinkEvent.LOST)
             log.emit(
                 "predecessor.lost",
                 logging.WARNING,
@@ -133,23 +150,22 @@ class PredecessorLink:
         # One in another pid namespace cannot be looked at; it would have said that it gives this one up.
         return proc.alive(self.inherited.predecessor, self.inherited.predecessor_start)
 
-    def _end(self) -> None:
+    def _end(self, reason: str) -> None:
         """End because the predecessor, which is not this one's parent and cannot simply kill it, has given it up."""
-        log.emit("upgrade.given_up", logging.ERROR, predecessor=self.inherited.predecessor, reason=self._given_up)
-        # Whatever it was told before: the listeners and their paths are the other's.
-        self.is_active = False
+        log.emit("upgrade.given_up", logging.ERROR, predecessor=self.inherited.predecessor, reason=reason)
         if self._board.header.ready_at:
             # Its gate is open: what it has in hand it finishes.
             self._server.handle_term()
             return
         # Nobody has been served, and one that hangs in an import does not hear SIGTERM.
         self._server.kill_workers(signal.SIGKILL)
-        raise HaltServer(log.one_line(f"the running master has given this one up: {self._given_up}"), 1)
+        raise HaltServer(log.one_line(f"the running master has given this one up: {reason}"), 1)
 
     def about_to_serve(self) -> None:
-        """Take office where there is nobody who could hand it over: before anybody is served, if that is possible."""
-        if self.alone and not self.is_active:
-            self._take_office()
+        """Become the service where no predecessor can hand it over: before the first request, if that is possible."""
+        if knows(LINK, self.state, LinkEvent.SERVES):
+            self._move(LinkEvent.SERVES)
+            self._become_active(was_alone=True)
 
     def release(self) -> None:
         """Tell a predecessor that still retires not to come back: this generation ends because it was asked to."""
@@ -176,9 +192,8 @@ class PredecessorLink:
         if self._pid_file:
             PidFile(self._pid_file, os.getpid()).unlink()
 
-    def _take_office(self) -> None:
+    def _become_active(self, *, was_alone: bool = False) -> None:
         # The channel stays open while the predecessor lives: its end would mean that this master has died.
-        self.is_active = True
         self._server.set_predecessor(0)
         if self.handler is not None:
             self.handler.end()
@@ -188,7 +203,7 @@ class PredecessorLink:
             self._server.set_pid_file(pid_file)
             try:
                 # `create` also uses up what a predecessor had prepared that was killed before it could commit it.
-                if self.alone or pid_file.read() != os.getpid():
+                if was_alone or pid_file.read() != os.getpid():
                     pid_file.create(os.getpid())
             except OSError as error:
                 log.emit("internal.error", logging.ERROR, where="pid file", error=str(error))

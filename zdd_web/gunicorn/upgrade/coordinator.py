@@ -10,109 +10,134 @@ word to the successor, then the phase, whose change has the roster retire the wo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from zdd_web import log, metrics
-from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
+from zdd_web.board import Board
 from zdd_web.errors import UpgradeError, ZddError
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.handoff.handover import Inheritance
-from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
-from zdd_web.gunicorn.handoff.parentage import Parentage
-from zdd_web.gunicorn.termination_message import first_boot
+from zdd_web.gunicorn.boot_progress import first_boot
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
+from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
-from zdd_web.gunicorn.upgrade.orphans import Orphans
-from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade
-from zdd_web.health import Probe, Status, examine
+from zdd_web.gunicorn.upgrade.leftovers import Leftovers
+from zdd_web.gunicorn.upgrade.outcome import Outcome
+from zdd_web.gunicorn.upgrade.preparation import Preparation
+from zdd_web.gunicorn.upgrade.states import (
+    HANDED_OVER,
+    RELEASED,
+    SUCCESSOR,
+    Successor,
+    SuccessorEvent,
+    knows,
+)
+from zdd_web.gunicorn.upgrade.successor_health import successor_health
+from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import STOPPING, Event, Phase
-from zdd_web.probes import look
 from zdd_web.service import Line
+from zdd_web.settings import Settings
 from zdd_web.system import clock, fd_passing, masking, proc, stdio
-from zdd_web.system.boot_log import BootLog
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
 
 #: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
 
 
-def _successor_health(board: Board) -> tuple[int, str]:
-    """Return the phase that a successor's probes speak of, and what is wrong with it while it serves."""
-    header = board.header
-    if header.layout != LAYOUT:
-        return header.phase, ""
-    if header.phase == Phase.RETIRING and header.successor_phase:
-        # It has a successor itself, and speaks for that.
-        return header.successor_phase, header.successor_trouble
-    if header.phase != Phase.SERVING:
-        return header.phase, ""
-    failed = [each for each in examine(Probe.READINESS, look(board)) if each.status is Status.FAIL]
-    # A check may have the name of something else that is looked at, such as "workers".
-    return header.phase, "; ".join(each.name if each.is_check else f"{each.name}: {each.text}" for each in failed)
-
-
 class UpgradeCoordinator:
     """What this master knows of its successor, if there is one."""
 
-    def __init__(self, master: Master, launch: Launch, inherited: Inheritance | None) -> None:
-        self._master, self._launch = master, launch
-        self._server, self._header, self._settings = master.server, master.header, master.settings
+    def __init__(
+        self,
+        server: ArbiterFacade,
+        generation: Generation,
+        launch: Launch,
+        inherited: Inheritance | None,
+        listening: ListenerManager,
+        notifier: SystemdNotifier,
+        *,
+        given: Callable[[], dict[str, Any]],
+        reloads: Callable[[], bool],
+        all_leave: Callable[[], bool],
+        close_takeover: Callable[[], None],
+    ) -> None:
+        """`given` returns the fields of `Inheritance` that other roles know, `reloads` whether a reload is under way.
+
+        `all_leave` returns whether no worker of this generation accepts any more; `close_takeover` ends the listening
+        for takeovers.
+        """
+        self._server, self._generation, self._header = server, generation, generation.header
+        self._listening, self._notifier = listening, notifier
+        self._all_leave, self._close_takeover = all_leave, close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
-        env_file = self._settings.env_file
-        self._env_at_start = read_env_file(env_file) if env_file else {}
         self.upgrade: Upgrade | None = None
-        #: A successor that was told to stop, together with this generation, when it had requests in hand already.
-        self.cancelled: Upgrade | None = None
-        #: Successors that were given up, are nobody's children here, and have not ended yet.
-        self._given_up: list[ExternalSuccessor] = []
-        #: Workers of successors whose master was killed after `go`.
-        self._orphans: list[Orphans] = []
-        #: Whoever has started this process waits for its pid.
+        self.leftovers = Leftovers()
+        #: The process that has started this one waits for its pid.
         self._was_started = inherited is None or inherited.taken
-        self._boot_log: BootLog | None = None
-        self._identity = ServiceIdentity(master.server, master.notifier)
+        self._preparation = Preparation(
+            server,
+            generation,
+            launch,
+            listening,
+            self.ancestors,
+            self.leftovers,
+            was_started=self._was_started,
+            given=given,
+            reloads=reloads,
+        )
+        self._outcome = Outcome(self._header)
+        self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
         self._line: Line | None = None
+
+    @property
+    def _settings(self) -> Settings:
+        return self._generation.settings
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
         if self.forwards(signal.SIGUSR2):
             return
-        master = self._master
-        if master.awaits_promotion and master.phase is Phase.SERVING:
+        if self._generation.awaits_promotion and self._generation.phase is Phase.SERVING:
             # A deploy right after a deploy: a second at most, and worth waiting for.
             self._when_active = True
             return
         try:
-            self._refuse_unless_possible()
-            launch, boot_log = self._next_launch(), self._new_boot_log()
+            self._refuse_another()
+            self._preparation.refuse_unless_possible()
+            launch, boot_log = self._preparation.next_launch(), self._preparation.new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
-            inheritance = self._inheritance(boot_log)
-            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
+            inheritance = self._preparation.inheritance(boot_log)
+            self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._preparation.pre_exec)
         except (ZddError, OSError) as error:
-            self._close_unused_pipe()
-            self._outcome(UpgradeState.REFUSED, str(error))
-            self._header.upgrades_refused += 1
-            self._header.upgrade_number += 1
-            guarded("systemd", master.notifier.refused)("upgrade", str(error))
+            if self.upgrade is None:
+                self._preparation.close_unused_pipe()
+            self._outcome.refused(str(error), under_way=self.upgrade is not None)
+            self._outcome.requested()
+            guarded("systemd", self._notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        guarded("systemd", master.notifier.upgrade_began)()
+        guarded("systemd", self._notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
         self._server.set_successor(self.upgrade.pid)
-        self._outcome(UpgradeState.BOOTING, "")
-        self._header.upgrade_number += 1
+        self._outcome.publish(self.upgrade)
+        self._outcome.requested()
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
+
+    def _refuse_another(self) -> None:
+        if self.upgrade is not None:
+            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
 
     def admit(self, end: socket.socket, who: fd_passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -122,14 +147,22 @@ class UpgradeCoordinator:
                     f"this is the service {self._header.name!r}, and that one {name!r}: give each its TAKEOVER_SOCKET, "
                     f"or the same NAME if they are one"
                 )
-            self._refuse_unless_possible(forks=False)
-            boot_log = self._new_boot_log()
-            inheritance = self._inheritance(boot_log)
+            self._refuse_another()
+            self._preparation.refuse_unless_possible(forks=False)
+            boot_log = self._preparation.new_boot_log()
+            inheritance = self._preparation.inheritance(boot_log)
             self.upgrade = ExternalSuccessor.send_handoff(
-                end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
+                end,
+                who,
+                told,
+                inheritance,
+                boot_log,
+                self._settings.upgrade_timeout,
+                self._settings.commit_window,
             )
         except (ZddError, OSError) as error:
-            self._close_unused_pipe()
+            if self.upgrade is None:
+                self._preparation.close_unused_pipe()
             with contextlib.suppress(OSError):
                 fd_passing.send(end, {"kind": "refused", "reason": str(error)})
             end.close()
@@ -137,99 +170,16 @@ class UpgradeCoordinator:
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        self._outcome(UpgradeState.BOOTING, "")
+        self._outcome.publish(self.upgrade)
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
 
-    def _inheritance(self, boot_log: BootLog) -> Inheritance:
-        """Return what a successor is given, all but its end of the channel. Raises OSError."""
-        master = self._master
-        probe, probe_bind = master.probes.inheritance
-        return Inheritance(
-            generation=self._header.generation + 1,
-            predecessor=os.getpid(),
-            channel=-1,
-            boot_log=boot_log.fd,
-            stderr=-1,
-            stderr_pipes=(boot_log.output.reader, *master.stderr_relay.pipes),
-            ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
-            **master.listening.inheritance(),
-            kept=master.kept,
-            board=master.board.fd,
-            probe=probe,
-            probe_bind=probe_bind,
-        )
-
-    def _new_boot_log(self) -> BootLog:
-        if self._boot_log is not None:
-            self._boot_log.close()
-            self._boot_log = None
-        self._boot_log = BootLog()
-        self._header.boot_log_fd = self._boot_log.fd
-        return self._boot_log
-
-    def _close_unused_pipe(self) -> None:
-        if self.upgrade is None and self._boot_log is not None:
-            self._boot_log.output.close()
-
-    def _refuse_unless_possible(self, *, forks: bool = True) -> None:
-        if self.upgrade is not None:
-            raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
-        if self._master.phase is not Phase.SERVING:
-            raise UpgradeError(f"the generation is {self._master.phase.label}: only a serving one can be upgraded")
-        if self._master.reload.under_way:
-            raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
-        # What rejected successors have left count too: they hold the listeners, and memory.
-        alive = len(self.ancestors.alive()) + 1 + len(self._given_up) + len(self._orphans)
-        if alive >= self._settings.max_generations:
-            raise UpgradeError(
-                f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "
-                f"older one has finished its requests (`zdd-web status` shows them), or raise the limit"
-            )
-        if self._server.has_dirty_apps:
-            raise UpgradeError(
-                "dirty_apps are set: their processes cannot be handed over, and a second master would end those of the "
-                "first; restart the service, or move them into a service of their own"
-            )
-        if forks and not self._settings.keep_pid:
-            parentage = Parentage.of_this_process(adopted=not self._was_started)
-            obstacle = parentage.obstacle(parent_stays=self._settings.parent_stays)
-            if obstacle:
-                raise UpgradeError(obstacle)
-
-    def _next_launch(self) -> Launch:
-        launch = self._launch.following(self._settings.release_dir)
-        if self._settings.env_file:
-            launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
-        obstacle = launch.obstacle()
-        if obstacle:
-            raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
-        if launch.left:
-            log.emit("upgrade.left_behind", logging.WARNING, variables=",".join(launch.left),
-                     remedy="they name paths of the old release that the new one lacks, such as those of an agent: set "
-                     "them in ENV_FILE, or restart the service")  # fmt: skip
-        return launch
-
-    def _pre_exec(self, launch: Launch) -> Launch:
-        given, removed = self._server.call_pre_exec()
-        environ = {key: value for key, value in launch.environ.items() if key not in removed}
-        return dataclasses.replace(launch, environ={**environ, **given})
-
-    def _outcome(self, state: UpgradeState, reason: str) -> None:
-        if state is UpgradeState.FAILED and self._boot_log is not None:
-            # A command that sees the state reads it.
-            self._boot_log.publish()
-        self._header.upgrade_reason = reason
-        self._header.upgrade_since = clock.now_ns()
-        self._header.upgrade_state = state
-
     def follow(self) -> None:
         """Hear the successor and do what its verdict means; the tick's call."""
-        if self._when_active and not self._master.awaits_promotion:
+        if self._when_active and not self._generation.awaits_promotion:
             self._when_active = False
             self.request()
-        self._given_up = [each for each in self._given_up if not each.follow_end()]
-        self._orphans = [each for each in self._orphans if not each.follow()]
+        self.leftovers.follow()
         upgrade = self.upgrade
         if upgrade is None:
             return
@@ -237,35 +187,36 @@ class UpgradeCoordinator:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
         verdict = upgrade.poll()
-        if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
-            # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
-            self._master.listening.close(for_good=False)
+        if upgrade.state in RELEASED:
+            # This master will not serve again, and a process that still holds a listener keeps clients waiting.
+            self._listening.close(for_good=False)
         if verdict is not None and verdict.ready:
             self._approve(upgrade, verdict.workers)
-        elif verdict is not None and upgrade.stage is Stage.IN_OFFICE:
-            self._return_to_office(upgrade, verdict.reason)
+        elif verdict is not None and upgrade.state in HANDED_OVER:
+            self._serve_again(upgrade, verdict.reason)
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
             self._commit(upgrade)
-        elif upgrade.stage is Stage.IN_OFFICE:
+        elif upgrade.state in HANDED_OVER:
             self.follow_last_accepts()
 
     def _speak_for(self, successor: Board) -> None:
-        self._header.successor_phase, self._header.successor_trouble = _successor_health(successor)
+        self._header.successor_phase, self._header.successor_trouble = successor_health(successor)
 
     def follow_last_accepts(self) -> None:
         """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
-        leaving = all(member.state is WorkerState.LEAVING for member in self._master.roster.members())
+        leaving = self._all_leave()
         if leaving:
             # Not before: who is busy may hold them for long, and they could not be bound again.
-            guarded("listeners", self._master.listening.close_dropped)()
-        if self._header.upgrade_state != UpgradeState.COMMITTING:
+            guarded("listeners", self._listening.close_dropped)()
+        upgrade = self.upgrade
+        if upgrade is None or not knows(SUCCESSOR, upgrade.state, SuccessorEvent.LAST_ACCEPT):
             return
-        # An operator who is told "done" expects no answer of the old code to a request sent from now on.
         if leaving or clock.since(self._header.phase_since) >= LAST_ACCEPTS_WITHIN:
+            upgrade.move(SuccessorEvent.LAST_ACCEPT)
             self._header.upgrades_done += 1
-            self._outcome(UpgradeState.DONE, "")
+            self._outcome.publish(upgrade)
 
     def _approve(self, upgrade: Upgrade, workers: int) -> None:
         try:
@@ -274,41 +225,28 @@ class UpgradeCoordinator:
             self._fail(upgrade, f"the pid file {upgrade.pid_file} cannot be replaced: {error.strerror}")
             return
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
-        self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
+        self._outcome.publish(upgrade)
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
-        self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
+        self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
+        # Not before: if that raises, the next tick finds the same state and tries again.
+        upgrade.move(SuccessorEvent.FAILED)
         self._identity.discard()
         self._identity.forget_attempt(upgrade.pid)
         self._forget_successor()
         said = upgrade.boot_log.text()
-        if said and not upgrade.speaks:
+        if said and not upgrade.has_own_stderr:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
-        guarded("systemd", self._master.notifier.upgrade_ended)("failed", reason)
-        self._outcome(UpgradeState.FAILED, reason)
+        guarded("systemd", self._notifier.upgrade_ended)("failed", reason)
+        self._outcome.publish(upgrade, reason)
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
-        board = None
-        if upgrade.is_child and not now and upgrade.board is not None and upgrade.board.header.layout == LAYOUT:
-            board, upgrade.keeps_board = upgrade.board, True
-        upgrade.end(now=now, reason=reason)
-        if board is not None:
-            # As long as an old generation may take for what it has in hand.
-            limit = clock.after_ns(self._settings.retire_timeout)
-            self._orphans.append(Orphans(board, upgrade.signal_worker, limit))
-        if isinstance(upgrade, ExternalSuccessor) and not upgrade.follow_end():
-            self._given_up.append(upgrade)
-
-    def end_given_up(self) -> None:
-        """Have none of those that were given up outlive this master, if it can be helped: they hold its listeners."""
-        for each in self._given_up:
-            each.follow_end(wait=False)
-        for orphans in self._orphans:
-            orphans.end()
+        # As long as an old generation may take for the requests that it has accepted.
+        self.leftovers.end(upgrade, now=now, reason=reason, workers_have=self._settings.retire_timeout)
 
     def _forget_successor(self) -> None:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
@@ -330,32 +268,38 @@ class UpgradeCoordinator:
         self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         # First of all: the successor offers itself there when it hears that it is in office.
-        guarded("takeover", self._master.takeover.close)()
+        guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
-        if upgrade.dropped:
-            guarded("listeners", self._master.listening.drop)(upgrade.dropped)
-        self._master.release_predecessor()
+        self._generation.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
-        self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
+        self._generation.move(Event.SUCCEEDED, successor=upgrade.pid)
 
-    def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
+    def drain_unwanted_listeners(self) -> None:
+        """Begin to empty the listeners that the successor does not use; a retiring generation's entry action."""
+        if self.upgrade is not None and self.upgrade.dropped:
+            self._listening.drop(self.upgrade.dropped)
+
+    def _serve_again(self, upgrade: Upgrade, reason: str) -> None:
         if upgrade.board is not None:
-            guarded("metrics", metrics.take_back)(self._master.board, upgrade.board)
+            guarded("metrics", metrics.take_back)(self._generation.board, upgrade.board)
         self._end(upgrade, now=False, reason=reason)
+        upgrade.move(SuccessorEvent.FAILED)
         self._forget_successor()
-        if self._header.upgrade_state == UpgradeState.COMMITTING:
-            self._outcome(UpgradeState.FAILED, reason)
+        if upgrade.state is Successor.REJECTED:
+            self._outcome.publish(upgrade, reason)
+        # Its pipe too: what it has left behind would fill it, and block.
+        upgrade.boot_log.publish()
         if self._header.deadline:
-            return  # a stop was asked for meanwhile: nobody shall serve
+            return  # a stop was requested meanwhile: no generation is to serve
         log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
         # First of all: whatever fails below, there is nobody else to serve.
-        self._master.move(Event.SUCCESSOR_LOST)
-        guarded("listeners", self._master.listening.take_back)()
+        self._generation.move(Event.SUCCESSOR_LOST)
+        guarded("listeners", self._listening.take_back)()
         self._identity.take_back()
 
     def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
         """Send a signal on to the successor: where the pid must stay, it still means the service."""
-        if not (self.leaves_a_keeper and self._master.phase is Phase.RETIRING and self.upgrade is not None):
+        if not (self.leaves_a_keeper and self._generation.phase is Phase.RETIRING and self.upgrade is not None):
             return False
         current = self._descendants(self.upgrade).is_active()
         if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
@@ -391,48 +335,29 @@ class UpgradeCoordinator:
     def cancel(self, sig: signal.Signals) -> None:
         """End an upgrade under way, because the service is being stopped by this signal."""
         upgrade = self.upgrade
-        if upgrade is None or upgrade.stage is Stage.IN_OFFICE:
+        if upgrade is None or upgrade.state in HANDED_OVER:
             return
         reason = "the service was stopped"
-        if upgrade.stage is Stage.COMMITTING and not upgrade.is_child:
+        if upgrade.state is Successor.COMMITTING and not upgrade.is_child:
             # It serves, and whoever stops this process means this one alone: that one has a pid of its own.
             self._commit(upgrade)
             return
-        if upgrade.stage is Stage.COMMITTING:
-            # It has requests in hand: it stops as this generation does, which waits for it.
-            upgrade.ask_to_stop(sig)
-            self.cancelled = upgrade
+        if upgrade.state is Successor.COMMITTING:
+            # It has accepted requests: it stops as this generation does, which waits for it.
+            self.leftovers.stop(upgrade, sig)
+            upgrade.move(SuccessorEvent.STOP)
         else:
             self._end(upgrade, now=True, reason=reason)
+            upgrade.move(SuccessorEvent.FAILED)
         self._identity.discard()
         self._forget_successor()
-        guarded("systemd", self._master.notifier.upgrade_ended)("was cancelled", reason)
-        self._outcome(UpgradeState.FAILED, reason)
+        guarded("systemd", self._notifier.upgrade_ended)("was cancelled", reason)
+        self._outcome.publish(upgrade, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
-    def waits_for_cancelled(self) -> bool:
-        """Tell whether a cancelled successor, or workers of a failed one, are still here.
-
-        Those that stand still, or take too long, are killed.
-        """
-        # Of a stop, or of a retirement that has taken too long.
-        too_late = clock.passed(self._master.stop.ends_at)
-        if self._orphans and not too_late:
-            return True  # they finish what they have in hand
-        if any(each.stage is Stage.BOOTING for each in self._given_up) and not too_late:
-            return True  # it is to say why it ends, and has two seconds for it
-        upgrade = self.cancelled
-        if upgrade is None:
-            return False
-        if upgrade.status is not None:
-            # Its workers may be left, where it was killed.
-            self.cancelled = None
-            self._end(upgrade, now=False, reason="")
-            return bool(self._orphans)
-        if too_late or upgrade.is_stalled():
-            upgrade.end(now=True)
-            return False
-        return True
+    def waits_for_leftovers(self, deadline: int) -> bool:
+        """Tell whether processes of an upgrade are still to be waited for, until `deadline` (monotonic nanoseconds)."""
+        return self.leftovers.wait(clock.passed(deadline), self._settings.retire_timeout)
 
     @property
     def under_way(self) -> bool:
@@ -441,11 +366,7 @@ class UpgradeCoordinator:
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone."""
-        for upgrade in (self.upgrade, self.cancelled, *self._given_up):
-            if upgrade is not None:
-                upgrade.forget()
-        for orphans in self._orphans:
-            orphans.forget()
-        if self._boot_log is not None:
-            self._boot_log.close()
-            self._boot_log = None
+        if self.upgrade is not None:
+            self.upgrade.forget()
+        self.leftovers.after_fork()
+        self._preparation.after_fork()

@@ -17,8 +17,9 @@ import contextlib
 import signal
 import socket
 
-from zdd_web.gunicorn.handoff.handover import Channel, Inheritance
-from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade, Verdict
+from zdd_web.gunicorn.handoff.channel import Channel
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
+from zdd_web.gunicorn.upgrade.successor_process import Upgrade, Verdict
 from zdd_web.system import clock, fd_passing, pauses, proc
 from zdd_web.system.boot_log import BootLog
 
@@ -44,8 +45,6 @@ class ExternalSuccessor(Upgrade):
         self._foreign = who.pid != told
         self._killable = bool(who.pid and self.start)
         self._given_up_at = clock.NEVER
-        # It has its own stderr from the beginning.
-        self.speaks = True
 
     @classmethod
     def send_handoff(
@@ -72,6 +71,11 @@ class ExternalSuccessor(Upgrade):
         return verdict
 
     @property
+    def has_own_stderr(self) -> bool:
+        """Always: it was not forked here."""
+        return True
+
+    @property
     def gone(self) -> bool:
         """Whether the successor has ended."""
         if self._channel.ended:
@@ -95,10 +99,10 @@ class ExternalSuccessor(Upgrade):
             self._read_board(message.fd)
         if self.gone:
             if not self._foreign:
-                self._end_workers(now=self.stage is Stage.BOOTING)
+                self._end_workers(now=not self.has_accepted)
             self.forget()
             return True
-        stuck = self.stage is Stage.BOOTING and (not wait or pauses.since(self._given_up_at) > ENDS_WITHIN)
+        stuck = not self.has_accepted and (not wait or pauses.since(self._given_up_at) > ENDS_WITHIN)
         if stuck or self.is_stalled():
             if not self._killable:
                 self.forget()

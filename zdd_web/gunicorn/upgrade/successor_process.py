@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import os
 import signal
 import time
@@ -31,9 +30,22 @@ from typing import Any
 
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
-from zdd_web.gunicorn.handoff.handover import ENV, MOST_QUEUED, Channel, Inheritance, Message
+from zdd_web.gunicorn.boot_progress import progress
+from zdd_web.gunicorn.handoff.channel import MOST_QUEUED, Channel, Message
+from zdd_web.gunicorn.handoff.inheritance import ENV, Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement
+from zdd_web.gunicorn.upgrade.states import (
+    BEFORE_GO,
+    HANDED_OVER,
+    RELEASED,
+    SUCCESSOR,
+    Successor,
+    SuccessorEvent,
+    after,
+    knows,
+    when,
+)
 from zdd_web.system import clock, descriptors, pauses, proc, stdio
 from zdd_web.system.boot_log import BootLog
 
@@ -45,15 +57,7 @@ MOST_ERRORS = 3
 
 #: A master in its loop ticks at least once a second; one that has not for so long is stopped or stuck.
 STALE_AFTER = 5.0
-STALE_AFTER_OFFICE = 15.0
-
-
-class Stage(enum.Enum):
-    """How far the successor has come."""
-
-    BOOTING = "before it was ready"
-    COMMITTING = "in the commit window"
-    IN_OFFICE = "after the handover"
+STALE_AFTER_HANDOVER = 15.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Upgrade:
         self.start = proc.start_time(pid)
         self.began = clock.now_ns()
         self.timeout, self.commit_window = timeout, commit_window
-        self.stage = Stage.BOOTING
+        self.state = Successor.STARTING
         self.went_at = 0
         self.pid_file = ""
         #: Indices of the listeners that it does not want, and paths of Unix sockets that it has made.
@@ -84,14 +88,12 @@ class Upgrade:
         self.added_paths: tuple[str, ...] = ()
         self.board: Board | None = None
         self.status: int | None = None
-        self.released = False
-        self.speaks = False
         self.reopen_number = 0
         #: Whether its board outlives this object, see `orphans.py`.
         self.keeps_board = False
         self._channel = channel
         #: These adopt its workers when it has ended.
-        self._ancestors = proc.ancestors(pid)
+        self._adopters = proc.ancestors(pid)
         self._user = proc.owner(pid)
         self._window: CommitWindow | None = None
         self._judgement = Judgement()
@@ -124,6 +126,20 @@ class Upgrade:
         theirs.close()
         return cls(pid, ours, boot_log, timeout, commit_window)
 
+    def move(self, event: SuccessorEvent) -> None:
+        """Enter the state that follows; what it means is for the caller to do. Raises `LifecycleError`."""
+        self.state = after(SUCCESSOR, self.state, event)
+
+    @property
+    def has_own_stderr(self) -> bool:
+        """Whether what it prints goes to its own stderr, and no longer to the boot log."""
+        return self.boot_log.spoke
+
+    @property
+    def has_accepted(self) -> bool:
+        """Whether it was sent `go`, and may have accepted requests since."""
+        return bool(self.went_at)
+
     @property
     def seconds(self) -> float:
         """How long ago it began."""
@@ -141,36 +157,41 @@ class Upgrade:
     def poll(self) -> Verdict | None:
         """Read what the successor has printed and sent, and judge. None: nothing new."""
         self.boot_log.drain()
+        told_to_stop = False
         for message in self._channel.receive_some():
             if message.kind == "hello":
                 self._handle_hello(message)
+                if knows(SUCCESSOR, self.state, SuccessorEvent.HELLO):
+                    self.move(SuccessorEvent.HELLO)
             elif message.kind == "speaks":
-                self.speaks = True
                 self.boot_log.speaks()
-            elif message.kind == "ready" and self.stage is Stage.BOOTING:
+            elif message.kind == "ready" and knows(SUCCESSOR, self.state, SuccessorEvent.READY):
+                self.move(SuccessorEvent.READY)
                 return Verdict(ready=True, workers=_number(message.fields.get("workers")))
             elif message.kind == "failed":
                 return Verdict(ready=False, reason=str(message.fields.get("reason", "")))
+            elif message.kind == "release" and knows(SUCCESSOR, self.state, SuccessorEvent.RELEASED):
+                self.move(SuccessorEvent.RELEASED)
             elif message.kind == "release":
-                self.released = True
+                told_to_stop = self.state not in RELEASED
             elif message.kind == "reopen":
                 self.reopen_number = max(self.reopen_number, message.number("number"))
-        if self.released and self.stage is Stage.IN_OFFICE:
+        if self.state in RELEASED:
             return None
-        if self.released:
-            return Verdict(ready=False, reason=f"the new generation was told to stop {self.stage.value}")
+        if told_to_stop:
+            return Verdict(ready=False, reason=f"the new generation was told to stop {when(self.state)}")
         if self.gone:
-            return Verdict(ready=False, reason=f"the new master ended {self.stage.value}: {self._how_it_ended()}")
-        if self.stage is Stage.BOOTING and pauses.since(self.began) > self.timeout:
+            return Verdict(ready=False, reason=f"the new master ended {when(self.state)}: {self._how_it_ended()}")
+        if self.state in BEFORE_GO and pauses.since(self.began) > self.timeout:
             return Verdict(
                 ready=False,
                 reason=f"not ready within UPGRADE_TIMEOUT = {self.timeout:g} s: "
                 + "; ".join(filter(None, [self._how_far(), self.hint])),
             )
         if self.is_stalled():
-            reason = f"the new master has stood still for {self._patience:g} s {self.stage.value}"
+            reason = f"the new master has stood still for {self._patience:g} s {when(self.state)}"
             return Verdict(ready=False, reason=reason)
-        if self.stage is Stage.COMMITTING and self._window is not None:
+        if self.state is Successor.COMMITTING and self._window is not None:
             self._judgement = self._window.judge()
             if self._judgement.reason:
                 return Verdict(ready=False, reason=self._judgement.reason)
@@ -184,17 +205,17 @@ class Upgrade:
 
     @property
     def _patience(self) -> float:
-        return STALE_AFTER_OFFICE if self.stage is Stage.IN_OFFICE else STALE_AFTER
+        return STALE_AFTER_HANDOVER if self.state in HANDED_OVER else STALE_AFTER
 
     def is_stalled(self) -> bool:
         """Tell whether a new master that serves has not turned for longer than one in its loop can take."""
-        if self.stage is Stage.BOOTING or self.board is None:
+        if not self.has_accepted or self.board is None:
             return False
         return pauses.since(self.board.header.tick_at) > self._patience
 
     def go(self) -> None:
         """Let the successor open its gate."""
-        self.stage = Stage.COMMITTING
+        self.move(SuccessorEvent.GO)
         self.went_at = clock.now_ns()
         if self.board is not None and self.board.header.layout == LAYOUT:
             left = self.timeout - pauses.since(self.began)
@@ -206,7 +227,7 @@ class Upgrade:
     def committed(self) -> bool:
         """Whether the commit window is over: the successor's master turns, and its workers are confirmed."""
         return (
-            self.stage is Stage.COMMITTING
+            self.state is Successor.COMMITTING
             and clock.since(self.went_at) >= self.commit_window
             # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
             and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= self.commit_window)
@@ -215,7 +236,7 @@ class Upgrade:
 
     def promote_successor(self) -> None:
         """Tell the successor that it is the service now."""
-        self.stage = Stage.IN_OFFICE
+        self.move(SuccessorEvent.CONFIRMED)
         self._channel.send("office")
 
     def reopen(self, number: int) -> None:
@@ -245,7 +266,7 @@ class Upgrade:
         board = self.board
         if board is None:
             return
-        sig = signal.SIGKILL if now or self.stage is Stage.BOOTING else signal.SIGTERM
+        sig = signal.SIGKILL if now or not self.has_accepted else signal.SIGTERM
         for pid, start in board.worker_pids():
             self.signal_worker(pid, start, sig)
         header = board.header
@@ -256,7 +277,7 @@ class Upgrade:
     def signal_worker(self, pid: int, start: int, sig: signal.Signals) -> None:
         """Signal a process that the successor's board names, if it is one of its workers; see the module's text."""
         assert self.board is not None
-        parents, users = (self.pid, *self._ancestors), None
+        parents, users = (self.pid, *self._adopters), None
         if not self.board.names_its_workers:
             parents = (self.pid,)
         elif self.board.header.worker_uid:
@@ -310,12 +331,9 @@ class Upgrade:
         if self.board is None:
             return "zdd_web was not installed yet (a configuration file that hangs, or one without install()?)"
         try:
-            workers = self.board.snapshot().workers
+            return progress(self.board.snapshot(), of_wanted=False, most_errors=MOST_ERRORS)
         except BoardError as error:
             return str(error)
-        states = [worker.state.label for worker in workers]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "none yet"
-        return "; ".join([f"workers: {counts}", *self._errors()])
 
     def _errors(self) -> list[str]:
         if self.board is None:

@@ -21,7 +21,7 @@ path no other user can connect at all.
     master   -> refused      reason
                 inheritance  the fields of `Inheritance`, and the descriptors
 
-From here on the connection is the handover channel (handover.py), the newcomer is a successor like any other
+From here on the connection is the handover channel (channel.py), the newcomer is a successor like any other
 (newcomer.py, deploy.py), and readiness, deadline, commit window and outcome are those of SIGUSR2.
 
 Between the commit, where the old master closes its socket, and the first turn of the new one in office nobody listens
@@ -37,19 +37,19 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, UpgradeError
-from zdd_web.gunicorn.handoff.handover import Channel, Inheritance
+from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.handoff.channel import Channel
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 from zdd_web.system import clock, fd_passing, proc
-
-if TYPE_CHECKING:
-    from zdd_web.gunicorn.master.master import Master
 
 #: How many may be let in and have said nothing yet, how many more may wait to be let in, and for how long, seconds.
 MOST_WAITING, BACKLOG = 8, 128
@@ -80,9 +80,12 @@ class _Waiting:
 class TakeoverListener:
     """The running master's side: the socket at which it can be found."""
 
-    def __init__(self, master: Master) -> None:
-        self._master, self._settings = master, master.settings
-        self._where = fd_passing.address(master.header.name, master.settings.takeover_socket)
+    def __init__(
+        self, generation: Generation, admit: Callable[[socket.socket, fd_passing.Credentials, int, str], None]
+    ) -> None:
+        """`admit` is given each request: its connection, the peer's credentials, the pid and the name that it sent."""
+        self._generation, self._admit = generation, admit
+        self._where = fd_passing.address(generation.header.name, generation.settings.takeover_socket)
         self._rendezvous: fd_passing.Rendezvous | None = None
         self._waiting: list[_Waiting] = []
         self._not_before = clock.NEVER
@@ -91,6 +94,10 @@ class TakeoverListener:
         self._unsaid = 0
         #: Connections of other users came at the last turn.
         self._crowded = False
+
+    @property
+    def _settings(self) -> Settings:
+        return self._generation.settings
 
     @property
     def busy(self) -> bool:
@@ -118,8 +125,9 @@ class TakeoverListener:
         """Let in who has come, and hear who has been let in; the tick's call."""
         if not self._settings.takeover:
             return
-        master = self._master
-        if master.awaits_promotion or master.header.successor_pid or master.phase in (Phase.RETIRING, Phase.STOPPED):
+        generation = self._generation
+        leaves = generation.header.successor_pid or generation.phase in (Phase.RETIRING, Phase.STOPPED)
+        if leaves or generation.awaits_promotion:
             self.close()
             return
         if self._rendezvous is None and not self._listen_again():
@@ -180,7 +188,7 @@ class TakeoverListener:
         if fields.get("kind") != "takeover" or not isinstance(told, int) or not 0 < told < 1 << 31:
             self._reject(end, who, "what it said is no request")
             return True
-        self._master.coordinator.admit(end, who, told, str(name))
+        self._admit(end, who, told, str(name))
         return True
 
     def _reject(self, end: socket.socket, who: fd_passing.Credentials, reason: str) -> None:

@@ -1,0 +1,18 @@
+"""A generation for the tests of its roles: a board of this process and the settings that a test wants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zdd_web.board import Board
+from zdd_web.gunicorn.context import Generation
+from zdd_web.lifecycle import Phase
+from zdd_web.settings import Settings
+
+
+def a_generation(board: Board, phase: Phase = Phase.SERVING, **settings: Any) -> Generation:
+    """Return one that has no predecessor."""
+    in_force = Settings(**settings)
+    generation = Generation(board, lambda: in_force)
+    generation.header.phase = phase
+    return generation
