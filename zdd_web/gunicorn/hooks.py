@@ -266,7 +266,9 @@ def post_fork(server: Any, worker: Any) -> None:
     boot_log = master.predecessor_link.handler if master.predecessor_link is not None else None
     master.after_fork(slot)
     listeners = master.listening.for_worker(worker, slot)
-    state.worker = WorkerRuntime(worker, master.board, slot, master.settings, master.gate, boot_log, listeners)
+    state.worker = WorkerRuntime(
+        worker, master.board, slot, master.settings, master.gate, boot_log, listeners, master.exchange
+    )
     state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.

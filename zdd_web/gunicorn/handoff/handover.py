@@ -4,8 +4,8 @@ One SOCK_SEQPACKET pair, made by the old master before it forks: messages stay w
 the end of the file at the other. Every message is a JSON object with a "kind":
 
     successor   -> hello   pid, pid_file, the listeners that it does not want (dropped), the paths that it has made
-                           (added_paths); its board as SCM_RIGHTS, before its first fork, so that the predecessor
-                           knows every worker pid there will ever be
+                           (added_paths), whether it takes kept connections (exchange); its board as SCM_RIGHTS,
+                           before its first fork, so that the predecessor knows every worker pid there will ever be
                    speaks  it has its own stderr again; what it said before is in the boot log
                    ready   workers: all stand at the gate
                    failed  reason
@@ -38,6 +38,9 @@ ENV = HANDOVER
 
 #: A message is a few hundred bytes; a reason may quote a traceback's last line. What is longer arrives cut, as garbage.
 MESSAGE_BYTES = 16_384
+
+#: Descriptors that an inheritance may have, by their names in it.
+_OPTIONAL = ("board", "probe", "exchange_give", "exchange_take")
 
 #: How many messages are read at a time: a peer that sends without end must not hold up the other's loop.
 MOST_AT_A_TIME = 64
@@ -168,6 +171,9 @@ class Inheritance:
     stderr_pipes: tuple[int, ...] = ()
     #: The descriptors that the first master was started with; None when the predecessor's version does not tell.
     passed_on: tuple[int, ...] | None = None
+    #: The ends of the pair by which kept connections travel (sockets/exchange.py): for sending, and for receiving.
+    exchange_give: int = -1
+    exchange_take: int = -1
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -176,7 +182,7 @@ class Inheritance:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that the exec must leave open."""
-        optional = [fd for fd in (self.board, self.probe) if fd >= 0]
+        optional = [getattr(self, name) for name in _OPTIONAL if getattr(self, name) >= 0]
         return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional, *self.stderr_pipes)
 
     @classmethod
@@ -215,7 +221,7 @@ class Inheritance:
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
         """Return what a process that is no child is sent: fields, and descriptors in an order that these tell."""
-        names = ["boot_log", *(name for name in ("board", "probe") if getattr(self, name) >= 0)]
+        names = ["boot_log", *(name for name in _OPTIONAL if getattr(self, name) >= 0)]
         fields = {**dataclasses.asdict(self), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]
 
@@ -230,7 +236,7 @@ class Inheritance:
         try:
             names = [str(name) for name in fields["descriptors"]]
             named = dict(zip(names, descriptors, strict=False))
-            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in ("board", "probe")}}
+            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in _OPTIONAL}}
             own: dict[str, Any] = {"channel": channel, "predecessor": predecessor, "predecessor_start": start}
             # It has a stderr, and was started with descriptors, of its own; the numbers sent are the other process's.
             own |= {"taken": True, "stderr_pipes": (), "passed_on": None}

@@ -44,6 +44,7 @@ from zdd_web.gunicorn.master.reload import Reload, too_many_workers
 from zdd_web.gunicorn.master.roster import Plan, Roster, plan
 from zdd_web.gunicorn.master.stop import Stop
 from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
@@ -102,6 +103,7 @@ class Master:
         self.stop = Stop(self)
         self._has_room = True
         self.listening = ListenerManager(server, self.board, settings, inherited)
+        self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
         self.probes = ProbePort(server, self.board, settings, inherited, self.listening.probe_socket)
@@ -148,7 +150,7 @@ class Master:
                 handler = f"handle_{sig.name[3:].lower()}"
                 setattr(server, handler, self._unless_forwarded(sig, getattr(server, handler)))
         if self.predecessor_link is not None:
-            self.predecessor_link.adopt(self.listening)
+            self.predecessor_link.adopt(self.listening, takes_connections=self.exchange.was_inherited)
         else:
             if server.pidfile is not None:
                 server.pidfile = PidFile(server.pidfile.fname, os.getpid())
@@ -232,6 +234,9 @@ class Master:
             self.header.requests_gone += gone.requests
             self.header.server_errors_gone += gone.server_errors
             self.header.late_gone += gone.late
+            self.header.handed_over_gone += gone.handed_over
+            self.header.received_gone += gone.received
+            self.header.closed_idle_gone += gone.closed_idle
             if self.gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
                 self.header.lost_pid, self.header.lost_status = gone.pid, gone.status or 0
             self.header.workers_lost += gone.lost

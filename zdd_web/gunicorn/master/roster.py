@@ -102,6 +102,9 @@ class ExitedWorker:
     late_new_by: float = 0.0
     requests: int = 0
     server_errors: int = 0
+    handed_over: int = 0
+    received: int = 0
+    closed_idle: int = 0
 
     @property
     def lost(self) -> bool:
@@ -240,6 +243,9 @@ class Roster:
                     late_new_by=slot.late_new_by / 1e9,
                     requests=slot.requests,
                     server_errors=slot.server_errors,
+                    handed_over=slot.handed_over,
+                    received=slot.received,
+                    closed_idle=slot.closed_idle,
                 )
             )
             self._board.free(slot)

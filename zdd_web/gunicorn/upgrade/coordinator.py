@@ -155,6 +155,7 @@ class UpgradeCoordinator:
             stderr_pipes=(boot_log.output.reader, *master.stderr_relay.pipes),
             ancestors=(*self.ancestors.alive(), (os.getpid(), self._header.master_start)),
             **master.listening.inheritance(),
+            **master.exchange.inheritance(),
             kept=master.kept,
             board=master.board.fd,
             probe=probe,
@@ -329,6 +330,7 @@ class UpgradeCoordinator:
             self._identity.take_back()
             return
         self._header.successor_pid = upgrade.pid
+        self._header.successor_takes = upgrade.takes_connections
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         # First of all: the successor offers itself there when it hears that it is in office.
         guarded("takeover", self._master.takeover.close)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from zdd_web import waitgroup
 from zdd_web.board import Heartbeat, Slot
-from zdd_web.gunicorn.adapter import compat
+from zdd_web.gunicorn.adapter import compat, kept_gthread
 from zdd_web.gunicorn.workers.warmup import warm_up
 from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
@@ -114,7 +116,12 @@ class WorkerAdapter:
 
     def leaving(self) -> Leaving | None:
         """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
-        return compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
+        without = compat.WindDown(self.worker) if compat.WindDown.needed_by(self.worker) else None
+        return self.runtime.kept.leaving(functools.partial(compat.stop_accepting, self.worker), without)
+
+    def connection_store(self) -> ConnectionStore | None:
+        """Return what knows this worker's kept connections; None where it keeps none, or they cannot travel."""
+        return kept_gthread.store_for(self.worker, self.runtime.kept)
 
     def end_loop(self) -> None:
         """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""

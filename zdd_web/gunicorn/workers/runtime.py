@@ -29,8 +29,10 @@ from zdd_web.board.admission import SHUT, Admission
 from zdd_web.gunicorn import process_exit, settings_sources
 from zdd_web.gunicorn.adapter import compat, gthread, sync
 from zdd_web.gunicorn.log_rotation import reopening
+from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
 from zdd_web.gunicorn.workers.base import Leaving
+from zdd_web.gunicorn.workers.exchange import KeptConnections
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.late_arrivals import LateCounter
 from zdd_web.gunicorn.workers.orders import Once, Orders
@@ -71,6 +73,7 @@ class WorkerRuntime:
         gate: Gate,
         boot_log: boot_log.Handler | None,
         listeners: dict[int, int],
+        exchange: Exchange,
     ) -> None:
         #: The index of each listener, by descriptor.
         self.listeners = listeners
@@ -100,13 +103,15 @@ class WorkerRuntime:
         self._words, self._seldom_lock = board.header.words, threading.Lock()
         self._late = LateCounter(slot, settings.drain_delay, worker.cfg.forwarded_allow_ips)
         self._count_in, self._count_out = self.process.request_counters()
-        compat.close_connections_when(self.process.is_leaving)
-        compat.look_before_closing(worker)
+        self.exchange = exchange
+        self.kept = KeptConnections(self, exchange)
+        compat.close_connections_when(self.kept.are_to_close)
         compat.end_by_signal_alone(worker)
         compat.remember_names(worker)
         gthread.adapt(worker, self.process)
         sync.adapt(worker, self.process)
         self.adapter = registry.adapter_for(self)
+        self.kept.store = self.adapter.connection_store()
         self._beat = self.adapter.beat
         self._load: Callable[[], None] = worker.load_wsgi
         self._run: Callable[[], None] = worker.run
@@ -318,6 +323,8 @@ class WorkerRuntime:
         header = self.board.header
         if clock.passed(header.deadline):
             return True
+        if not self.kept.is_exchange_empty():
+            return False
         if not header.blocked_since:
             return accept_queue.is_empty(self.worker.sockets)
         return all(_is_emptied(fd, header.listener(index)) for fd, index in self.listeners.items())
