@@ -6,18 +6,21 @@ import contextlib
 import selectors
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gunicorn import http
 from gunicorn.workers import gthread
 
-from zdd_web.system.connection_passing import Handed, is_readable
+from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
     import socket
 
     from zdd_web.gunicorn.workers.exchange import KeptConnections
+
+R = TypeVar("R")
 
 _TConn: Any = gthread.TConn
 
@@ -87,7 +90,7 @@ class GthreadConnections:
 
     def _close(self, conn: Any, *, look: bool) -> bool:
         worker = self._worker
-        if look and is_readable(conn.sock):
+        if look and waiting_bytes(conn.sock):
             # As its loop would do in its next turn.
             worker.on_client_socket_readable(conn, conn.sock)
             return False
@@ -104,6 +107,10 @@ class GthreadConnections:
         self._worker.nr_conns -= 1
 
     # -- ConnectionStore
+
+    def in_loop(self, function: Callable[[], R]) -> R:
+        """See `ConnectionStore`: all of this is called between two turns of the loop."""
+        return function()
 
     def idle(self) -> list[Any]:
         """See `ConnectionStore`."""

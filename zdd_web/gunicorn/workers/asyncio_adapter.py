@@ -23,6 +23,7 @@ from gunicorn.workers.base import Worker
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.adapter.kept_asyncio import AsgiConnections, AsyncioConnections, UvicornConnections
 from zdd_web.gunicorn.workers.asgi_app import Counted
 from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter
 from zdd_web.gunicorn.workers.queue_server import QueuesServer
@@ -31,6 +32,7 @@ from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 
 #: How often a worker that is on its way out looks how far it has come, seconds.
@@ -38,6 +40,9 @@ TURN = 0.1
 
 #: A connection that was accepted is known a few turns of the loop later; seconds.
 SETTLE = 0.2
+
+#: For how long requests that have arrived on idle connections are read before the loop ends, and how often, seconds.
+LAST_LOOKS, LOOK_AGAIN = 0.5, 0.02
 
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
 FAREWELL = 5.0
@@ -62,8 +67,22 @@ class AsyncioAdapter(WorkerAdapter):
         self._peers_before_the_stop: set[Any] | None = None
         self.app: Counted | None = None
         self.accepting = True
+        self.store = self.make_store()
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
+
+    def make_store(self) -> AsyncioConnections:
+        """Make what knows the kept connections of this class."""
+        raise NotImplementedError
+
+    def connection_store(self) -> ConnectionStore | None:
+        """See `WorkerAdapter`. A PROXY line is read once, and its content is in this process; so is TLS."""
+        cfg = self.worker.cfg
+        plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
+        return self.store if plain and cfg.keepalive and getattr(cfg, "protocol", "http") == "http" else None
+
+    def _websockets(self) -> Any:
+        return self.app.websockets if self.app is not None else ()
 
     # -- boot
 
@@ -106,7 +125,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def enter_loop(self) -> None:
         """Called in the loop, first of all."""
-        self.loop = loop = asyncio.get_running_loop()
+        self.loop = self.store.loop = loop = asyncio.get_running_loop()
         create_server = loop.create_server
         ours = [listener for each in self.worker.sockets for listener in (each, getattr(each, "sock", each))]
 
@@ -130,6 +149,8 @@ class AsyncioAdapter(WorkerAdapter):
             self.servers.append(server)
             if not self.accepting:
                 server.close()
+            self.store.factory = connection
+            self.runtime.kept.turn()
             return server
 
         shutdown_executor = loop.shutdown_default_executor
@@ -196,8 +217,11 @@ class AsyncioAdapter(WorkerAdapter):
             self._timer.cancel()
         try:
             self.runtime.notify()
+            self.runtime.kept.turn()
         finally:
-            self._timer = self.loop.call_later(TURN if self.runtime.is_finishing else self.interval, self._turn)
+            pause = self.runtime.kept.pause()
+            usual = TURN if self.runtime.is_finishing else self.interval
+            self._timer = self.loop.call_later(usual if pause is None else min(usual, pause), self._turn)
 
     def stop_accepting(self) -> None:
         """Close the listeners of this process."""
@@ -213,7 +237,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def leaving(self) -> Leaving | None:
         """See `WorkerAdapter`."""
-        return _Drain(self)
+        return self.runtime.kept.leaving(functools.partial(AsyncioAdapter.stop_accepting, self), _Drain(self))
 
     def in_a_child_of_the_app(self) -> None:
         """See `WorkerAdapter`: asyncio's loop does not run there."""
@@ -304,8 +328,13 @@ class AsgiAdapter(AsyncioAdapter):
             # 25 and 26 have no place where it is decided; the header has the client close.
             return
         self.says_close = False
-        will_close, leaving = protocol._will_close, runtime.process.is_leaving
+        will_close, leaving = protocol._will_close, runtime.kept.are_to_close
         protocol._will_close = lambda self, *arguments: leaving() or will_close(self, *arguments)
+
+    def make_store(self) -> AsyncioConnections:
+        """See `AsyncioAdapter`."""
+        limit = self.worker.cfg.worker_connections
+        return AsgiConnections(self.runtime.kept, lambda: list(self.connections), self._websockets, limit)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
@@ -349,15 +378,20 @@ class AsgiAdapter(AsyncioAdapter):
         for send in self.app.websockets:
             # 1012: service restart.
             self.app.closing.add(self.loop.create_task(send({"type": "websocket.close", "code": 1012})))
-        transports = []
+        transports, idle = [], []
         for connection in list(self.connections):
             if connection.transport is not None:
                 transports.append(connection.transport)
                 # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
-                if not (connection.reader or connection._websocket):
+                if self.store.is_idle(connection):
+                    idle.append(connection)
+                elif not (connection.reader or connection._websocket):
                     connection.transport.close()
         since = time.monotonic()
         while not clock.passed(self.runtime.process.deadline_ns):
+            for connection in idle:
+                # One whose next request has arrived is answered first.
+                self.store.close_idle(connection)
             unsent = any(transport.get_write_buffer_size() for transport in transports)
             is_open = not all(transport.is_closing() for transport in transports)
             if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
@@ -372,6 +406,10 @@ class UvicornAdapter(AsyncioAdapter):
         super().__init__(runtime)
         runtime.worker.config.limit_max_requests = None
         self._server: Any = None
+
+    def make_store(self) -> AsyncioConnections:
+        """See `AsyncioAdapter`."""
+        return UvicornConnections(self.runtime.kept, lambda: list(self.connections), self._websockets)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
@@ -399,4 +437,13 @@ class UvicornAdapter(AsyncioAdapter):
         left = clock.remaining(self.runtime.process.deadline_ns)
         config = self.worker.config
         config.timeout_graceful_shutdown = None if left is None else 0 if self.has_cut else max(1, math.ceil(left))
-        self._server.should_exit = True
+        self._close_idle(clock.after_ns(LAST_LOOKS))
+
+    def _close_idle(self, until: int) -> None:
+        # uvicorn would look at none of them before it closes them all.
+        assert self.loop is not None
+        left = [each for each in self.store.idle() if not self.store.close_idle(each)]
+        if left and not self.has_cut and not clock.passed(until):
+            self.loop.call_later(LOOK_AGAIN, self._close_idle, until)
+        else:
+            self._server.should_exit = True

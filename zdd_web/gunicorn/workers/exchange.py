@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zdd_web import log
 from zdd_web.lifecycle import STOPPING, Phase
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from zdd_web.gunicorn.sockets.exchange import Exchange
     from zdd_web.gunicorn.workers.base import Leaving
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
+
+R = TypeVar("R")
 
 #: How long connections may lie in the exchange without any of them being taken, seconds.
 PATIENCE = 3.0
@@ -58,6 +60,9 @@ LAME_DUCK_TURN = 0.1
 
 class ConnectionStore(Protocol):
     """The connections of one worker, as gunicorn's class keeps them. Called in the worker's loop, between two turns."""
+
+    def in_loop(self, function: Callable[[], R]) -> R:
+        """Call a function where nothing is read from a connection before it returns."""
 
     def idle(self) -> list[Any]:
         """Return those that are between two requests, or have sent nothing yet; longest idle first."""
@@ -107,7 +112,7 @@ class KeptConnections:
 
     def hands_over(self) -> bool:
         """Tell whether another worker is to serve the connections of this one, which leaves."""
-        if self.store is None or self._exchange.give is None or self._gave_up:
+        if self.store is None or self._exchange.give is None or self._gave_up or self._is_a_copy():
             return False
         header = self._header
         if header.deadline or header.stop_since:
@@ -125,21 +130,25 @@ class KeptConnections:
         return self._runtime.process.is_leaving() and not self.hands_over()
 
     def _takes(self) -> bool:
-        if self.store is None or self._exchange.take is None or self._runtime.process.going:
+        if self.store is None or self._exchange.take is None or self._runtime.process.going or self._is_a_copy():
             return False
         phase = Phase(self._header.phase)
         # At a stop the exchange is emptied like an accept queue.
         return phase in STOPPING or (phase is Phase.SERVING and not self._slot.retire)
 
+    def _is_a_copy(self) -> bool:
+        # A process that the app has forked has this object too.
+        return os.getpid() != self._runtime.pid
+
     # -- a worker that serves
 
     def turn(self) -> None:
         """Look whether the exchange is to be watched, and close what is idle in a lame duck; once a turn."""
-        if self.store is None:
+        if self.store is None or self._is_a_copy():
             return
         self.watch_exchange()
         if self._header.phase == Phase.LAME_DUCK and not self._gave_up:
-            self._close_over_the_lame_duck(self.store)
+            self.store.in_loop(self._close_over_the_lame_duck)
 
     def watch_exchange(self) -> None:
         """Have the loop watch the exchange, or not: one that is full takes none until it has room."""
@@ -247,11 +256,12 @@ class KeptConnections:
         if self._runtime.process.is_leaving():
             self._slot.closed_idle += 1
 
-    def _close_over_the_lame_duck(self, store: ConnectionStore) -> None:
+    def _close_over_the_lame_duck(self) -> None:
         """Have idle connections leave over the whole lame duck: their clients come anew while the service answers."""
-        delay, idle = self._runtime.settings.drain_delay, store.idle()
-        if not delay:
+        delay, store = self._runtime.settings.drain_delay, self.store
+        if not delay or store is None:
             return
+        idle = store.idle()
         if self._at_lame_duck is None:
             self._at_lame_duck = len(idle)
         share = 1 - clock.since(self._header.stop_since) / delay
@@ -276,7 +286,7 @@ class HandingOver:
             self._accepts = False
             self._stop_accepting()
         if not self._is_over and kept.hands_over():
-            has_given = kept.give_some() and kept.is_taken()
+            has_given = store.in_loop(kept.give_some) and store.in_loop(kept.is_taken)
             kept.is_busy = not has_given
             if has_given and (not store.in_hand() or store.must_end()):
                 self._is_over = True

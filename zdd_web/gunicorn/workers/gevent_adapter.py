@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,11 +19,17 @@ from gunicorn.workers.base import Worker
 
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
+from zdd_web.gunicorn.adapter.kept_gevent import GeventConnections
+from zdd_web.gunicorn.workers.base import LINGER, Leaving, WorkerAdapter, on_board
+from zdd_web.gunicorn.workers.exchange import TURN
 from zdd_web.listeners.reuseport.queues import Queues
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
+
+#: When requests that have arrived on idle connections are read, the others are looked at again, seconds.
+LOOK_AGAIN = 0.02
 
 
 class GeventAdapter(WorkerAdapter):
@@ -32,21 +39,21 @@ class GeventAdapter(WorkerAdapter):
         super().__init__(runtime)
         # The class's own exits when the master is gone (ggevent.py:53), with what is in hand; the kernel sends SIGTERM.
         self.beat = on_board(functools.partial(Worker.notify, self.worker), runtime.slot)
-        self._servers: list[Any] = []
-        self._idle: dict[Any, _Idle] = {}
+        self._store = GeventConnections(runtime.worker, runtime.kept)
+        self._servers = self._store.servers
         self._main: Any = None
 
     def enter(self) -> None:
         """See `WorkerAdapter`."""
         super().enter()
         worker, runtime, servers = self.worker, self.runtime, self._servers
-        names: dict[Any, _Named] = {}
+        names: dict[Any, Any] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
             def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
                 super().__init__(listener, *arguments, **options)
                 servers.append(self)
-                names[listener] = _Named(self.address)
+                names[listener] = self.address
 
             def do_read(self) -> Any:
                 if not isinstance(self.socket, Queues):
@@ -66,10 +73,7 @@ class GeventAdapter(WorkerAdapter):
 
         ggevent.StreamServer = Server  # type: ignore[attr-defined]
         worker.patch = self._patch
-        handle = worker.handle
-        # It asks the listener for its name in a greenlet of its own (base_async.py:75), where that may be closed.
-        worker.handle = lambda listener, client, addr: handle(names[listener], client, addr)
-        worker.timeout_ctx = lambda: _Idle(worker.cfg.keepalive, self._idle)
+        self._store.enter(names.__getitem__)
         self._note_heads()
         worker.handle_exit = self._in_a_greenlet(runtime.handle_exit)
         worker.handle_quit = self._in_a_greenlet(runtime.handle_quit)
@@ -88,9 +92,8 @@ class GeventAdapter(WorkerAdapter):
 
         def read_and_note(self_: Any, *arguments: Any) -> Any:
             data = read(self_, *arguments)
-            idle = self._idle.get(getcurrent())
-            if idle is not None and not data.isspace():
-                idle.is_reading = True
+            if not data.isspace():
+                self._store.note_reading()
             return data
 
         unreader.chunk = read_and_note
@@ -124,8 +127,7 @@ class GeventAdapter(WorkerAdapter):
 
     def end_loop(self) -> None:
         """See `WorkerAdapter`: accept no more at once; the loop takes a second until it looks (ggevent.py:85)."""
-        for server in self._servers:
-            server.close()
+        self._stop_accepting()
         self.runtime.accepts_no_more()
         self.worker.alive = False
         # gunicorn waits for as long as `keepalive` for the next request.
@@ -136,6 +138,7 @@ class GeventAdapter(WorkerAdapter):
         # Not `alive`: the main greenlet would end the child in the middle of its work.
         for server in self._servers:
             server.stop_accepting()
+        self._store.watch(is_on=False)
 
     def cut(self) -> None:
         """See `WorkerAdapter`: gunicorn kills the greenlets (ggevent.py:107), whose `post_request` counts them out."""
@@ -149,46 +152,46 @@ class GeventAdapter(WorkerAdapter):
         return {id(each): each.gr_frame for each in greenlets if each.gr_frame is not None}
 
     def _close_idle(self) -> None:
-        for idle in list(self._idle.values()):
-            gevent.get_hub().loop.run_callback(idle.end)
+        if not self._store.in_loop(self._store.close_all_idle):
+            # Requests have arrived, and are about to be read.
+            self.later(LOOK_AGAIN, self._close_idle)
+
+    def connection_store(self) -> ConnectionStore | None:
+        """See `WorkerAdapter`."""
+        return self._store if self._store.can_travel else None
+
+    def leaving(self) -> Leaving | None:
+        """See `WorkerAdapter`."""
+        found = self.runtime.kept.leaving(self._stop_accepting, None)
+        if found is not None:
+            gevent.spawn(self._turn_often)
+        return found
+
+    def run(self, run: Callable[[], None]) -> None:
+        """See `WorkerAdapter`: beside the loop, whose turns are a second apart."""
+        turns = gevent.spawn(self._follow_exchange)
+        try:
+            run()
+        finally:
+            turns.kill(block=False)
+
+    def _follow_exchange(self) -> None:
+        kept = self.runtime.kept
+        while os.getpid() == self.runtime.pid:
+            self._store.in_loop(kept.turn)
+            gevent.sleep(kept.pause() or self.interval)
+
+    def _turn_often(self) -> None:
+        # The loop's own turns are a second apart (ggevent.py:85).
+        while self.runtime.is_finishing:
+            gevent.sleep(TURN)
+            self.worker.notify()
+
+    def _stop_accepting(self) -> None:
+        for server in self._servers:
+            server.close()
 
     def end_now(self, status: int) -> NoReturn:
         """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it (base_async.py:127)."""
         self._main.throw(SystemExit(status))
         raise AssertionError("the main greenlet came back")
-
-
-class _Named:
-    """A listener of which only the name is left."""
-
-    def __init__(self, name: Any) -> None:
-        self._name = name
-
-    def getsockname(self) -> Any:
-        return self._name
-
-
-class _Idle(gevent.Timeout):  # type: ignore[misc]
-    """The wait for a request on a connection, which can be ended before its time, unless the request has begun."""
-
-    def __init__(self, seconds: float, waiting: dict[Any, _Idle]) -> None:
-        super().__init__(seconds, False)
-        self._waiting = waiting
-        self._greenlet: Any = None
-        #: A part of the request's head has arrived.
-        self.is_reading = False
-
-    def __enter__(self) -> _Idle:
-        self._greenlet = getcurrent()
-        self._waiting[self._greenlet] = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> Any:
-        self._waiting.pop(self._greenlet, None)
-        return super().__exit__(*error)
-
-    def end(self) -> None:
-        """Run in the hub, where nothing can come in between."""
-        if self._waiting.get(self._greenlet) is self and not self.is_reading:
-            self._greenlet.throw(self)
