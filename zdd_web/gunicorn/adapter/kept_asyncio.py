@@ -220,8 +220,8 @@ class UvicornConnections(AsyncioConnections):
         if h11 is not None:
             begun = bool(h11.trailing_data[0])
             return bool(h11.their_state.__name__ == h11.our_state.__name__ == "IDLE" and not begun)
-        # httptools: a scope is made at a request's first byte, any byte ends the timer, and an app may reply before it has
-        # the whole body.
+        # httptools: a request makes a scope with its first byte, any byte ends the timer, and an app may reply before
+        # it has the whole body.
         if cycle is None:
             return protocol.scope is None
         return protocol.timeout_keep_alive_task is not None and not cycle.more_body
