@@ -147,14 +147,14 @@ class Header(Record):
     lost_status = Word(197)
     #: The successor takes kept connections from the exchange.
     successor_takes = Word(198)
+    #: Kept connections: what workers that are no more had counted, see `Slot`.
+    handed_over_gone = Word(199)
+    received_gone = Word(218)
+    closed_idle_gone = Word(219)
     #: `successor_trouble` as far as it fits; boards of versions without the whole have this alone.
     successor_trouble_cut = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
     BEFORE_AT = 220
-    #: Kept connections: what workers that are no more had counted, see `Slot`.
-    handed_over_gone = Word(236)
-    received_gone = Word(237)
-    closed_idle_gone = Word(238)
     LISTENERS_AT = 240
     #: How many there are in zdd_web 0.1.0.
     LEAST_WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS

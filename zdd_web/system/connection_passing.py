@@ -92,6 +92,8 @@ def send(end: socket.socket, fd: int, handed: Handed) -> bool:
     (b'GET ', Handed(left=2.0, requests=3, server='/run/app.sock'))
     >>> receive(take) is None
     True
+    >>> for each in (give, take, client, received):
+    ...     each.close()
     """
     data = json.dumps({"left": handed.left, "requests": handed.requests, "server": handed.server}).encode()
     try:
@@ -181,6 +183,8 @@ def waiting_bytes(end: Any) -> int:
     4
     >>> waiting_bytes(server), waiting_bytes(client)
     (4, 0)
+    >>> server.close()
+    >>> client.close()
     """
     count = array.array("i", [0])
     with contextlib.suppress(OSError, ValueError):
