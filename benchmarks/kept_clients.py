@@ -77,9 +77,8 @@ class KeptClients:
         self.connections: list[socket.socket] = []
         for _ in range(count):
             self.connections.append(self._connect())
-        # Not in one go with the connects: a backlog of a hundred would be full.
-        for each in self.connections:
-            ask(each)
+            # At once: a connection that has sent nothing holds a thread of a gthread worker for five seconds.
+            ask(self.connections[-1])
         share = [range(index, count, threads) for index in range(threads)]
         self._threads = [threading.Thread(target=self._run, args=(places, seed)) for seed, places in enumerate(share)]
 
