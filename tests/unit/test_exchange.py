@@ -91,6 +91,8 @@ def test_handoff_of_a_version_without_a_pair_is_read() -> None:
 class Store:
     """Connections of a worker that has no loop."""
 
+    can_travel = True
+
     def __init__(self) -> None:
         self.kept: list[tuple[socket.socket, Handed]] = []
         self.clients: list[socket.socket] = []
@@ -290,6 +292,7 @@ def test_a_worker_with_no_room_takes_nothing_until_it_has(make: Callable[..., Wo
     worker.kept.turn()
     assert not worker.store.watches and worker.kept.is_exchange_empty()
     worker.store.limit = 5
+    worker.kept._looks_at = 0.0
     worker.kept.turn()
     assert worker.store.watches
 
@@ -344,9 +347,11 @@ def test_idle_connections_leave_over_the_lame_duck(make: Callable[..., Worker]) 
     worker.kept.turn()
     assert worker.store.closed <= 1
     header.stop_since = clock.now_ns() - int(5.5e9)
+    worker.kept._looks_at = 0.0
     worker.kept.turn()
     assert worker.store.closed == 5
     header.stop_since = clock.now_ns() - int(11e9)
+    worker.kept._looks_at = 0.0
     worker.kept.turn()
     assert worker.store.closed == 10
 

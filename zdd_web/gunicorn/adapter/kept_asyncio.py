@@ -35,6 +35,7 @@ class AsyncioConnections:
         limit: int | None = None,
     ) -> None:
         self._kept, self._connections, self._websockets, self._limit = kept, connections, websockets, limit
+        self.can_travel = True
         self.loop: asyncio.AbstractEventLoop | None = None
         self.factory: Callable[[], Any] | None = None
         self._connecting: set[asyncio.Task[None]] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import time
 from bisect import bisect_right
@@ -26,17 +27,10 @@ _TConn: Any = gthread.TConn
 
 
 def store_for(worker: Any, kept: KeptConnections) -> GthreadConnections | None:
-    """Return the store of a gthread worker; None for other workers, before 24, and where connections cannot travel.
-
-    Where they cannot, they are still looked at before they are closed.
-    """
+    """Return the store of a gthread worker; None for other workers, and before 24."""
     if not isinstance(worker, gthread.ThreadWorker) or not hasattr(worker, "keepalived_conns"):
         return None
-    store = GthreadConnections(worker, kept)
-    cfg = worker.cfg
-    # The state of TLS is in this process's memory; uWSGI's is a protocol of its own.
-    travel = not cfg.is_ssl and cfg.keepalive and getattr(cfg, "protocol", "http") == "http"
-    return store if travel else None
+    return GthreadConnections(worker, kept)
 
 
 class GthreadConnections:
@@ -44,6 +38,9 @@ class GthreadConnections:
 
     def __init__(self, worker: Any, kept: KeptConnections) -> None:
         self._worker, self._kept = worker, kept
+        cfg = worker.cfg
+        #: The state of TLS is in this process's memory; uWSGI's is a protocol of its own.
+        self.can_travel = bool(not cfg.is_ssl and cfg.keepalive and getattr(cfg, "protocol", "http") == "http")
         self._http2 = 0
         run, wait = worker.run, worker.wait_for_and_dispatch_events
         is_parent_alive = worker.is_parent_alive
@@ -58,7 +55,7 @@ class GthreadConnections:
 
         worker.run, worker.wait_for_and_dispatch_events = run_and_watch, wait_a_turn
         # It would break the loop off (gthread.py:427); the kernel sends SIGTERM.
-        worker.is_parent_alive = lambda: kept.hands_over() or is_parent_alive()
+        worker.is_parent_alive = lambda: os.getppid() == worker.ppid or kept.hands_over() or is_parent_alive()
         worker.murder_keepalived = self._close_one_by_one
         if hasattr(worker, "handle_http2"):
             worker.handle_http2 = self._counting_http2(worker.handle_http2)

@@ -76,10 +76,12 @@ class AsyncioAdapter(WorkerAdapter):
         raise NotImplementedError
 
     def connection_store(self) -> ConnectionStore | None:
-        """See `WorkerAdapter`. A PROXY line is read once, and its content is in this process; so is TLS."""
+        """See `WorkerAdapter`."""
         cfg = self.worker.cfg
+        # A PROXY line is read once, and its content is in this process; so is TLS.
         plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
-        return self.store if plain and cfg.keepalive and getattr(cfg, "protocol", "http") == "http" else None
+        self.store.can_travel = bool(plain and cfg.keepalive and getattr(cfg, "protocol", "http") == "http")
+        return self.store
 
     def _websockets(self) -> Any:
         return self.app.websockets if self.app is not None else ()
@@ -383,7 +385,7 @@ class AsgiAdapter(AsyncioAdapter):
             if connection.transport is not None:
                 transports.append(connection.transport)
                 # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
-                if self.store.is_idle(connection):
+                if self.store.can_travel and self.store.is_idle(connection):
                     idle.append(connection)
                 elif not (connection.reader or connection._websocket):
                     connection.transport.close()

@@ -61,6 +61,10 @@ LAME_DUCK_TURN = 0.1
 class ConnectionStore(Protocol):
     """The connections of one worker, as gunicorn's class keeps them. Called in the worker's loop, between two turns."""
 
+    @property
+    def can_travel(self) -> bool:
+        """Whether another process can serve them."""
+
     def in_loop(self, function: Callable[[], R]) -> R:
         """Call a function where nothing is read from a connection before it returns."""
 
@@ -100,9 +104,10 @@ class KeptConnections:
         self._header, self._slot = runtime.board.header, runtime.slot
         self.store: ConnectionStore | None = None
         self._watches = False
+        self._looks_at = 0.0
         self._gave_up = False
-        #: Handing over waits for the exchange, and not for a request.
-        self.is_busy = True
+        #: Handing over has begun, and waits for the exchange rather than for a request.
+        self.is_busy = False
         #: How many bytes of messages lay there when that last changed, and when.
         self._lay, self._lay_since = 0, 0.0
         #: How many connections were idle when the lame duck was first seen.
@@ -112,7 +117,7 @@ class KeptConnections:
 
     def hands_over(self) -> bool:
         """Tell whether another worker is to serve the connections of this one, which leaves."""
-        if self.store is None or self._exchange.give is None or self._gave_up or self._is_a_copy():
+        if self._exchange.give is None or self._gave_up or not self._travels():
             return False
         header = self._header
         if header.deadline or header.stop_since:
@@ -130,22 +135,25 @@ class KeptConnections:
         return self._runtime.process.is_leaving() and not self.hands_over()
 
     def _takes(self) -> bool:
-        if self.store is None or self._exchange.take is None or self._runtime.process.going or self._is_a_copy():
+        if self._exchange.take is None or self._runtime.process.going or not self._travels():
             return False
         phase = Phase(self._header.phase)
         # At a stop the exchange is emptied like an accept queue.
         return phase in STOPPING or (phase is Phase.SERVING and not self._slot.retire)
 
-    def _is_a_copy(self) -> bool:
+    def _travels(self) -> bool:
         # A process that the app has forked has this object too.
-        return os.getpid() != self._runtime.pid
+        return self.store is not None and self.store.can_travel and os.getpid() == self._runtime.pid
 
     # -- a worker that serves
 
     def turn(self) -> None:
         """Look whether the exchange is to be watched, and close what is idle in a lame duck; once a turn."""
-        if self.store is None or self._is_a_copy():
+        now = time.monotonic()
+        if now < self._looks_at or self.store is None or os.getpid() != self._runtime.pid:
             return
+        # A loop may turn thousands of times a second.
+        self._looks_at = now + TURN
         self.watch_exchange()
         if self._header.phase == Phase.LAME_DUCK and not self._gave_up:
             self.store.in_loop(self._close_over_the_lame_duck)
@@ -166,10 +174,11 @@ class KeptConnections:
 
     def take_some(self, most: int = TAKEN_AT_ONCE) -> int:
         """Take connections from the exchange; return how many. The loop's call when it can be read."""
-        if not self._takes():
+        taken = self._take(most) if self._takes() else 0
+        if not taken:
+            # Another worker was faster, or this one is to take none.
             self.watch_exchange()
-            return 0
-        return self._take(most)
+        return taken
 
     def _take(self, most: int) -> int:
         assert self.store is not None and self._exchange.take is not None
@@ -192,7 +201,7 @@ class KeptConnections:
 
     def is_exchange_empty(self) -> bool:
         """Tell whether nothing is left in the exchange for a worker that empties its queues at a stop."""
-        if self.store is None or self._exchange.take is None or self.store.room() <= 0:
+        if self.store is None or self._exchange.take is None or not self.store.can_travel or self.store.room() <= 0:
             return True
         return not connection_passing.waiting_bytes(self._exchange.take)
 
@@ -203,7 +212,10 @@ class KeptConnections:
 
         `without` takes over where handing over has come to its end.
         """
-        return HandingOver(self, stop_accepting, without) if self.hands_over() else without
+        if not self.hands_over():
+            return without
+        self.is_busy = True
+        return HandingOver(self, stop_accepting, without)
 
     @property
     def is_too_late(self) -> bool:

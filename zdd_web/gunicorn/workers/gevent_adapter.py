@@ -158,7 +158,7 @@ class GeventAdapter(WorkerAdapter):
 
     def connection_store(self) -> ConnectionStore | None:
         """See `WorkerAdapter`."""
-        return self._store if self._store.can_travel else None
+        return self._store
 
     def leaving(self) -> Leaving | None:
         """See `WorkerAdapter`."""
