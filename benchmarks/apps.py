@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zdd_web
 from zdd_web.wsgi import ProbeMiddleware
@@ -71,3 +71,14 @@ def with_a_tracked_job(environ: WSGIEnvironment, start_response: StartResponse) 
 
 
 _requests = 0
+
+
+async def plain_asgi(scope: Any, receive: Any, send: Any) -> None:
+    """Answer at once, as `plain` does, in ASGI."""
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})

@@ -71,7 +71,7 @@ GUNICORN_MAY_USE: dict[str, set[str]] = {
     "handoff": {"adapter", "context", "settings_sources"},
     "systemd": {"adapter", "context", "settings_sources", "handoff"},
     "sockets": {"adapter", "context", "settings_sources", "handoff"},
-    "workers": {"adapter", "context", "settings_sources", "handoff", "log_rotation", "process_exit"},
+    "workers": {"adapter", "context", "settings_sources", "handoff", "sockets", "log_rotation", "process_exit"},
     "upgrade": {
         "adapter", "context", "settings_sources", "handoff", "systemd", "sockets", "boot_progress", "pid_file",
     },

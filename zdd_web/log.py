@@ -67,6 +67,7 @@ EVENTS = {
     "check.passed": "a check that had failed passes again",
     "worker.overdue": "a worker that was told to leave was still here after its deadline, and was killed",
     "handler.replaced": "the app has replaced the handler by which SIGTERM ends a worker; remedy names on_stop",
+    "connections.taken_back": "no worker took the connections that this one, which leaves, had handed over",
     "worker.recycled": "a worker has answered max_requests; it leaves when its replacement serves",
     "worker.boot_failed": "a replacement could not boot; the service goes on and tries again",
     "probes.listening": "the probe port answers at this address",

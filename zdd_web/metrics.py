@@ -36,6 +36,9 @@ class Totals:
     #: Nanoseconds, and no totals: the last ones.
     last_upgrade: int = 0
     last_drain: int = 0
+    connections_handed_over: int = 0
+    connections_received: int = 0
+    connections_closed_idle: int = 0
 
     def at_least(self, other: Totals) -> Totals:
         """Return what is greater, field by field: a worker's count is nowhere for an instant when it has gone."""
@@ -94,6 +97,13 @@ def totals(board: Board, predecessor: Board | None = None) -> Totals:
         upgrades_refused=began.upgrades_refused + header.upgrades_refused,
         last_upgrade=header.upgrade_took or began.last_upgrade,
         last_drain=header.drain_took or began.last_drain,
+        connections_handed_over=began.connections_handed_over
+        + header.handed_over_gone
+        + sum(slot.handed_over for slot in slots),
+        connections_received=began.connections_received + header.received_gone + sum(slot.received for slot in slots),
+        connections_closed_idle=began.connections_closed_idle
+        + header.closed_idle_gone
+        + sum(slot.closed_idle for slot in slots),
     )
 
 
@@ -133,6 +143,12 @@ class Collector:
         yield counter("server_errors", "Replies with a status of 500 or more, probes aside.", total.server_errors)
         yield counter("late_requests", "Requests that came after a stop had begun.", total.late_requests)
         yield counter("workers_lost", "Workers that ended without having been told to.", total.workers_lost)
+        yield counter("connections_handed_over", "Kept connections that workers handed over as they left.",
+                      total.connections_handed_over)  # fmt: skip
+        yield counter("connections_received", "Kept connections that workers took over from others.",
+                      total.connections_received)  # fmt: skip
+        yield counter("connections_closed_idle", "Kept connections closed because a worker or the service ended.",
+                      total.connections_closed_idle)  # fmt: skip
         yield gauge("background_tasks", "Background tasks in hand.", snapshot.tasks)
         yield gauge("background_oldest_seconds", "Age of the oldest background task in hand.", self._oldest())
         waiting, limits = {}, {}

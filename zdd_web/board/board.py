@@ -206,6 +206,7 @@ class Board:
                 slot.beat_at = beat_at
                 self.header.slots_used = max(self.header.slots_used, index + 1)
                 slot.error = slot.late_peer = ""
+                slot.handed_over = slot.received = slot.closed_idle = 0
                 slot.server_errors = slot.oldest_task = slot.heartbeat = slot.late_new_by = 0
                 for quarter in Slot.LATE_QUARTERS:
                     words[slot.base + quarter.index] = 0
@@ -270,12 +271,16 @@ class Board:
                     requests=slot.requests,
                     tasks=slot.tasks,
                     error=slot.error,
+                    handed_over=slot.handed_over,
+                    received=slot.received,
+                    closed_idle=slot.closed_idle,
                 )
             )
         fields: dict[str, Any] = {
             name: getattr(header, name)
             for name in Snapshot.__dataclass_fields__
             if name not in ("phase", "successor_phase", "upgrade_state", "workers", "listeners")
+            and not name.startswith("connections_")
         }
         successor_phase = header.successor_phase
         return Snapshot(
@@ -284,6 +289,9 @@ class Board:
             upgrade_state=_member(UpgradeState, header.upgrade_state, "upgrade_state"),
             workers=tuple(sorted(views, key=lambda view: view.age)),
             listeners=tuple(self.listeners()),
+            connections_handed_over=header.handed_over_gone + sum(view.handed_over for view in views),
+            connections_received=header.received_gone + sum(view.received for view in views),
+            connections_closed_idle=header.closed_idle_gone + sum(view.closed_idle for view in views),
             **fields,
         )
 

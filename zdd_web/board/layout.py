@@ -145,6 +145,12 @@ class Header(Record):
     #: `workers_lost`.
     lost_pid = Word(196)
     lost_status = Word(197)
+    #: The successor takes kept connections from the exchange.
+    successor_takes = Word(198)
+    #: Kept connections: what workers that are no more had counted, see `Slot`.
+    handed_over_gone = Word(199)
+    received_gone = Word(218)
+    closed_idle_gone = Word(219)
     #: `successor_trouble` as far as it fits; boards of versions without the whole have this alone.
     successor_trouble_cut = Text(200, 120)
     #: Totals of the generations before this one, in the order of `metrics.Totals`.
@@ -245,7 +251,13 @@ class Slot(Record):
     CHECKS_AT = 104
     #: Connections accepted from each listener, by all workers that have had this slot.
     ACCEPTS_AT = CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS
-    WORDS = ACCEPTS_AT + MOST_LISTENERS
+    #: Kept connections that this worker has handed over, received, and closed while they were idle because it, or the
+    #: service, ends. Behind the words of earlier versions, whose slots are whole pages and have room.
+    LEAST_WORDS = ACCEPTS_AT + MOST_LISTENERS
+    handed_over = Count(LEAST_WORDS)
+    received = Count(LEAST_WORDS + 1)
+    closed_idle = Count(LEAST_WORDS + 2)
+    WORDS = LEAST_WORDS + 8
 
     def __init__(self, memory: memoryview, base: int, order: Order) -> None:
         super().__init__(memory, base)

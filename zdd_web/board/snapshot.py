@@ -21,6 +21,9 @@ class WorkerView:
     requests: int
     tasks: int
     error: str
+    handed_over: int = 0
+    received: int = 0
+    closed_idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Snapshot:
     upgrades_failed: int
     workers: tuple[WorkerView, ...]
     listeners: tuple[ListenerView, ...]
+    #: Kept connections of this generation: see `metrics.Totals`.
+    connections_handed_over: int = 0
+    connections_received: int = 0
+    connections_closed_idle: int = 0
 
     @property
     def in_flight(self) -> int:

@@ -265,7 +265,9 @@ def post_fork(server: Any, worker: Any) -> None:
     master.after_fork(slot)
     facade, settings = WorkerFacade(worker), master.generation.settings
     listeners = master.listening.for_worker(facade, slot)
-    state.worker = WorkerRuntime(facade, master.board, slot, settings, master.gate, boot_log, listeners)
+    state.worker = WorkerRuntime(
+        facade, master.board, slot, settings, master.gate, boot_log, listeners, master.exchange
+    )
     state.worker.run_exit_hook = lambda: worker.cfg.worker_exit(server, worker)
     state.worker.enter(master.once)
     # On every request: where the user has no hook there is nothing in between either.

@@ -39,6 +39,7 @@ class Settings:
     """
 
     listener: str = "fd"
+    hand_over_connections: bool = True
     systemd_names: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     upgrade_timeout: float = DEFAULT_UPGRADE_TIMEOUT
     commit_window: float = 1.0

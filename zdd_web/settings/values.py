@@ -205,6 +205,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "termination_log": _absolute,
     "warmup": _paths,
     "max_generations": _generations,
+    "hand_over_connections": _switch,
     "keep_pid": _switch,
     "parent_stays": _switch,
     "takeover": _switch,

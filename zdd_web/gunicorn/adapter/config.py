@@ -36,10 +36,13 @@ class Config(Protocol):
     gid: int
     graceful_timeout: float
     initgroups: bool
+    is_ssl: bool
     keepalive: int
     pidfile: str | None
     preload_app: bool
     proc_name: str
+    #: "off" where it is not in use; False up to 23.
+    proxy_protocol: str | bool
     reuse_port: bool
     settings: dict[str, Setting]
     timeout: int
@@ -49,6 +52,7 @@ class Config(Protocol):
     worker_class_str: str
     worker_exit: Callable[[Any, Any], None]
     worker_int: Callable[[Any], None]
+    worker_connections: int
     workers: int
 
     def set(self, name: str, value: Any) -> None:

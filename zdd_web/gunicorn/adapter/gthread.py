@@ -33,7 +33,6 @@ def is_one(worker: Any) -> bool:
 def adapt(worker: Any, process: Process) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are."""
     if is_one(worker):
-        look_before_closing(worker)
         end_by_signal_alone(worker)
         defer_nothing_once_closed(worker)
         close_beside_the_loop(worker, process)
@@ -187,18 +186,19 @@ class WindDown:
         """Stop accepting at the first call; tell whether the loop may be ended."""
         if self._since is None:
             self._since = time.monotonic()
-            self._stop_accepting()
+            stop_accepting(self._worker)
         return self._worker.nr_conns == 0 or time.monotonic() - self._since >= self.LINGER
 
-    def _stop_accepting(self) -> None:
-        worker = self._worker
-        if hasattr(worker, "set_accept_enabled"):
-            worker.set_accept_enabled(False)
-            # The loop would enable it again at its next turn: test_gthread_enables_accepting_each_turn.
-            replace(worker, "set_accept_enabled", lambda enabled: None)
-            return
-        for listener in worker.sockets:
-            worker.poller.unregister(listener)
+
+def stop_accepting(worker: Any) -> None:
+    """Have a gthread worker accept nothing more, although its loop goes on."""
+    if hasattr(worker, "set_accept_enabled"):
+        worker.set_accept_enabled(False)
+        # The loop would enable it again at its next turn: test_gthread_enables_accepting_each_turn.
+        replace(worker, "set_accept_enabled", lambda enabled: None)
+        return
+    for listener in worker.sockets:
+        worker.poller.unregister(listener)
 
 
 def end_by_signal_alone(worker: Any) -> None:
@@ -229,23 +229,3 @@ def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
 
     replace(worker, "set_accept_enabled", then_tell)
     return True
-
-
-def look_before_closing(worker: Any) -> None:
-    """Have a gthread worker read what has arrived before it closes kept connections that were idle for too long.
-
-    Between the last look at its sockets and the close (test_gthread_closes_idle_connections_each_turn) it starts
-    requests, for milliseconds where the machine is short of time. A request that arrives in between is reset unread,
-    and no client may repeat a POST.
-    """
-    if not hasattr(worker, "keepalived_conns"):
-        return
-    murder_keepalived = worker.murder_keepalived
-
-    def look_first(**force: bool) -> None:  # which 26 does not know yet
-        kept = worker.keepalived_conns
-        if not force and kept and kept[0].timeout <= time.monotonic():
-            worker.wait_for_and_dispatch_events(0)
-        murder_keepalived(**force)
-
-    replace(worker, "murder_keepalived", look_first)

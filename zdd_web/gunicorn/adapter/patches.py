@@ -140,6 +140,8 @@ PATCHES: tuple[Patch, ...] = (
     *_methods(_CONNECTION, "(self, timeout)", "a silent connection does not hold up a stop", "wait_for_data",
               since=(25, 3)),
     *_values(_CONNECTION, "a silent connection does not hold up a stop", "data_ready", "timeout"),
+    *_methods(_GTHREAD, "(self, conn)", "HTTP/2 connections end with the loop", "handle_http2", since=(25, 3)),
+    *_values(_GTHREAD, "kept connections come and go by the exchange", "nr_conns", since=(24,)),
     *_methods(_QUEUE, "(self)", "its descriptor's number may be another file's later", "close", since=(24,)),
     *_methods(_QUEUE, "(self, callback, *args)", "its descriptor's number may be another file's later", "defer",
               since=(24,)),
@@ -150,6 +152,7 @@ PATCHES: tuple[Patch, ...] = (
     *_values("gunicorn.workers.ggevent", "accepts from queues, and closes in our order", "StreamServer"),
     *_methods("gunicorn.http.unreader.SocketUnreader", ("(self)", "(self, size_hint=None)"),
               "a head that has begun is a request in hand", "chunk"),
+    *_values("gunicorn.http", "kept connections come and go by the exchange", "get_parser"),
     # -- asgi and uvicorn. No `since`: before 25.3 the protocol cannot be asked, and such a start ends.
     *_methods(_ASGI, "(self)", "the gate comes after lifespan start-up, and draining before the end",
               "_serve", "_shutdown", since=(24,)),

@@ -33,7 +33,10 @@ class UvicornServer:
         await serving
         return bool(self._made.started)
 
-    def end(self, within: int | None) -> None:
-        """Have it end, within seconds or without a limit; it closes what is idle, and websockets with 1012."""
-        self._config.timeout_graceful_shutdown = within
+    def end_within(self, seconds: int | None) -> None:
+        """Give its end so many seconds, or no limit."""
+        self._config.timeout_graceful_shutdown = seconds
+
+    def end(self) -> None:
+        """Have it end; it closes what is idle, and websockets with 1012."""
         self._made.should_exit = True

@@ -94,9 +94,12 @@ class WorkerFacade:
         """Put `made(method)` in the place of a method."""
         replace(self.raw, name, made(getattr(self.raw, name)))
 
-    def adapt(self, process: Process) -> None:
-        """Change what its class does with connections, so that a stop and an upgrade lose none."""
-        _close_connections_when(process.is_leaving)
+    def adapt(self, process: Process, are_to_close: Callable[[], bool]) -> None:
+        """Change what its class does with connections, so that a stop and an upgrade lose none.
+
+        A reply closes its connection where `are_to_close()` is true.
+        """
+        _close_connections_when(are_to_close)
         self._remember_names()
         gthread.adapt(self.raw, process)
         sync.adapt(self.raw, process)

@@ -22,6 +22,10 @@ from zdd_web.settings import HANDOVER
 ENV = HANDOVER
 
 
+#: Descriptors that an inheritance may have, by their names in it.
+_OPTIONAL = ("board", "probe", "exchange_give", "exchange_take")
+
+
 @dataclass(frozen=True)
 class Inheritance:
     """What a successor is given, as descriptors of its own."""
@@ -54,6 +58,9 @@ class Inheritance:
     stderr_pipes: tuple[int, ...] = ()
     #: The descriptors that the first master was started with; None when the predecessor's version does not tell.
     passed_on: tuple[int, ...] | None = None
+    #: The ends of the pair by which kept connections travel (sockets/exchange.py): for sending, and for receiving.
+    exchange_give: int = -1
+    exchange_take: int = -1
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -62,7 +69,7 @@ class Inheritance:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that the exec must leave open."""
-        optional = [fd for fd in (self.board, self.probe) if fd >= 0]
+        optional = [getattr(self, name) for name in _OPTIONAL if getattr(self, name) >= 0]
         return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional, *self.stderr_pipes)
 
     @classmethod
@@ -101,7 +108,7 @@ class Inheritance:
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
         """Return what a process that is no child is sent: fields, and descriptors in an order that these tell."""
-        names = ["boot_log", *(name for name in ("board", "probe") if getattr(self, name) >= 0)]
+        names = ["boot_log", *(name for name in _OPTIONAL if getattr(self, name) >= 0)]
         fields = {**dataclasses.asdict(self), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]
 
@@ -116,7 +123,7 @@ class Inheritance:
         try:
             names = [str(name) for name in fields["descriptors"]]
             named = dict(zip(names, descriptors, strict=False))
-            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in ("board", "probe")}}
+            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in _OPTIONAL}}
             own: dict[str, Any] = {"channel": channel, "predecessor": predecessor, "predecessor_start": start}
             # It has a stderr, and was started with descriptors, of its own; the numbers sent are the other process's.
             own |= {"taken": True, "stderr_pipes": (), "passed_on": None}

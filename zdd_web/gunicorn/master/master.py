@@ -47,6 +47,7 @@ from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
 from zdd_web.gunicorn.master.workforce import Workforce
 from zdd_web.gunicorn.pid_file import PidFile
+from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
@@ -102,6 +103,7 @@ class Master:
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
         self.listening = ListenerManager(server, self.board, settings, inherited)
+        self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         self.coordinator = UpgradeCoordinator(
             server,
             self.generation,
@@ -194,7 +196,7 @@ class Master:
             for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
                 server.replace_handler(sig, partial(self._unless_forwarded, sig))
         if self.predecessor_link is not None:
-            self.predecessor_link.adopt(self.listening)
+            self.predecessor_link.adopt(self.listening, takes_connections=self.exchange.was_inherited)
         else:
             if server.pid_file is not None:
                 server.set_pid_file(PidFile(server.pid_file.fname, os.getpid()))
@@ -297,7 +299,13 @@ class Master:
 
     def _fields_to_inherit(self) -> dict[str, Any]:
         probe, probe_bind = self.probes.inheritance
-        return {"probe": probe, "probe_bind": probe_bind, "kept": self.kept, "stderr_pipes": self.stderr_relay.pipes}
+        return {
+            "probe": probe,
+            "probe_bind": probe_bind,
+            "kept": self.kept,
+            "stderr_pipes": self.stderr_relay.pipes,
+            **self.exchange.inheritance(),
+        }
 
     def _reloaded(self) -> None:
         # A new configuration is in force: every worker is to be replaced.

@@ -160,6 +160,9 @@ class Roster:
                     late_new_by=slot.late_new_by / 1e9,
                     requests=slot.requests,
                     server_errors=slot.server_errors,
+                    handed_over=slot.handed_over,
+                    received=slot.received,
+                    closed_idle=slot.closed_idle,
                 )
             )
             self._board.free(slot)

@@ -72,6 +72,7 @@ class Stop:
         self._cut = 0
         self._killed_at_work = False
         self._ends_now = False
+        self._closed_idle = 0
         self._late = late_arrivals.LateArrivals()
 
     @property
@@ -98,6 +99,8 @@ class Stop:
             self._abandoned += gone.abandoned
             self._killed_at_work |= gone.killed and bool(gone.abandoned or gone.in_flight)
             self._cut += gone.in_flight
+        if self._header.stop_since:
+            self._closed_idle += gone.closed_idle
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
@@ -226,6 +229,8 @@ class Stop:
         said: dict[str, Any] = {}
         if self._header.stop_since:
             said = self._late.fields(self._settings.drain_delay, self._settings.grace_period, self._cut)
+            if self._closed_idle:
+                said["closed_idle"] = self._closed_idle
         if self._listening.is_left_to_others:
             # Nothing was refused: connections have gone to the others on the port.
             said.pop("remedy", None)

@@ -49,6 +49,9 @@ class Workforce:
             self._header.requests_gone += gone.requests
             self._header.server_errors_gone += gone.server_errors
             self._header.late_gone += gone.late
+            self._header.handed_over_gone += gone.handed_over
+            self._header.received_gone += gone.received
+            self._header.closed_idle_gone += gone.closed_idle
             if self._gate.opened and not gone.told and gone.state in (WorkerState.READY, WorkerState.SERVING):
                 self._header.lost_pid, self._header.lost_status = gone.pid, gone.status or 0
             self._header.workers_lost += gone.lost

@@ -80,7 +80,7 @@ class PredecessorLink:
             boot_log.give_back_stderr(self.inherited.stderr, self.inherited.boot_log)
         self._channel.send("speaks")
 
-    def adopt(self, listening: ListenerManager) -> None:
+    def adopt(self, listening: ListenerManager, *, takes_connections: bool = False) -> None:
         """Make the inherited listeners this master's, and introduce it to its predecessor.
 
         Raises `UpgradeError` or `ListenerError` when the configuration wants what cannot be had.
@@ -93,7 +93,7 @@ class PredecessorLink:
         self._server.hold_control_server()
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path, dropped=dropped,
-                            added_paths=listening.added_paths)  # fmt: skip
+                            added_paths=listening.added_paths, exchange=takes_connections)  # fmt: skip
 
     def may_serve(self, ready: int) -> bool:
         """Ask the predecessor for the gate, once; tell whether it has answered or is gone."""

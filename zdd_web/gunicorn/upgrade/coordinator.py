@@ -266,6 +266,7 @@ class UpgradeCoordinator:
             self._identity.take_back()
             return
         self._header.successor_pid = upgrade.pid
+        self._header.successor_takes = upgrade.takes_connections
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         # First of all: the successor offers itself there when it hears that it is in office.
         guarded("takeover", self._close_takeover)()

@@ -86,6 +86,8 @@ class Upgrade:
         #: Indices of the listeners that it does not want, and paths of Unix sockets that it has made.
         self.dropped: tuple[int, ...] = ()
         self.added_paths: tuple[str, ...] = ()
+        #: It takes kept connections from the exchange.
+        self.takes_connections = False
         self.board: Board | None = None
         self.status: int | None = None
         self.reopen_number = 0
@@ -201,6 +203,7 @@ class Upgrade:
         self.pid_file = str(message.fields.get("pid_file", ""))
         self.dropped = tuple(map(_number, _list(message.fields.get("dropped"))))
         self.added_paths = tuple(map(str, _list(message.fields.get("added_paths"))))
+        self.takes_connections = message.fields.get("exchange") is True
         self._read_board(message.fd)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from zdd_web.board import Board, Slot
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
+from zdd_web.gunicorn.workers.exchange import KeptConnections
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.process import Process
 from zdd_web.settings import Settings
@@ -22,8 +23,10 @@ class AdaptedWorker(Protocol):
     board: Board
     slot: Slot
     process: Process
+    pid: int
     requests: RequestCounter
     after_loop: AfterLoop
+    kept: KeptConnections
     #: Calls `worker_exit`, where a worker ends from within a signal handler.
     run_exit_hook: Callable[[], None]
 

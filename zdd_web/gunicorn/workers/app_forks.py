@@ -8,7 +8,7 @@ So in each child of a worker, before any code of the app runs there:
 
     signals     the worker's handlers are replaced by the default actions; those of the app stay
     the board   what is written to the slot from here on goes to a private copy; the header can still be read
-    listeners   the child's copies are closed
+    listeners   the child's copies are closed, and those of the exchange
     greenlets   under gevent they are copied too: what accepts and beats is ended
 
 While the app forks, signals with such a handler are blocked: one that reaches the child before its handlers are

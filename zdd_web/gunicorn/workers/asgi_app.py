@@ -98,7 +98,7 @@ class CountingApp:
                 outcome.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *ours]
                 # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
-                if http1 and self._says_close and self._runtime.process.is_leaving():
+                if http1 and self._says_close and self._runtime.kept.are_to_close():
                     headers = [each for each in headers if each[0].lower() != b"connection"]
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}

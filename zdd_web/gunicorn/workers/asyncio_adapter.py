@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import signal
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import asgi, heads
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
+from zdd_web.gunicorn.adapter.kept_asyncio import AsgiConnections, AsyncioConnections, UvicornConnections
 from zdd_web.gunicorn.adapter.uvicorn import UvicornServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import CountingApp
@@ -31,8 +33,14 @@ from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
+
 #: How often a worker that is on its way out looks how far it has come, seconds.
 TURN = 0.1
+
+#: For how long requests that have arrived on idle connections are read before the loop ends, and how often, seconds.
+LAST_LOOKS, LOOK_AGAIN = 0.5, 0.02
 
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
 FAREWELL = 5.0
@@ -58,9 +66,25 @@ class AsyncioAdapter(WorkerAdapter):
         self._peers_before_the_stop: set[Any] | None = None
         self.app: CountingApp | None = None
         self.accepting = True
+        self.store = self.make_store()
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
         self._end: Callable[[int, Any], None] = self._obey
+
+    def make_store(self) -> AsyncioConnections:
+        """Make what knows the kept connections of this class."""
+        raise NotImplementedError
+
+    def connection_store(self) -> ConnectionStore | None:
+        """See `WorkerAdapter`."""
+        cfg = self.worker.cfg
+        # A PROXY line is read once, and its content is in this process; so is TLS.
+        plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
+        self.store.can_travel = bool(plain and cfg.keepalive and getattr(cfg, "protocol", "http") == "http")
+        return self.store
+
+    def _websockets(self) -> Any:
+        return self.app.websockets if self.app is not None else ()
 
     # -- boot
 
@@ -102,7 +126,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def enter_loop(self) -> None:
         """Called in the loop, first of all."""
-        self.loop = loop = asyncio.get_running_loop()
+        self.loop = self.store.loop = loop = asyncio.get_running_loop()
         create_server = loop.create_server
         ours = [listener for each in self.worker.sockets for listener in (each, getattr(each, "sock", each))]
 
@@ -126,6 +150,8 @@ class AsyncioAdapter(WorkerAdapter):
             self.servers.append(server)
             if not self.accepting:
                 server.close()
+            self.store.factory = connection
+            self.runtime.kept.turn()
             return server
 
         shutdown_executor = loop.shutdown_default_executor
@@ -192,8 +218,11 @@ class AsyncioAdapter(WorkerAdapter):
             self._timer.cancel()
         try:
             self.runtime.notify()
+            self.runtime.kept.turn()
         finally:
-            self._timer = self.loop.call_later(TURN if self.runtime.is_finishing else self.interval, self._turn)
+            pause = self.runtime.kept.pause()
+            usual = TURN if self.runtime.is_finishing else self.interval
+            self._timer = self.loop.call_later(usual if pause is None else min(usual, pause), self._turn)
 
     def stop_accepting(self) -> None:
         """Close the listeners of this process."""
@@ -209,7 +238,7 @@ class AsyncioAdapter(WorkerAdapter):
 
     def leaving(self) -> Leaving | None:
         """See `WorkerAdapter`."""
-        return AsyncioDrain(self)
+        return self.runtime.kept.leaving(functools.partial(AsyncioAdapter.stop_accepting, self), AsyncioDrain(self))
 
     def in_a_child_of_the_app(self) -> None:
         """See `WorkerAdapter`: asyncio's loop does not run there."""
@@ -253,7 +282,12 @@ class AsgiAdapter(AsyncioAdapter):
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self._drained = asyncio.Event()
-        self.says_close = not asgi.adapt_protocol(runtime.process.is_leaving)
+        self.says_close = not asgi.adapt_protocol(runtime.kept.are_to_close)
+
+    def make_store(self) -> AsyncioConnections:
+        """See `AsyncioAdapter`."""
+        limit = self.worker.cfg.worker_connections
+        return AsgiConnections(self.runtime.kept, lambda: list(self.connections), self._websockets, limit)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
@@ -299,15 +333,20 @@ class AsgiAdapter(AsyncioAdapter):
         for send in self.app.websockets:
             # 1012: service restart.
             self.app.closing.add(self.loop.create_task(send({"type": "websocket.close", "code": 1012})))
-        transports = []
+        transports, idle = [], []
         for connection in list(self.connections):
             if connection.transport is not None:
                 transports.append(connection.transport)
                 # gunicorn waits for as long as `keepalive`. What has a reader is HTTP/2 and takes its leave by itself.
-                if not (connection.reader or connection._websocket):
+                if self.store.can_travel and self.store.is_idle(connection):
+                    idle.append(connection)
+                elif not (connection.reader or connection._websocket):
                     connection.transport.close()
         since = time.monotonic()
         while not clock.passed(self.runtime.process.deadline_ns):
+            for connection in idle:
+                # One whose next request has arrived is answered first.
+                self.store.close_idle(connection)
             unsent = any(transport.get_write_buffer_size() for transport in transports)
             is_open = not all(transport.is_closing() for transport in transports)
             if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
@@ -321,6 +360,10 @@ class UvicornAdapter(AsyncioAdapter):
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self._uvicorn = UvicornServer(runtime.worker)
+
+    def make_store(self) -> AsyncioConnections:
+        """See `AsyncioAdapter`."""
+        return UvicornConnections(self.runtime.kept, lambda: list(self.connections), self._websockets)
 
     def stand_at_gate(self) -> None:
         """See `WorkerAdapter`; the gate itself comes after lifespan start-up."""
@@ -340,4 +383,14 @@ class UvicornAdapter(AsyncioAdapter):
     def end_loop(self) -> None:
         """See `WorkerAdapter`."""
         left = clock.remaining(self.runtime.process.deadline_ns)
-        self._uvicorn.end(None if left is None else 0 if self.has_cut else max(1, math.ceil(left)))
+        self._uvicorn.end_within(None if left is None else 0 if self.has_cut else max(1, math.ceil(left)))
+        self._close_idle(clock.after_ns(LAST_LOOKS))
+
+    def _close_idle(self, until: int) -> None:
+        # uvicorn would look at none of them before it closes them all.
+        assert self.loop is not None
+        left = [each for each in self.store.idle() if not self.store.close_idle(each)]
+        if left and not self.has_cut and not clock.passed(until):
+            self.loop.call_later(LOOK_AGAIN, self._close_idle, until)
+        else:
+            self._uvicorn.end()

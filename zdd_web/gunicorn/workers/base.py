@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zdd_web import waitgroup
 from zdd_web.board import Heartbeat, Slot
-from zdd_web.gunicorn.adapter.gthread import WindDown
+from zdd_web.gunicorn.adapter import kept_gthread
+from zdd_web.gunicorn.adapter.gthread import WindDown, stop_accepting
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.warmup import warm_up
 from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
 LINGER = WindDown.LINGER
@@ -104,7 +109,12 @@ class WorkerAdapter:
 
     def leaving(self) -> Leaving | None:
         """Return what is to be done before the loop is ended; None where gunicorn ends a loop as it should."""
-        return self.worker.wind_down()
+        stop = functools.partial(stop_accepting, self.worker.raw)
+        return self.runtime.kept.leaving(stop, self.worker.wind_down())
+
+    def connection_store(self) -> ConnectionStore | None:
+        """Return what knows this worker's kept connections; None where it keeps none, or they cannot travel."""
+        return kept_gthread.store_for(self.worker.raw, self.runtime.kept)
 
     def end_loop(self) -> None:
         """Have the loop end, and `accepts_no_more()` called when nothing more is accepted."""

@@ -28,6 +28,9 @@ class ExitedWorker:
     late_new_by: float = 0.0
     requests: int = 0
     server_errors: int = 0
+    handed_over: int = 0
+    received: int = 0
+    closed_idle: int = 0
 
     @property
     def lost(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gevent
 from gevent import getcurrent
@@ -15,9 +16,18 @@ from gevent.socket import socket as GeventSocket  # noqa: N812 - a class
 from zdd_web import waitgroup
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import gevent as gunicorns
+from zdd_web.gunicorn.adapter.kept_gevent import GeventConnections
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
+from zdd_web.gunicorn.workers.exchange import TURN
+from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.listeners.reuseport.queues import Queues
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.workers.exchange import ConnectionStore
+
+#: When requests that have arrived on idle connections are read, the others are looked at again, seconds.
+LOOK_AGAIN = 0.02
 
 
 class GeventAdapter(WorkerAdapter):
@@ -28,21 +38,21 @@ class GeventAdapter(WorkerAdapter):
         # The class's own exits when the master is gone (test_gevent_exits_when_its_master_is_gone), with what is in
         # hand; the kernel sends SIGTERM.
         self.beat = on_board(self.worker.plain_notify, runtime.slot)
-        self._servers: list[Any] = []
-        self._idle: dict[Any, _Idle] = {}
+        self._store = GeventConnections(runtime.worker.raw, runtime.kept)
+        self._servers = self._store.servers
         self._main: Any = None
 
     def enter(self) -> None:
         """See `WorkerAdapter`."""
         super().enter()
         worker, servers = self.worker, self._servers
-        names: dict[Any, _Named] = {}
+        names: dict[Any, Any] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
             def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
                 super().__init__(listener, *arguments, **options)
                 servers.append(self)
-                names[listener] = _Named(self.address)
+                names[listener] = self.address
 
             def do_read(self) -> Any:
                 if not isinstance(self.socket, Queues):
@@ -62,10 +72,7 @@ class GeventAdapter(WorkerAdapter):
 
         gunicorns.serve_by(Server)
         worker.wrap("patch", self._patching)
-        # It asks the listener for its name in a greenlet of its own (test_gevent_asks_for_the_name_of_a_listener),
-        # where that may be closed.
-        worker.wrap("handle", lambda handle: lambda listener, client, addr: handle(names[listener], client, addr))
-        worker.replace("timeout_ctx", lambda: _Idle(worker.cfg.keepalive, self._idle))
+        self._store.enter(names.__getitem__)
         gunicorns.note_data(self._note_data)
         worker.wrap("handle_exit", self._in_a_greenlet)
         worker.wrap("handle_quit", self._in_a_greenlet)
@@ -82,9 +89,8 @@ class GeventAdapter(WorkerAdapter):
         return patch_but_queues
 
     def _note_data(self, data: bytes) -> None:
-        idle = self._idle.get(getcurrent())
-        if idle is not None and not data.isspace():
-            idle.is_reading = True
+        if not data.isspace():
+            self._store.note_reading()
 
     def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
@@ -115,8 +121,7 @@ class GeventAdapter(WorkerAdapter):
 
     def end_loop(self) -> None:
         """See `WorkerAdapter`: accept no more now; the loop looks once a second: test_gevent_looks_once_a_second."""
-        for server in self._servers:
-            server.close()
+        self._stop_accepting()
         self.runtime.accepts_no_more()
         self.worker.end_loop()
         # gunicorn waits for as long as `keepalive` for the next request.
@@ -127,6 +132,7 @@ class GeventAdapter(WorkerAdapter):
         # Not `alive`: the main greenlet would end the child in the middle of its work.
         for server in self._servers:
             server.stop_accepting()
+        self._store.watch(is_on=False)
 
     def cut(self) -> None:
         """See `WorkerAdapter`: gunicorn kills the greenlets, whose `post_request` counts them out."""
@@ -140,46 +146,46 @@ class GeventAdapter(WorkerAdapter):
         return {id(each): each.gr_frame for each in greenlets if each.gr_frame is not None}
 
     def _close_idle(self) -> None:
-        for idle in list(self._idle.values()):
-            gevent.get_hub().loop.run_callback(idle.end)
+        if not self._store.in_loop(self._store.close_all_idle):
+            # Requests have arrived, and are about to be read.
+            self.later(LOOK_AGAIN, self._close_idle)
+
+    def connection_store(self) -> ConnectionStore | None:
+        """See `WorkerAdapter`."""
+        return self._store
+
+    def leaving(self) -> Leaving | None:
+        """See `WorkerAdapter`."""
+        found = self.runtime.kept.leaving(self._stop_accepting, None)
+        if found is not None:
+            gevent.spawn(self._turn_often)
+        return found
+
+    def run(self, run: Callable[[], None]) -> None:
+        """See `WorkerAdapter`: beside the loop, whose turns are a second apart."""
+        turns = gevent.spawn(self._follow_exchange)
+        try:
+            run()
+        finally:
+            turns.kill(block=False)
+
+    def _follow_exchange(self) -> None:
+        kept = self.runtime.kept
+        while os.getpid() == self.runtime.pid:
+            self._store.in_loop(kept.turn)
+            gevent.sleep(kept.pause() or self.interval)
+
+    def _turn_often(self) -> None:
+        # The loop's own turns are a second apart (ggevent.py:85).
+        while self.runtime.is_finishing:
+            gevent.sleep(TURN)
+            self.worker.notify()
+
+    def _stop_accepting(self) -> None:
+        for server in self._servers:
+            server.close()
 
     def end_now(self, status: int) -> NoReturn:
         """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it."""
         self._main.throw(SystemExit(status))
         raise AssertionError("the main greenlet came back")
-
-
-class _Named:
-    """A listener of which only the name is left."""
-
-    def __init__(self, name: Any) -> None:
-        self._name = name
-
-    def getsockname(self) -> Any:
-        return self._name
-
-
-class _Idle(gevent.Timeout):  # type: ignore[misc]
-    """The wait for a request on a connection, which can be ended before its time, unless the request has begun."""
-
-    def __init__(self, seconds: float, waiting: dict[Any, _Idle]) -> None:
-        super().__init__(seconds, False)
-        self._waiting = waiting
-        self._greenlet: Any = None
-        #: A part of the request's head has arrived.
-        self.is_reading = False
-
-    def __enter__(self) -> _Idle:
-        self._greenlet = getcurrent()
-        self._waiting[self._greenlet] = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> Any:
-        self._waiting.pop(self._greenlet, None)
-        return super().__exit__(*error)
-
-    def end(self) -> None:
-        """Run in the hub, where nothing can come in between."""
-        if self._waiting.get(self._greenlet) is self and not self.is_reading:
-            self._greenlet.throw(self)

@@ -20,8 +20,10 @@ from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.adapter.exits import AppImportError
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
+from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
+from zdd_web.gunicorn.workers.exchange import KeptConnections
 from zdd_web.gunicorn.workers.exit_states import STATUS, Event, State, StateMachine
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once, Orders
@@ -43,6 +45,7 @@ class WorkerRuntime:
         gate: Gate,
         boot_log: boot_log.Handler | None,
         listeners: dict[int, int],
+        exchange: Exchange,
     ) -> None:
         self.worker, self.board, self.slot, self.gate = worker, board, slot, gate
         self.boot_log = boot_log
@@ -51,15 +54,19 @@ class WorkerRuntime:
         self._boot_has_failed = False
         self.boot = boot_watch.BootWatch(self._note_step, boot_log.fd if boot_log is not None else 2)
         self._checks: checks.Runner | None = None
-        self._listeners = listeners
+        self._listeners = (*listeners, *exchange.descriptors())
         limit = worker.take_max_requests()
-        worker.adapt(self.process)
+        self.kept = KeptConnections(self, exchange)
+        worker.adapt(self.process, self.kept.are_to_close)
         self.adapter = registry.adapter_for(self)
+        self.kept.store = self.adapter.connection_store()
         self._machine = StateMachine()
         is_new = self.adapter.is_on_new_connection
         self.requests = RequestCounter(self.process, limit, worker.cfg.forwarded_allow_ips, is_new)
         self.after_loop = AfterLoop(worker, self.process, self._machine, self.adapter)
-        self.shutdown = WorkerShutdown(worker, self.process, listeners, self._machine, self.adapter, self.after_loop)
+        self.shutdown = WorkerShutdown(
+            worker, self.process, listeners, self._machine, self.adapter, self.after_loop, self.kept.is_exchange_empty
+        )
         #: Calls `worker_exit`, where a worker ends from within a signal handler.
         self.run_exit_hook: Callable[[], None] = self.after_loop.exit
 

@@ -66,11 +66,14 @@ class WorkerShutdown:
         machine: StateMachine,
         adapter: WorkerAdapter,
         after_loop: AfterLoop,
+        is_exchange_empty: Callable[[], bool],
     ) -> None:
+        """`is_exchange_empty()` tells whether no kept connection waits there for this worker."""
         assert process.slot is not None
         self.worker, self.slot, self.pid = worker, process.slot, os.getpid()
         self._process, self._board, self._listeners = process, process.board, listeners
         self._machine, self._adapter, self._after_loop = machine, adapter, after_loop
+        self._is_exchange_empty = is_exchange_empty
         #: The heartbeat of a worker that serves.
         self.turn: Callable[[], None] = adapter.beat
         #: The state whose entry has been seen to.
@@ -210,6 +213,8 @@ class WorkerShutdown:
         header = self._board.header
         if clock.passed(header.deadline):
             return True
+        if not self._is_exchange_empty():
+            return False
         if not header.blocked_since:
             return accept_queue.is_empty(self.worker.sockets)
         return all(_is_emptied(fd, header.listener(index)) for fd, index in self._listeners.items())

@@ -1,0 +1,242 @@
+"""gunicorn.workers.ggevent: its kept connections, as they are closed, handed over and received.
+
+A greenlet serves a connection from its first request to its last, and sits in `recv()` between them. A connection
+leaves when that greenlet is woken by the end of its own wait, with a descriptor of the connection on its way already.
+Between the two nothing may read: both happen in one callback of the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import gevent
+from gevent import getcurrent
+from gevent.event import AsyncResult
+from gunicorn import http
+
+from zdd_web.gunicorn.adapter.kept import Keeper
+from zdd_web.gunicorn.adapter.patches import replace
+from zdd_web.system.connection_passing import Handed, waiting_bytes
+
+if TYPE_CHECKING:
+    import socket
+
+
+R = TypeVar("R")
+
+_http: Any = http
+
+
+class GeventConnection:
+    """One connection, in its greenlet."""
+
+    def __init__(self, client: Any, server: Any, handed: Handed | None) -> None:
+        self.client, self.server = client, server
+        #: Requests that other processes have answered.
+        self.before = handed.requests if handed is not None else 0
+        self.left = handed.left if handed is not None else None
+        #: How often a request was waited for, and the wait that is going on.
+        self.waits = 0
+        self.idle: Idle | None = None
+        self.parser: Any = None
+        self.is_http2 = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is between two requests: no byte of the next one was read, and none of the last one is unread."""
+        if self.idle is None or self.idle.is_reading or self.parser is None or self.is_http2:
+            return False
+        # The parser counts a request when it begins to read it, after the rest of the one before.
+        return bool(self.parser.req_count == self.before + self.waits)
+
+
+class Idle(gevent.Timeout):  # type: ignore[misc]
+    """The wait for a request on a connection, which can be ended before its time, unless the request has begun."""
+
+    def __init__(self, keepalive: float, connection: GeventConnection | None) -> None:
+        left, self._connection = keepalive, connection
+        if connection is not None and connection.left is not None:
+            left, connection.left = connection.left, None
+        super().__init__(left, False)
+        self.ends_at = time.monotonic() + left
+        self._greenlet: Any = None
+        #: A part of the request's head has arrived.
+        self.is_reading = False
+
+    def __enter__(self) -> Idle:
+        self._greenlet, connection = getcurrent(), self._connection
+        if connection is not None:
+            connection.waits += 1
+            connection.idle = self
+            # It came with the request before.
+            self.is_reading = connection.parser is not None and bool(connection.parser.unreader.buf.getvalue())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        if self._connection is not None:
+            self._connection.idle = None
+        return super().__exit__(*error)
+
+    def end(self) -> None:
+        """Run in the hub, where nothing can come in between."""
+        if self._connection is not None and self._connection.idle is self and not self.is_reading:
+            self._greenlet.throw(self)
+
+
+class GeventConnections:
+    """See `ConnectionStore` (workers/exchange.py)."""
+
+    def __init__(self, worker: Any, kept: Keeper) -> None:
+        self._worker, self._kept = worker, kept
+        #: gevent's servers, one for each listener; filled by the worker's loop.
+        self.servers: list[Any] = []
+        self._connections: dict[Any, GeventConnection] = {}
+        self._received: dict[int, tuple[Any, Handed]] = {}
+        self._watcher: Any = None
+
+    @property
+    def can_travel(self) -> bool:
+        """Whether connections of this worker can be served by another."""
+        cfg = self._worker.cfg
+        # A PROXY line is read once, and its content is in this process; so are TLS and the uWSGI protocol.
+        plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
+        return bool(plain and cfg.keepalive and hasattr(_http, "get_parser") and _speaks_http(cfg))
+
+    def enter(self, name_of: Callable[[Any], Any]) -> None:
+        """Take note of each connection, parser and wait; `name_of` returns a listener's name."""
+        worker = self._worker
+        handle, get_parser = worker.handle, getattr(_http, "get_parser", None)
+
+        def handle_and_note(listener: Any, client: Any, addr: Any) -> None:
+            greenlet = getcurrent()
+            _, handed = self._received.pop(id(client), (None, None))
+            server = handed.server if handed is not None else name_of(listener)
+            self._connections[greenlet] = GeventConnection(client, server, handed)
+            try:
+                # It asks the listener for its name in a greenlet of its own
+                # (test_gevent_asks_for_the_name_of_a_listener), where that may be closed.
+                handle(_Named(server), client, addr)
+            finally:
+                del self._connections[greenlet]
+
+        def get_parser_and_note(*arguments: Any, **options: Any) -> Any:
+            assert get_parser is not None
+            parser = get_parser(*arguments, **options)
+            connection = self._connections.get(getcurrent())
+            if connection is not None:
+                connection.is_http2 = connection.parser is not None or bool(options.get("http2_connection"))
+                connection.parser = parser
+                if connection.before:
+                    parser.req_count = connection.before
+            return parser
+
+        replace(worker, "handle", handle_and_note)
+        if get_parser is not None:
+            replace(_http, "get_parser", get_parser_and_note)
+        replace(worker, "timeout_ctx", lambda: Idle(worker.cfg.keepalive, self._connections.get(getcurrent())))
+
+    def note_reading(self) -> None:
+        """Note that a part of a head has arrived on the connection of this greenlet."""
+        connection = self._connections.get(getcurrent())
+        if connection is not None and connection.idle is not None:
+            connection.idle.is_reading = True
+
+    def close_all_idle(self) -> bool:
+        """Close what is idle, with a last look at each; tell whether none is left. Called in the hub."""
+        waiting = [each for each in self._connections.values() if each.idle is not None and not each.idle.is_reading]
+        were_closed = [self.close_idle(each) for each in waiting]
+        return all(were_closed)
+
+    # -- ConnectionStore
+
+    def in_loop(self, function: Callable[[], R]) -> R:
+        """See `ConnectionStore`: in the hub, from which no greenlet can run in between."""
+        hub = gevent.get_hub()
+        if getcurrent() is hub:
+            return function()
+        result = AsyncResult()
+
+        def run() -> None:
+            try:
+                result.set(function())
+            except Exception as error:
+                result.set_exception(error)
+
+        hub.loop.run_callback(run)
+        found: R = result.get()
+        return found
+
+    def idle(self) -> list[Any]:
+        """See `ConnectionStore`."""
+        idle = [each for each in self._connections.values() if each.is_idle]
+        return sorted(idle, key=lambda each: each.idle.ends_at if each.idle is not None else 0.0)
+
+    def describe(self, connection: Any) -> tuple[int, Handed]:
+        """See `ConnectionStore`."""
+        left = max(0.0, connection.idle.ends_at - time.monotonic())
+        return connection.client.fileno(), Handed(left, connection.before + connection.waits - 1, connection.server)
+
+    def forget(self, connection: Any) -> None:
+        """See `ConnectionStore`: its greenlet closes it as at the end of `keepalive`."""
+        connection.idle.end()
+
+    def close_idle(self, connection: Any) -> bool:
+        """See `ConnectionStore`."""
+        if connection.idle is None or connection.idle.is_reading or waiting_bytes(connection.client):
+            return False
+        self._kept.count_closed()
+        connection.idle.end()
+        return True
+
+    def keep(self, connection: socket.socket, handed: Handed) -> None:
+        """See `ConnectionStore`: a greenlet of its own waits for the next request."""
+        try:
+            address = connection.getpeername()
+        except OSError:
+            # It was reset on its way.
+            connection.close()
+            return
+        client = gevent.socket.socket(fileno=connection.detach())
+        self._received[id(client)] = client, handed
+        self.servers[0].do_handle(client, address)
+
+    def room(self) -> int:
+        """See `ConnectionStore`."""
+        return self.servers[0].pool.free_count() if self.servers else 0
+
+    def in_hand(self) -> int:
+        """See `ConnectionStore`."""
+        return sum(server.pool.size - server.pool.free_count() for server in self.servers)
+
+    def must_end(self) -> bool:
+        """See `ConnectionStore`: HTTP/2 says GOAWAY when the loop is to end."""
+        return any(each.is_http2 for each in self._connections.values())
+
+    def watch(self, *, is_on: bool) -> None:
+        """See `ConnectionStore`."""
+        if is_on:
+            self._watcher = gevent.get_hub().loop.io(self._kept.take_fd, 1)
+            self._watcher.start(self._kept.take_some)
+        elif self._watcher is not None:
+            with contextlib.suppress(Exception):
+                self._watcher.stop()
+                self._watcher.close()
+            self._watcher = None
+
+
+class _Named:
+    """A listener of which only the name is left."""
+
+    def __init__(self, name: Any) -> None:
+        self._name = name
+
+    def getsockname(self) -> Any:
+        return self._name
+
+
+def _speaks_http(cfg: Any) -> bool:
+    return bool(getattr(cfg, "protocol", "http") == "http")
