@@ -53,7 +53,7 @@ class Service:
     def upgrade(self) -> None:
         """Upgrade the service, and wait until the old generation is gone. Raises `ServerError`."""
         if self.is_ours:
-            command = [sys.executable, "-m", "zdd_web.cli", "upgrade", NAME]
+            command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--name", NAME]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode:
                 raise ServerError(f"the upgrade failed: {done.stdout}{done.stderr}")

@@ -196,15 +196,13 @@ def test_a_stop_closes_idle_connections_and_says_how_many(make_service: MakeServ
 
 def test_idle_connections_leave_over_the_whole_lame_duck(make_service: MakeService):
     service = keeping(make_service, drain_delay=3, grace_period=10)
-    idle = [socket.create_connection(("127.0.0.1", service.port), PATIENCE) for _ in range(60)]
-    for each in idle:
-        ask(each)
-    service.signal(signal.SIGTERM)
-    # Some while the lame duck lasts, and not all of them at once.
-    closed = until("a part of them closed", lambda: n if (n := sum(map(is_closed, idle))) > 0 else 0, service)
-    assert closed < len(idle)
-    until("all of them closed", lambda: all(map(is_closed, idle)), service)
-    service.ends()
+    with idle_connections(service, 60) as idle:
+        service.signal(signal.SIGTERM)
+        # Some while the lame duck lasts, and not all of them at once.
+        closed = until("a part of them closed", lambda: sum(map(is_closed, idle)), service)
+        assert closed < len(idle)
+        until("all of them closed", lambda: all(map(is_closed, idle)), service)
+        service.ends()
     assert service.matches(r"event=phase\.stopped .*closed_idle=60"), service.log()
 
 
