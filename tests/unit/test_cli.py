@@ -380,6 +380,29 @@ def test_upgrade_that_is_refused_says_why_and_is_status_1(masters: Masters, name
     assert result.output.endswith("generation 4 serves on\n")
 
 
+def test_upgrade_that_is_refused_because_another_is_under_way_does_not_report_that_one(
+    masters: Masters, name: str
+) -> None:
+    def refuse(board: Board) -> None:
+        board.header.upgrade_state = UpgradeState.BOOTING
+        board.header.refused_reason = "an upgrade is under way: wait for its end"
+        board.header.refused_number = board.header.upgrade_number + 1
+
+    masters.start(name, 4, on_usr2=refuse)
+    result = zdd("upgrade", "--name", name)
+    assert result.exit_code == 1
+    assert "upgrade refused: an upgrade is under way: wait for its end\n" in result.output
+
+
+def test_upgrade_is_followed_to_its_end_although_another_request_is_refused(masters: Masters, name: str) -> None:
+    def succeed(board: Board) -> None:
+        board.header.refused_reason, board.header.refused_number = "an upgrade is under way", 2
+        board.header.upgrade_state = UpgradeState.DONE
+
+    masters.start(name, 4, on_usr2=succeed)
+    assert zdd("upgrade", "--name", name).exit_code == 0
+
+
 def test_upgrade_that_fails_shows_the_end_of_what_the_new_generation_said(masters: Masters, name: str) -> None:
     def fail(board: Board) -> None:
         board.header.boot_log_fd = fd = boot_log.create()

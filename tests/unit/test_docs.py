@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import pytest
 
+from docs import make_diagram
 from docs.make_diagram import diagram
 from zdd_web.cli import main
+from zdd_web.gunicorn.upgrade.states import Link, Successor
 from zdd_web.health import Health, Probe, Question, answer
 from zdd_web.lifecycle import Phase
 from zdd_web.log import EVENTS
@@ -80,6 +82,15 @@ def test_pages_name_no_unknown_event(page: Path) -> None:
 
 def test_the_diagram_is_the_table_of_transitions() -> None:
     assert f"```mermaid\n{diagram()}\n```" in (REFERENCE / "phases.md").read_text()
+
+
+def test_the_diagrams_of_an_upgrade_are_its_tables() -> None:
+    page = (REFERENCE.parent / "explanation" / "how-an-upgrade-works.md").read_text()
+    for each in (make_diagram.successor(), make_diagram.link()):
+        assert f"```mermaid\n{each}\n```" in page
+    for states in (Successor, Link):
+        for state in states:
+            assert f"| `{state.name.lower()}` | {state.value} |" in page
 
 
 @pytest.mark.parametrize("phase", [Phase.BOOTING, Phase.SERVING, Phase.LAME_DUCK, Phase.DRAINING, Phase.RETIRING])

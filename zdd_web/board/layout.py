@@ -160,7 +160,11 @@ class Header(Record):
     LEAST_WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
     #: The names of all checks of a successor, and more: see `successor_trouble`.
     successor_trouble_whole = Text(LEAST_WORDS, 2048)
-    WORDS = successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD
+    #: Why the request with that `upgrade_number` was refused: a word of its own, since `upgrade_reason` and
+    #: `upgrade_state` tell how an upgrade goes that is under way meanwhile. Masters of earlier versions write neither.
+    refused_number = Word(198)
+    refused_reason = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 1024)
+    WORDS = refused_reason.index + 2 + refused_reason.size // WORD
 
     @property
     def successor_trouble(self) -> str:

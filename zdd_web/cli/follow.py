@@ -60,6 +60,9 @@ def upgrade(generation: Generation, progress: Callable[[Snapshot], None] = lambd
     last = UpgradeState.NONE
     while True:
         snapshot = generation.snapshot()
+        if header.refused_number == before + 1 <= snapshot.upgrade_number:
+            # The upgrade that is on the board is another command's.
+            return outcome(False, f"refused: {header.refused_reason}", serves_on=True)
         if snapshot.upgrade_number != before:
             if snapshot.upgrade_state is not last:
                 last = snapshot.upgrade_state

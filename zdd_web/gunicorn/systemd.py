@@ -1,8 +1,8 @@
 """What systemd is told of the service, in every listener mode, wherever NOTIFY_SOCKET is set (sd_notify(3)).
 
-Only the generation in office speaks. A new one is not the main process yet, and systemd listens to that alone
-(`NotifyAccess=main`); an old one is it no more, and its STOPPING=1 would have systemd end the new one as well. In the
-commit the old one names the new: after its own exit there is nobody left whom systemd knows.
+Only the active generation sends. A new one is not the main process yet, and systemd reads that one's messages alone
+(`NotifyAccess=main`); an old one is no longer, and its STOPPING=1 would have systemd end the new one as well. In the
+commit the old one names the new: after its own exit no process is left that systemd knows.
 
 The first part of this module makes the messages and does nothing; `SystemdNotifier` is told what happens and
 sends them.
@@ -89,7 +89,7 @@ def count(number: int, what: str) -> str:
 
 
 class SystemdNotifier:
-    """This master's voice to systemd."""
+    """Sends systemd this master's messages."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class SystemdNotifier:
         """`workers` counts them; `not_now` returns why an upgrade or a reload is under way, "" when none is."""
         self._generation, self._header = generation, generation.header
         self._workers, self._not_now = workers, not_now
-        #: Whether systemd has started this very process, which then has a unit of its own, whoever served before it.
+        #: Whether systemd has started this very process, which then has a unit of its own.
         self._was_started = inherited is None or inherited.taken
         forked_by = inherited.predecessor if inherited is not None and not inherited.taken else 0
         self._watchdog = watchdog_seconds(os.environ, os.getpid(), forked_by)
@@ -141,7 +141,7 @@ class SystemdNotifier:
             self._stops(f"{after.label}, {self._in_hand()}", seconds)
 
     def _say_ready(self) -> None:
-        # One that takes over from another unit has to be in office first: until then it may come to nothing.
+        # One that takes over from another unit has to be active first: until then the upgrade may fail.
         if not self._is_ready and not self._generation.awaits_promotion:
             self._is_ready = True
             self._tell(*ready(self._status(f"serving, {count(self._workers(), 'worker')}")))
@@ -170,7 +170,7 @@ class SystemdNotifier:
         self._tell(*ready(self._status(text)))
 
     def refused(self, what: str, reason: str) -> None:
-        """Neither an upgrade nor a reload will begin: whoever waits for it (`Type=notify-reload`) waits no more."""
+        """Neither an upgrade nor a reload will begin: a systemd that waits for it (`Type=notify-reload`) goes on."""
         if not self._not_now():
             text = self._status(f"the {what} was refused: {reason}")
             self._tell(*reloading(text, clock.now_ns()))
@@ -179,7 +179,7 @@ class SystemdNotifier:
     def hand_over(self, pid: int, workers: int) -> None:
         """The commit: another master is the service. To be called before this one goes on; tells whom that concerns.
 
-        Raises `UpgradeError` when there is a systemd that does not hear it.
+        Raises `UpgradeError` when there is a systemd that does not receive it.
         """
         status = f"generation {self._header.generation + 1}: serving, {count(workers, 'worker')}"
         lines = main_process(self._unless_kept(pid), status)

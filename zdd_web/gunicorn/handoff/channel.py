@@ -13,8 +13,8 @@ the end of the file at the other. Every message is a JSON object with a "kind":
     predecessor -> go      open the gate. Asked for rather than assumed: the deadline and the answer meet at one
                            place, so a generation that was given up can never open its gate a moment later
                    office  the commit window is over: the pid file and the control socket are yours
-                   given_up  reason: only to a successor that is no child (takeover.py); a child is killed
-    either one  -> reopen  number: log files were rotated (rotation.py); earlier versions ignore it
+                   given_up  reason: only to a successor that is not a child (takeover.py); a child is killed
+    either one  -> reopen  number: log files were rotated (log_rotation.py); earlier versions ignore it
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Inheritance:
     binds: tuple[str, ...]
     #: (pid, start time) of the masters before this one, oldest first: those that still run count as generations.
     ancestors: tuple[tuple[int, int], ...] = ()
-    #: Somebody outside the service holds the listeners too, such as systemd: nobody may close them for good.
+    #: A process outside the service holds the listeners too, such as systemd: they are never closed for good.
     kept: bool = False
     #: The predecessor's board: counters go on where it leaves off.
     board: int = -1
@@ -54,7 +54,7 @@ class Inheritance:
     #: This process was not forked by the predecessor, but has asked it for all this; when that one started.
     taken: bool = False
     predecessor_start: int = 0
-    #: The readers' ends of the pipes that processes of this service have as their stderr (bootlog.py).
+    #: The readers' ends of the pipes that processes of this service have as their stderr (system/boot_log.py).
     stderr_pipes: tuple[int, ...] = ()
     #: The descriptors that the first master was started with; None when the predecessor's version does not tell.
     passed_on: tuple[int, ...] | None = None
@@ -107,7 +107,7 @@ class Inheritance:
         return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
-        """Return what a process that is no child is sent: fields, and descriptors in an order that these tell."""
+        """Return what a process that is not a child is sent: fields, and descriptors in an order that these tell."""
         names = ["boot_log", *(name for name in _OPTIONAL if getattr(self, name) >= 0)]
         fields = {**dataclasses.asdict(self), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]

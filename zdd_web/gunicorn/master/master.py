@@ -5,14 +5,14 @@ Theory of operation
 A handful of the arbiter's methods are replaced on the *instance* when `on_starting` runs. gunicorn's loop looks them up
 by name on each round (tests/contract: test_loop_looks_its_methods_up_on_the_instance_each_turn):
 
-    maybe_promote_master   the tick: hear what others said, move the phase
+    maybe_promote_master   the tick: read what other processes sent, move the phase
     handle_term, _usr2, _hup, _int, _quit
     manage_workers         spawn, retire, and end: the drain happens here and not in `stop()`, which closes the
                            listeners first, blocks, kills without a word and exits 0
-    reap_workers           hear of exit statuses before gunicorn throws them away
+    reap_workers           read exit statuses before gunicorn discards them
 
 Everything of ours runs in that one loop, in one thread, so nothing here needs a lock. The loop ends by gunicorn's own
-means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (boundary.py).
+means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (adapter/boundary.py).
 
 The master's roles each have a module of their own: `PredecessorLink` (it has a predecessor), `UpgradeCoordinator` (it
 has a successor), `Reload`, `Roster` and `Workforce` (its workers), `Capacity` (how many), `Stop` (its end). Each
@@ -102,7 +102,7 @@ class Master:
         self._inherited_as_kept = inherited.kept if inherited else False
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
-        self.listening = ListenerManager(server, self.board, settings, inherited)
+        self.listening = ListenerManager(server, self.generation, inherited)
         self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         self.coordinator = UpgradeCoordinator(
             server,
@@ -230,7 +230,7 @@ class Master:
     # -- the tick
 
     def tick(self) -> None:
-        """One round of the loop: hear what others said, then move the phase."""
+        """One turn of the loop: read what other processes sent, then move the phase."""
         pauses.turn()
         self.header.tick_at = clock.now_ns()
         self.capacity.limit()

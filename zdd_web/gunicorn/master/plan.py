@@ -36,7 +36,7 @@ class Plan:
 
 
 def plan(members: Sequence[Member], wanted: int, phase: Phase, room: int = SLOTS) -> Plan:
-    """Decide who comes and who goes.
+    """Decide which workers come and which go.
 
     Capacity never falls by our own doing: a serving worker is retired only when `wanted` others serve. Workers from
     before a reload, and those that have answered `max_requests`, are `outdated`: they are replaced, oldest first, as

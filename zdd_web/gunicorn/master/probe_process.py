@@ -4,14 +4,14 @@ Theory of operation
 -------------------
 The listening socket is the master's for the whole of the master's life. It is bound before the pid file is written, so
 that a port that cannot be had ends the start; a successor with the same `PROBE_BIND` inherits it, like the listeners.
-Its process may die and be forked again: meanwhile clients wait in the kernel's queue, and nobody is refused.
+Its process may die and be forked again: meanwhile clients wait in the kernel's queue, and none is refused.
 
 The process (zdd_web.probe_server) is forked, without exec: there may be no virtualenv left to exec from. It is a copy
 of the master, so everything of the master's is taken from it first: signal handlers, descriptors, the user. It is told
 by two words of the board's header which of them is meant and whether it accepts; see there.
 
 Its end is noticed and reaped by pid, before gunicorn's reaper sees it. It is ended, and waited for, in `on_exit`, the
-last thing that gunicorn does: whoever starts the service again finds the port free. A retired master leaves it alone,
+last thing that gunicorn does: the next start of the service finds the port free. A retired master leaves it alone,
 with the connections that are still to be closed.
 """
 
@@ -149,7 +149,7 @@ class ProbePort:
         self.settings = settings
         self._bind = settings.probe_bind
         self._listener: socket.socket | None = None
-        #: Who answers for the service when this master is killed.
+        #: The board of the generation that answers for the service when this master is killed.
         self._predecessors: Board | None = None
         self._pid = 0
         self._status: int | None = None
@@ -238,7 +238,7 @@ class ProbePort:
     @staticmethod
     def _accepts(generation: Generation, successor: Upgrade | None, any_serves: Callable[[], bool]) -> bool:
         if generation.phase is Phase.BOOTING:
-            # While another generation serves, clients hear of this one only when it serves too.
+            # While another generation serves, no client gets an answer of this one until it serves too.
             return generation.predecessor is None or generation.predecessor.alone
         if generation.awaits_promotion and not any_serves():
             return False  # the gate was opened a moment ago
@@ -254,7 +254,7 @@ class ProbePort:
         if board is None or board.header.layout != LAYOUT:
             return False
         if not board.header.probe_shared:
-            # Nobody answers here but this one, and it answers as its successor would.
+            # Only this one answers here, and it answers as its successor would.
             return True
         # One that was stopped, and not succeeded, has ended while this generation still finishes what it has.
         return successor.gone and board.header.phase in (*STOPPING, Phase.STOPPED) and not board.header.successor_pid
@@ -337,7 +337,7 @@ class ProbePort:
         _forget_imports()
         server = self._server
         for sig in (*server.signals, signal.SIGCHLD):
-            # They reach whole groups, and mean the master. SIGTERM is heard later, SIGUSR1 too.
+            # They reach whole groups, and mean the master. SIGTERM is handled later, SIGUSR1 too.
             signal.signal(sig, signal.SIG_DFL if sig == signal.SIGCHLD else signal.SIG_IGN)
         # Not the arbiter's `proc_name`, which is set after the first hook runs:
         # test_first_hook_comes_before_pid_file_and_process_name.

@@ -135,7 +135,7 @@ class Reload:
         self.proof: Proof | None = None
 
     def after_fork(self) -> None:
-        """Close, in a worker, the pipe of a proof: whoever has it could make the master's reads block."""
+        """Close, in a worker, the pipe of a proof: a process that has it could make the master's reads block."""
         if self.proof is not None:
             self.proof.forget()
 

@@ -117,7 +117,7 @@ class Roster:
         ]
 
     def serving(self) -> int:
-        """Count those that serve and that nobody is to replace."""
+        """Count those that serve and are not to be replaced."""
         return sum(
             member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
         )
@@ -175,7 +175,7 @@ class Roster:
                 place.status = status
 
     def outdate(self) -> None:
-        """Mark everybody who is here now as to be replaced."""
+        """Mark all that are here now as to be replaced."""
         self._current_age = self._server.newest_age
 
     def boot_failed(self) -> float:
@@ -219,7 +219,7 @@ class Roster:
                 self._term(place)
 
     def repeat(self) -> None:
-        """Send SIGTERM again to those who were told a while ago and are still here."""
+        """Send SIGTERM again to those that were told a while ago and are still here."""
         for place in self._places:
             if place.told_at and clock.since(place.told_at) >= REPEAT_TERM:
                 self._term(place)
@@ -239,11 +239,11 @@ class Roster:
         return overdue
 
     def unfinished(self) -> int:
-        """Count the background work that those who are here have in hand, or have given up."""
+        """Count the background work that those that are here have in hand, or have given up."""
         return sum(max(place.slot.abandoned, place.slot.tasks) for place in self._places)
 
     def kill(self) -> int:
-        """SIGKILL everybody who is left; return how many."""
+        """SIGKILL all that are left; return how many."""
         for place in self._places:
             self._server.kill_worker(place.worker.pid, signal.SIGKILL)
         return len(self._places)

@@ -38,7 +38,7 @@ from zdd_web.system import clock
 #: A generation that is stopped before it served has promised nothing.
 BOOT_STOP_BUDGET = 2.0
 
-#: After "stop now" a worker that does not even hear the signal is killed, seconds.
+#: After "stop now" a worker that does not handle the signal is killed, seconds.
 STOP_NOW_WITHIN = 2
 
 #: How long the end of workers that were killed is waited for, before it is left to gunicorn, and how often it is
@@ -183,7 +183,7 @@ class Stop:
             guarded("pid file", self._generation.predecessor.unlink_pid_file)()
         guarded("systemd", self._notifier.ends_now)(STOP_NOW_WITHIN)
         self._ends_now = True
-        # What gunicorn does from here on, beginning with the listeners, is no phase of ours.
+        # What gunicorn does from here on, beginning with the listeners, is not a phase of ours.
         self._header.phase = Phase.STOPPED
         # gunicorn waits for so long before it kills, and means a stop that finishes what it has:
         # test_stop_kills_after_the_graceful_timeout.
@@ -257,7 +257,7 @@ class Stop:
         tasks = self._roster.unfinished() + self._abandoned
         served = any(member.state not in (WorkerState.BOOTING, WorkerState.READY) for member in self._roster.members())
         killed = self._roster.kill()
-        # A worker that only stood still has lost nobody's work: said, and no reason for another exit status.
+        # A worker that only stood still has lost no work: logged, but not a reason for another exit status.
         abandoned = bool(requests or tasks)
         if abandoned or served:
             self._emit_abandoned(killed, requests, tasks, self._leaving_for())
@@ -294,7 +294,7 @@ class Stop:
             # What gunicorn's halt() would do, short of the exit: test_halt_ends_in_this_order.
             self._server.suspend_control_server()
             self._server.stop()
-            # stop() reaps: nobody could ask the kernel again how a service went that ended meanwhile.
+            # stop() reaps: the kernel cannot be asked again for the status of a service that ended meanwhile.
             self._end_with_the_service()
             self._become_keeper()
         if abandoned:

@@ -3,16 +3,16 @@
 A mode (`LISTENER`) decides how they come to be and go, and nothing else:
 
     fd          one socket for each bind, which all workers share
-    reuseport   as many as there are workers, with SO_REUSEPORT (port.py). The master holds them all: none closes
+    reuseport   as many as there are workers, with SO_REUSEPORT (listener.py). The master holds them all: none closes
                 when a worker does, and every worker accepts from all, so that nobody waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
-A successor inherits them, with what each is called (obtaining.py). Those that it does not want are drained by the
+A successor inherits them, with what each is called (factory.py). Those that it does not want are drained by the
 predecessor: nobody new is let in, its workers accept what waits, and when the last of them accepts no more they are
 closed.
 
 Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
-to the other (listeners/sharing.py), and holds its sockets until they are empty and its workers have left.
+to the other (listeners/reuseport/drain.py), and holds its sockets until they are empty and its workers have left.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from operator import attrgetter
 from typing import Any
 
 from zdd_web import log, service
-from zdd_web.board import LAYOUT, Board, Slot
+from zdd_web.board import LAYOUT, Slot
 from zdd_web.board.admission import Admission
 from zdd_web.errors import ListenerError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.sockets import bind_listener
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
+from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners.accept_queue import allow_new_connections, block_new_connections, queue
 from zdd_web.listeners.reuseport.drain import PeerGeneration
-from zdd_web.settings import Settings
 from zdd_web.system import clock, sd_listen_fds
 
 #: How often a master that has steered to others looks whether they stay, seconds.
@@ -50,9 +50,10 @@ LOOK_WHETHER_THEY_STAY_EVERY = 0.1
 class ListenerManager:
     """The listeners of this generation."""
 
-    def __init__(self, server: ArbiterFacade, board: Board, settings: Settings, inherited: Inheritance | None) -> None:
+    def __init__(self, server: ArbiterFacade, generation: Generation, inherited: Inheritance | None) -> None:
         """Take what systemd has passed. Raises `ListenerError`."""
-        self._server, self._board, self._header, self._settings = server, board, board.header, settings
+        self._server, self._generation, self._header = server, generation, generation.header
+        settings = generation.settings
         self._inherited = inherited
         self._mode = settings.listener
         self._shares = self._mode == "reuseport"
@@ -88,7 +89,7 @@ class ListenerManager:
 
         Raises `ListenerError`, `SettingsError`, or `UpgradeError` for what only a restart can change.
         """
-        obtaining = ListenerFactory(self._server, self._header, self._settings)
+        obtaining = ListenerFactory(self._server, self._header, self._generation.settings)
         dropped = obtaining.adopt(self._inherited) if self._inherited is not None else obtaining.make(self._activated)
         self._all = obtaining.listeners
         self._publish()

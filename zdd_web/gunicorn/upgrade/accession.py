@@ -1,4 +1,4 @@
-"""An upgrade as the new generation sees it: adopt the listeners, get ready, ask, and take office."""
+"""An upgrade as the new generation sees it: adopt the listeners, get ready, ask, and become active."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PredecessorLink:
         return board if board is not None and board.header.layout == LAYOUT else None
 
     def hide_pid_file(self) -> None:
-        """Keep gunicorn from creating the pid file: it names the old master until this one is in office."""
+        """Keep gunicorn from creating the pid file: it names the old master until this one is active."""
         self._pid_file = self._server.cfg.pidfile or ""
         self._server.cfg.set("pidfile", None)
 
@@ -106,7 +106,7 @@ class PredecessorLink:
         return self.state in (Link.SERVING, Link.ALONE_READY, Link.ACTIVE)
 
     def follow(self) -> bool:
-        """Hear the predecessor; tell whether it is gone, and this object with it."""
+        """Read the predecessor's messages; return whether it is gone, and this object of no more use."""
         if self._predecessors is not None:
             metrics.carry(self._board, self._predecessors)
         while message := self._channel.receive():
@@ -157,7 +157,7 @@ class PredecessorLink:
             # Its gate is open: what it has in hand it finishes.
             self._server.handle_term()
             return
-        # Nobody has been served, and one that hangs in an import does not hear SIGTERM.
+        # No request was accepted, and a worker that hangs in an import does not handle SIGTERM.
         self._server.kill_workers(signal.SIGKILL)
         raise HaltServer(log.one_line(f"the running master has given this one up: {reason}"), 1)
 
@@ -172,7 +172,7 @@ class PredecessorLink:
         self._channel.send("release")
 
     def reopen(self, number: int) -> None:
-        """Have the predecessor open its log files again; see rotation.py."""
+        """Have the predecessor open its log files again; see log_rotation.py."""
         self._channel.send("reopen", number=number)
 
     def fail(self, reason: str) -> None:
@@ -188,7 +188,7 @@ class PredecessorLink:
             self._predecessors = None
 
     def unlink_pid_file(self) -> None:
-        """Remove a pid file that names this master before it has heard that it is in office, because it ends."""
+        """Remove a pid file that names this master although it is not active, because it ends."""
         if self._pid_file:
             PidFile(self._pid_file, os.getpid()).unlink()
 

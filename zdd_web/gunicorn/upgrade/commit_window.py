@@ -162,7 +162,7 @@ class CommitWindow:
 
     def _look(self) -> Seen:
         header = self._board.header
-        # First of all: whoever is counted is named, since the master writes the name before the number.
+        # First of all: a worker that is counted is named, since the master writes the name before the number.
         lost = header.workers_lost
         return Seen(
             elapsed=pauses.since(self.window.began),

@@ -1,10 +1,11 @@
 """The predecessor's side of a deploy: from SIGUSR2 to the end of this master.
 
-`Upgrade` (upgrade.py) knows one successor, and judges it; here stands what the judgement means for this master: its
-phase, its office (office.py), and what the operator is told.
+`Upgrade` (successor_process.py) knows one successor, and judges it; here stands what the judgement means for this
+master: its phase, its identity (identity.py), and what the operator is told. How far the successor has come is one
+state (states.py); `Preparation` has what it is started with, `Leftovers` what remains of one that was rejected.
 
-An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the office, the
-word to the successor, then the phase, whose change has the roster retire the workers.
+An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the identity, the
+message to the successor, then the phase, whose entry actions retire the workers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from zdd_web.service import Line
 from zdd_web.settings import Settings
 from zdd_web.system import clock, fd_passing, masking, proc, stdio
 
-#: A worker hears SIGTERM between two bytecodes; one that is deep in C code is busy and accepts nothing either.
+#: A worker's handler of SIGTERM runs between two bytecodes; a worker that is deep in C code accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
 
 
@@ -175,7 +176,7 @@ class UpgradeCoordinator:
                  by="takeover")  # fmt: skip
 
     def follow(self) -> None:
-        """Hear the successor and do what its verdict means; the tick's call."""
+        """Read the successor's messages and do what the verdict means; the tick's call."""
         if self._when_active and not self._generation.awaits_promotion:
             self._when_active = False
             self.request()
@@ -208,7 +209,7 @@ class UpgradeCoordinator:
         """Call the upgrade done, and close what it has dropped, once no worker of this generation accepts any more."""
         leaving = self._all_leave()
         if leaving:
-            # Not before: who is busy may hold them for long, and they could not be bound again.
+            # Not before: a busy worker may hold them for long, and they could not be bound again.
             guarded("listeners", self._listening.close_dropped)()
         upgrade = self.upgrade
         if upgrade is None or not knows(SUCCESSOR, upgrade.state, SuccessorEvent.LAST_ACCEPT):
@@ -268,7 +269,7 @@ class UpgradeCoordinator:
         self._header.successor_pid = upgrade.pid
         self._header.successor_takes = upgrade.takes_connections
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
-        # First of all: the successor offers itself there when it hears that it is in office.
+        # First of all: the successor listens there as soon as it is told that it is active.
         guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
         self._generation.release_predecessor()
@@ -289,11 +290,11 @@ class UpgradeCoordinator:
         if upgrade.state is Successor.REJECTED:
             self._outcome.publish(upgrade, reason)
         # Its pipe too: what it has left behind would fill it, and block.
-        upgrade.boot_log.publish()
+        guarded("boot log", upgrade.boot_log.publish)()
         if self._header.deadline:
             return  # a stop was requested meanwhile: no generation is to serve
         log.emit("successor.lost", logging.ERROR, successor=upgrade.pid, reason=reason)
-        # First of all: whatever fails below, there is nobody else to serve.
+        # First of all: whatever fails below, no other generation serves.
         self._generation.move(Event.SUCCESSOR_LOST)
         guarded("listeners", self._listening.take_back)()
         self._identity.take_back()
@@ -315,7 +316,7 @@ class UpgradeCoordinator:
 
     @property
     def leaves_a_keeper(self) -> bool:
-        """Whether this pid must stay for a successor: KEEP_PID, and who came on its own has a pid and a parent too."""
+        """Whether this pid must stay for a successor: with KEEP_PID, unless that was started on its own."""
         return self._settings.keep_pid and self.upgrade is not None and self.upgrade.is_child
 
     @property
@@ -340,7 +341,7 @@ class UpgradeCoordinator:
             return
         reason = "the service was stopped"
         if upgrade.state is Successor.COMMITTING and not upgrade.is_child:
-            # It serves, and whoever stops this process means this one alone: that one has a pid of its own.
+            # It serves, and a signal to this process means this one alone: the successor has a pid of its own.
             self._commit(upgrade)
             return
         if upgrade.state is Successor.COMMITTING:
@@ -362,7 +363,7 @@ class UpgradeCoordinator:
 
     @property
     def under_way(self) -> bool:
-        """Whether there is a successor, in office or not."""
+        """Whether there is a successor, active or not."""
         return self.upgrade is not None
 
     def after_fork(self) -> None:

@@ -1,12 +1,12 @@
-"""A successor that is no child: it was started on its own and has taken over (takeover.py).
+"""A successor that is not a child: it was started on its own and has taken over (takeover.py).
 
-It is judged as any other, by what it says and by its board. What differs is its end. The kernel tells this process
-nothing of how it went, only that it did: by the end of the channel, and by its pid and start time. And whoever has
-started it wants to know why it ends: so giving it up is said to it first, and it ends by itself. Before `go` it has
-served nobody, and one that does not listen is killed two seconds later, with its workers; after `go` it drains, and is
-killed only when it stands still.
+It is judged as any other, by its messages and by its board. What differs is its end. The kernel tells this process
+nothing of its exit status, only that it has ended: by the end of the channel, and by its pid and start time. And the
+process that has started it is to learn why it ends: so it is sent `given_up` first, and ends by itself. Before `go` it
+has accepted no request, and if it does not end it is killed two seconds later, with its workers; after `go` it drains,
+and is killed only when it stands still.
 
-One in another pid namespace has pids that mean nothing here, or somebody else. Its master can be killed where the
+In another pid namespace its pids mean nothing here, or another process. Its master can be killed where the
 kernel tells a pid of ours for it (a namespace below this one), its workers never; they end with it. Nor are its paths
 known to be of our file system.
 """
@@ -28,7 +28,7 @@ ENDS_WITHIN = 2.0
 
 
 class ExternalSuccessor(Upgrade):
-    """One successor that has come by itself, from its request to the end of this master."""
+    """One successor that was started on its own, from its request to the end of this master."""
 
     is_child = False
 
@@ -88,14 +88,14 @@ class ExternalSuccessor(Upgrade):
         """Ignore the end of a child: its pid in another namespace may be the same as one here."""
 
     def end(self, *, now: bool, reason: str = "") -> None:
-        """Say that it is given up; `follow_end()` sees to the rest."""
+        """Send it that it is given up; `follow_end()` sees to the rest."""
         self._given_up_at = clock.now_ns()
         self._channel.send("given_up", reason=reason)
 
     def follow_end(self, *, wait: bool = True) -> bool:
         """Tell whether one that was given up has ended; kill it when it does not. To be asked until it has."""
         for message in self._channel.receive_some():
-            # It may not have heard yet: whose workers it has forked is still to be known.
+            # A `hello` that was not read yet: its board names the workers that it has forked.
             self._read_board(message.fd)
         if self.gone:
             if not self._foreign:

@@ -1,4 +1,4 @@
-"""The office: what tells the world which master is the service.
+"""The identity of the service: what tells other processes which master it is.
 
 Three things name it: the pid file, systemd's MAINPID, and gunicorn's control socket. They change hands in the commit,
 and come back to a master that lost its successor.
@@ -46,10 +46,10 @@ class ServiceIdentity:
             self._prepared = ""
         self._server.suspend_control_server()
         if is_child:
-            # Said by the old main process, before it ends: systemd listens to nobody else, and ends the unit with it.
+            # Sent by the old main process, before it ends: systemd reads its messages alone, and ends the unit with it.
             self._supervisor.hand_over(pid, workers)
         else:
-            # One that has taken over is of another unit, whose READY=1 it says itself.
+            # A successor that has taken over is of another unit, and sends READY=1 for that itself.
             guarded("systemd", self._supervisor.superseded)(pid)
 
     def take_back(self) -> None:

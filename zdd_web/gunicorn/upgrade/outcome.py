@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zdd_web.board import Header, UpgradeState
+from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.upgrade.states import OUTCOME
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.system import clock
@@ -23,12 +24,18 @@ class Outcome:
         state = OUTCOME[upgrade.state]
         if state is UpgradeState.FAILED:
             # First: a command that sees the state reads it.
-            upgrade.boot_log.publish()
+            guarded("boot log", upgrade.boot_log.publish)()
         self._write(state, reason)
 
     def refused(self, reason: str, *, under_way: bool) -> None:
-        """Write that a request was refused."""
-        self._write(UpgradeState.REFUSED, reason)
+        """Write that the request which is counted next was refused.
+
+        The outcome of an upgrade that is `under_way` stays: the command that began it reads it.
+        """
+        self._header.refused_reason = reason
+        self._header.refused_number = self._header.upgrade_number + 1
+        if not under_way:
+            self._write(UpgradeState.REFUSED, reason)
         self._header.upgrades_refused += 1
 
     def _write(self, state: UpgradeState, reason: str) -> None:

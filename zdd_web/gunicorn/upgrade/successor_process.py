@@ -243,7 +243,7 @@ class Upgrade:
         self._channel.send("office")
 
     def reopen(self, number: int) -> None:
-        """Have the successor open its log files again; see rotation.py."""
+        """Have the successor open its log files again; see log_rotation.py."""
         self._channel.send("reopen", number=number)
 
     def end(self, *, now: bool, reason: str = "") -> None:
@@ -258,7 +258,7 @@ class Upgrade:
                 os.kill(self.pid, signal.SIGKILL)
         self._reap()
         for message in self._channel.receive_some(MOST_QUEUED):
-            # Not heard yet: which workers and paths there are.
+            # Not read yet: it names the workers and the paths.
             if message.kind == "hello":
                 self._handle_hello(message)
         self._end_workers(now=now)

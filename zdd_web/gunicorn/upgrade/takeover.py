@@ -7,25 +7,25 @@ second start of the same service by mistake fails with "address in use", and wit
 
 Theory of operation
 -------------------
-The master in office listens at a Unix socket (listeners/passing.py), and looks there from its tick. It waits for
-nobody: who has connected and says nothing, or something else than a request, is closed; a few may wait, the others do
-so in the kernel's queue. Anybody may connect to an abstract address, so the kernel is asked who it is: only this user
-and root may take over, and the newcomer in turn trusts only these, since anybody may listen there as well.
+The active master listens at a Unix socket (system/fd_passing.py), and looks there from its tick. It never waits: a
+connection on which nothing comes, or something other than a request, is closed; a few may stay open, the others wait in
+the kernel's queue. Any process may connect to an abstract address, so the kernel is asked for the peer's user: only
+this user and root may take over. The new master checks the same, since any process may listen there as well.
 
 A connection of any other user is closed as soon as it is accepted, and takes no place among those that may wait. Such
 connections can fill the kernel's queue, though: while they come the loop turns as often as in an upgrade, each turn
-accepts for `ACCEPTS_FOR`, and the newcomer waits for its place in the kernel, which serves waiters in their order. At a
-path no other user can connect at all.
+accepts for `ACCEPTS_FOR`, and the new master waits for its place in the kernel, which serves waiters in their order. At
+a path no other user can connect at all.
 
-    newcomer -> takeover     name, pid
-    master   -> refused      reason
-                inheritance  the fields of `Inheritance`, and the descriptors
+    new master    -> takeover     name, pid
+    active master -> refused      reason
+                     inheritance  the fields of `Inheritance`, and the descriptors
 
-From here on the connection is the handover channel (channel.py), the newcomer is a successor like any other
-(newcomer.py, deploy.py), and readiness, deadline, commit window and outcome are those of SIGUSR2.
+From here on the connection is the handover channel (channel.py), the new master is a successor like any other
+(external_successor.py, coordinator.py), and readiness, deadline, commit window and outcome are those of SIGUSR2.
 
-Between the commit, where the old master closes its socket, and the first turn of the new one in office nobody listens
-there. Whoever is started just then finds nobody, and the address of the service in use.
+Between the commit, where the old master closes its socket, and the first turn of the new one as the active master, no
+process listens there. A master that is started just then finds no other, and the address of the service in use.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SPEAKS_WITHIN = 3.0
 #: For how long connections are accepted in one turn, seconds: a quarter of the loop's time while it is flooded.
 ACCEPTS_FOR = 0.005
 
-#: How long a newcomer waits for an answer, seconds: a master in its loop comes round once a second.
+#: How long a new master waits for an answer, seconds: a master in its loop comes round once a second.
 ANSWERS_WITHIN = 10.0
 
 #: A socket that could not be had is tried again after so long, seconds.
@@ -70,7 +70,7 @@ SAID_EVERY = 1.0
 
 @dataclass
 class _Waiting:
-    """Somebody who has connected, and has a deadline to say what it wants."""
+    """A connection whose request has not come yet, and its deadline."""
 
     end: socket.socket
     who: fd_passing.Credentials
@@ -122,7 +122,7 @@ class TakeoverListener:
         log.emit("takeover.offered", address=fd_passing.spell(self._where))
 
     def follow(self) -> None:
-        """Let in who has come, and hear who has been let in; the tick's call."""
+        """Accept connections, and read the requests on those that are accepted; the tick's call."""
         if not self._settings.takeover:
             return
         generation = self._generation
@@ -201,7 +201,7 @@ class TakeoverListener:
         log.emit("takeover.rejected", logging.WARNING, uid=who.uid, peer=who.pid, reason=reason, **unsaid)
 
     def close(self) -> None:
-        """Offer nothing more, and let nobody wait."""
+        """Listen no more, and close the connections that wait."""
         self._forget()
         if self._rendezvous is not None:
             self._rendezvous.close()
@@ -240,7 +240,7 @@ def _remedy(error: OSError, where: str) -> str:
     return "another program listens there: choose a path that nothing else uses, no `bind` either"
 
 
-# -- the newcomer's side
+# -- the new master's side
 
 
 def ask(settings: Settings, name: str, pid_file: str) -> Inheritance | None:
@@ -266,7 +266,7 @@ def ask(settings: Settings, name: str, pid_file: str) -> Inheritance | None:
         start = proc.start_time(who.pid)
         _refuse(called, who, pid_file)
         try:
-            # One that turns this user away does not listen: what it has said is to be read all the same.
+            # A master that refuses this user does not read the request: its answer is to be read all the same.
             with contextlib.suppress(ConnectionError):
                 fd_passing.send(end, {"kind": "takeover", "name": name, "pid": os.getpid()})
             fields, descriptors = fd_passing.receive(end, until)
