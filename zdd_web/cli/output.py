@@ -43,7 +43,7 @@ def show(text: str = "") -> None:
 
     A reader that has read enough (`| head -1`) is not an error.
     """
-    _refuse(_print(text, sys.stdout))
+    refuse(_print(text, sys.stdout))
 
 
 def save(text: str, file: TextIO) -> None:
@@ -51,9 +51,10 @@ def save(text: str, file: TextIO) -> None:
     stream = TolerantStream(file)
     stream.write(text)
     stream.flush()
-    _refuse(stream.lost)
+    refuse(stream.lost)
 
 
-def _refuse(lost: OSError | None) -> None:
+def refuse(lost: OSError | None) -> None:
+    """Raise `CannotHelp` for output that could not be written; a reader that has gone is not an error."""
     if lost is not None and lost.errno != errno.EPIPE:
         raise CannotHelp(f"the output cannot be written: {lost.strerror}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from zdd_web import log, metrics
 from zdd_web.board import LAYOUT, Board, UpgradeState, WorkerState
+from zdd_web.board.cancel_request import CancelRequest
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn.adapter import compat
 from zdd_web.gunicorn.adapter.boundary import guarded
@@ -82,6 +83,7 @@ class UpgradeCoordinator:
         self._identity = ServiceIdentity(master.server, master.notifier)
         self._when_active = False
         self._line: Line | None = None
+        self._cancel_request = CancelRequest()
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
@@ -93,6 +95,7 @@ class UpgradeCoordinator:
             self._when_active = True
             return
         try:
+            self._refuse_if_cancelled()
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
@@ -138,6 +141,8 @@ class UpgradeCoordinator:
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
+        # It has no number of its own: a request for the last SIGUSR2 must not reach it.
+        self._cancel_request.clear()
         self._outcome(UpgradeState.BOOTING, "")
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
@@ -172,6 +177,13 @@ class UpgradeCoordinator:
     def _close_unused_pipe(self) -> None:
         if self.upgrade is None and self._boot_log is not None:
             self._boot_log.output.close()
+
+    def _refuse_if_cancelled(self) -> None:
+        asked_by = self._cancel_request.asked_by(self._header.upgrade_number + 1)
+        if asked_by is not None:
+            raise UpgradeError(
+                f"it was cancelled by process {asked_by} before it began: ask for it again if it is still wanted"
+            )
 
     def _refuse_unless_possible(self, *, forks: bool = True) -> None:
         if self.upgrade is not None:
@@ -237,6 +249,12 @@ class UpgradeCoordinator:
         if upgrade.board is not None:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
+        asked_by = None
+        if upgrade.stage is not Stage.IN_OFFICE:
+            asked_by = self._cancel_request.asked_by(self._header.upgrade_number)
+        if asked_by is not None:
+            self._fail(upgrade, f"cancelled by process {asked_by} {upgrade.stage.value}", cancelled=True)
+            return
         verdict = upgrade.poll()
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
@@ -278,7 +296,7 @@ class UpgradeCoordinator:
         self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
 
-    def _fail(self, upgrade: Upgrade, reason: str) -> None:
+    def _fail(self, upgrade: Upgrade, reason: str, *, cancelled: bool = False) -> None:
         self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
         self._identity.discard()
         self._identity.forget_attempt(upgrade.pid)
@@ -287,9 +305,13 @@ class UpgradeCoordinator:
         if said and not upgrade.speaks:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
-        self._header.upgrades_failed += 1
-        guarded("systemd", self._master.notifier.upgrade_ended)("failed", reason)
+        self._header.upgrades_failed += not cancelled
+        guarded("systemd", self._master.notifier.upgrade_ended)("was cancelled" if cancelled else "failed", reason)
         self._outcome(UpgradeState.FAILED, reason)
+        if cancelled:
+            log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, seconds=upgrade.seconds,
+                     reason=reason)  # fmt: skip
+            return
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
@@ -447,6 +469,7 @@ class UpgradeCoordinator:
                 upgrade.forget()
         for orphans in self._orphans:
             orphans.forget()
+        self._cancel_request.close()
         if self._boot_log is not None:
             self._boot_log.close()
             self._boot_log = None

@@ -1,0 +1,91 @@
+"""`zdd-web upgrade`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from zdd_web.cli import control, screen
+from zdd_web.cli.options import Which, another_version, in_hand, title, which_service
+from zdd_web.cli.output import cell, say
+from zdd_web.cli.progress import Ticker, UpgradeProgress
+from zdd_web.errors import BoardError
+from zdd_web.lifecycle import Phase
+from zdd_web.service import Generation
+
+#: The end of a failed generation's log that `upgrade` prints.
+LOG_LINES = 60
+
+#: The operator did not wait for the end: a second Ctrl-C or SIGTERM.
+LEFT = 3
+
+
+@click.command()
+@which_service
+def upgrade(which: Which) -> None:
+    """Replace the running code with what is on disk.
+
+    Status 0 only when the new generation serves; 1 when the old one goes on. Ctrl-C or SIGTERM cancels: the command
+    waits and says what became of it. A second one leaves with status 3 and does not wait.
+    """
+    generation = which.find()
+    say(title(generation))
+    with another_version(), control.Interrupts() as interrupts, Ticker() as ticker:
+
+        def interrupted(asked: bool) -> None:
+            ticker.step(
+                "cancelling: waiting for what becomes of it; again to leave at once"
+                if asked
+                else "this master cannot cancel an upgrade (its zdd_web is older): it goes on; again to leave"
+            )
+
+        progress = UpgradeProgress(generation, ticker)
+        result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
+    if result.left:
+        say(_left(result), err=True)
+        sys.exit(LEFT)
+    if result.ok:
+        if result.cancelled:
+            say("too late to cancel: the upgrade is done")
+        _say_what_is_left(generation)
+        say(f"generation {result.generation} serves, after {result.seconds:.1f} s")
+        return
+    lines = result.log.splitlines()[-LOG_LINES:]
+    if lines:
+        say(f"the new generation's last {len(lines)} log lines:", err=True)
+        say("\n".join(f"  | {cell(line)}" for line in lines), err=True)
+    say(_who_serves(generation, result), err=True)
+    # Last: what the operator looks for is at the bottom of the screen.
+    reason = f"upgrade {cell(result.reason)}"
+    if screen.stderr().is_terminal:
+        screen.show(screen.stderr(), screen.paragraph(reason, screen.stderr().width, indent=0, style=screen.BAD))
+    else:
+        say(reason, err=True)
+    sys.exit(1)
+
+
+def _left(result: control.UpgradeResult) -> str:
+    if result.cancelled:
+        return "left: the master was asked to cancel, and its answer was not waited for; `zdd-web status` shows it"
+    return "left: the upgrade goes on; `zdd-web status` shows it"
+
+
+def _say_what_is_left(generation: Generation) -> None:
+    try:
+        old = generation.snapshot()
+    except BoardError:
+        return
+    if old.phase is not Phase.STOPPED and (old.in_flight or old.tasks):
+        say(f"generation {old.generation} finishes what it has: {in_hand(old.in_flight, old.tasks)}")
+
+
+def _who_serves(generation: Generation, result: control.UpgradeResult) -> str:
+    number = generation.header.generation
+    if result.serves_on:
+        return f"generation {number} serves on"
+    if result.phase is Phase.STOPPED:
+        return f"generation {number} has ended"
+    if result.phase is Phase.SERVING:
+        return f"generation {number} has not answered: whether it serves is not known, its workers may"
+    return f"generation {number} is {result.phase.label}"
