@@ -33,7 +33,7 @@ def cancel(which: Which) -> None:
         say(f"  {cell(result.reason)}")
     if snapshot.upgrade_state is UpgradeState.COMMITTING or snapshot.phase is Phase.RETIRING:
         say(f"too late: generation {number + 1} serves", err=True)
-    elif result.cancelled and snapshot.phase is Phase.SERVING:
+    elif snapshot.phase is Phase.SERVING and not result.hangs:
         say(f"generation {number} serves on")
     if not result.cancelled:
         sys.exit(1)

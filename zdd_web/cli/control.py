@@ -219,11 +219,15 @@ def _boot_log(generation: Generation, snapshot: Snapshot) -> str:
 
 @dataclass(frozen=True)
 class CancelResult:
-    """What became of a request to cancel; `snapshot` is the board as it was seen last."""
+    """What became of a request to cancel; `snapshot` is the board as it was seen last.
+
+    Of a master that `hangs` it is not known whether it serves.
+    """
 
     cancelled: bool
     reason: str
     snapshot: Snapshot
+    hangs: bool = False
 
 
 def cancel(generation: Generation) -> CancelResult:
@@ -242,13 +246,13 @@ def cancel(generation: Generation) -> CancelResult:
         return CancelResult(False, f"the master {generation.pid} cannot be asked: its zdd_web is older", snapshot)
     if not under_way:
         reason = f"the master {generation.pid} hangs: an upgrade that waits for it is refused when it runs again"
-        return CancelResult(True, reason, snapshot)
+        return CancelResult(True, reason, snapshot, hangs=True)
     try:
         for snapshot in follow(generation, "the request to cancel", lambda seen: seen.upgrade_number > number):
             if snapshot.upgrade_state not in UNDER_WAY or snapshot.phase is not Phase.SERVING:
                 break
     except GaveUp as why:
-        return CancelResult(False, f"the master {generation.pid} {why}; it gives up when it runs again", snapshot)
+        return CancelResult(False, f"the master {generation.pid} {why}; it gives up when it runs again", snapshot, True)
     cancelled = snapshot.upgrade_state is UpgradeState.FAILED
     return CancelResult(cancelled, snapshot.upgrade_reason if cancelled else "", snapshot)
 

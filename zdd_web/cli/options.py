@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from zdd_web import service
 from zdd_web.cli.errors import CannotHelp
@@ -55,6 +56,12 @@ def _uid(context: click.Context, parameter: click.Parameter, value: str | None) 
     raise click.BadParameter(f"there is no user {value!r} here")
 
 
+def _names(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Return the names of services that run, for a shell that completes the option."""
+    names = {cell(each.header.name) for each in service.generations()}
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(begun)]
+
+
 def which_service(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that say which service, as one argument."""
 
@@ -70,7 +77,7 @@ def which_service(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--user", "owner", metavar="USER", callback=_uid, help="Only services of this user; for root."),
         click.option("--pid-file", metavar="FILE", help="The service's pid file."),
         click.option("--pid", type=int, help="The pid of its master."),
-        click.option("--name", help="Its NAME; needed where several services run."),
+        click.option("--name", shell_complete=_names, help="Its NAME; needed where several services run."),
     ):
         found = option(found)
     return found

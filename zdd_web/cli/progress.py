@@ -102,7 +102,7 @@ STEPS = {
     UpgradeState.BOOTING: "the new generation boots",
     UpgradeState.COMMITTING: "it is ready and answers; waiting for the commit window to end",
     UpgradeState.DONE: "it is active; the old one finishes what it has",
-    UpgradeState.FAILED: "it failed",
+    UpgradeState.FAILED: "the new generation is ended",
     UpgradeState.REFUSED: "refused",
 }
 

@@ -64,11 +64,11 @@ def table(
     cells are.
 
     >>> for line in table(("worker", "in flight"), [("4711", "3"), ("9", "12")], left=[], indent=2):
-    ...     print(line.plain[2:])
-               in
-    worker flight
-      4711      3
-         9     12
+    ...     print(line.plain[1:])
+                in
+     worker  flight
+       4711       3
+          9      12
     """
     split = [head.split(" ") for head in heads]
     height = max(map(len, split))
@@ -88,7 +88,7 @@ def _line(row: Sequence[Text], widths: Sequence[int], left: Sequence[int], inden
     line = Text(" " * indent)
     for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
         if column:
-            line.append("  " if column - 1 in left or column in left else " ")
+            line.append("  ")
         padding = " " * (width - cell.cell_len)
         line.append_text(Text.assemble(cell, padding) if column in left else Text.assemble(padding, cell))
     line.rstrip()
@@ -105,6 +105,24 @@ def paragraph(text: str, width: int | None, *, indent: int = 2, style: str = "")
         return [Text(" " * indent + text, style=style)]
     lines = textwrap.wrap(text, max(width - indent, 20), break_long_words=False, break_on_hyphens=False)
     return [Text(" " * indent + line, style=style) for line in lines]
+
+
+def wrapped(text: str, stream: Any) -> str:
+    """Return a text whose words are not broken, where the stream is a terminal; as it is in a pipe.
+
+    The end of a log, whose lines begin with "  | ", is not touched.
+    """
+    screen = console(stream)
+    if not screen.is_terminal:
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) < screen.width or line.startswith("  | "):
+            lines.append(line)
+            continue
+        indent = len(line) - len(line.lstrip())
+        lines += [each.plain for each in paragraph(line.strip(), screen.width, indent=indent)]
+    return "\n".join(lines)
 
 
 def show(screen: Console, lines: Sequence[Text]) -> OSError | None:

@@ -72,7 +72,7 @@ def _error_style(worker: WorkerView) -> str:
 
 def generations(snapshots: Sequence[Snapshot], now: Now) -> list[Text]:
     """Return the table of generations."""
-    heads = ("generation", "phase", "since", "for", "master", "workers", "in flight", "tasks")
+    heads = ("gen", "phase", "since", "for", "master", "workers", "in flight", "tasks")
     return screen.table(heads, [list(_generation(each, now)) for each in snapshots], left=(1, 2), indent=2)
 
 
@@ -123,14 +123,16 @@ def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
         for snapshot in snapshots
         for each in snapshot.workers
     ]
-    heads = ("generation", "worker", "state", "in flight", "requests", "tasks")
+    heads = ("gen", "worker", "state", "in flight", "requests", "tasks")
     return screen.table(heads, rows, left=(2,), indent=2)
 
 
-def state_of(worker: WorkerView) -> Text:
-    """Return a worker's state, and that its master has told it to leave."""
+def state_of(worker: WorkerView, *, brief: bool = False) -> Text:
+    """Return a worker's state, and unless it is to be `brief`, that its master has told it to leave."""
     style = {WorkerState.SERVING: screen.GOOD, WorkerState.LEAVING: screen.FAINT}.get(worker.state, screen.BUSY)
-    return Text(f"{worker.state.label}, told to go" if worker.retiring else worker.state.label, style=style)
+    return Text(
+        f"{worker.state.label}, told to go" if worker.retiring and not brief else worker.state.label, style=style
+    )
 
 
 def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
@@ -146,5 +148,5 @@ def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
         for snapshot in snapshots
         for each in snapshot.listeners
     ]
-    heads = ("generation", "waiting", "limit", "accepted", "listener")
+    heads = ("gen", "waiting", "limit", "accepted", "listener")
     return screen.table(heads, rows, left=(4,), indent=2) if rows else []

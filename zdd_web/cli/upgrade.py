@@ -57,11 +57,9 @@ def upgrade(which: Which) -> None:
         say("\n".join(f"  | {cell(line)}" for line in lines), err=True)
     say(_who_serves(generation, result), err=True)
     # Last: what the operator looks for is at the bottom of the screen.
+    stderr = screen.stderr()
     reason = f"upgrade {cell(result.reason)}"
-    if screen.stderr().is_terminal:
-        screen.show(screen.stderr(), screen.paragraph(reason, screen.stderr().width, indent=0, style=screen.BAD))
-    else:
-        say(reason, err=True)
+    screen.show(stderr, screen.paragraph(reason, screen.width_of(stderr), indent=0, style=screen.BAD))
     sys.exit(1)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from zdd_web.board import Board, Snapshot, UpgradeState
 from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.options import count
 from zdd_web.cli.output import cell
 from zdd_web.cli.status_view import Shown, hangs, phase_of, stalled, state_of, upgrade_of
 from zdd_web.cli.times import Now
@@ -86,11 +87,9 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
     snapshot = shown.snapshot
     title = Text.assemble(f"generation {snapshot.generation}: ", phase_of(snapshot, now))
     lines: list[Text] = [
-        Text(f"since {now.clock(snapshot.phase_since)}, {now.age(snapshot.phase_since)}; master {snapshot.master_pid}"),
-        Text(
-            f"{len(snapshot.workers)} of {snapshot.workers_wanted} workers, {snapshot.in_flight} in flight, "
-            f"{snapshot.tasks} tasks"
-        ),
+        Text(f"since {now.clock(snapshot.phase_since)}, {now.age(snapshot.phase_since)}"),
+        Text(f"master {snapshot.master_pid}, {len(snapshot.workers)} of {snapshot.workers_wanted} workers"),
+        Text(f"{count(snapshot.in_flight, 'request')} in flight, {count(snapshot.tasks, 'background task')}"),
     ]
     if snapshot.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING):
         lines.append(Text(f"upgrade: {snapshot.upgrade_state.name.lower()}", style=screen.BUSY))
@@ -102,7 +101,10 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
 
 
 def _workers(snapshot: Snapshot) -> Iterator[Text]:
-    rows = [(str(each.pid), state_of(each), str(each.in_flight), str(each.requests)) for each in snapshot.workers]
+    rows = [
+        (str(each.pid), state_of(each, brief=True), str(each.in_flight), str(each.requests))
+        for each in snapshot.workers
+    ]
     if rows:
         yield Text("")
         yield from screen.table(("worker", "state", "busy", "requests"), rows, left=(1,), indent=0)
