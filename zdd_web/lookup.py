@@ -109,8 +109,8 @@ class Generation:
         if not proc.kill(self.pid, self.header.master_start, number):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
-    def ask_to_cancel(self, number: int) -> bool:
-        """Ask the master to give up the upgrade with that number, begun or not; 0 takes that back.
+    def ask_to_cancel(self, number: int, *, take_back: bool = False) -> bool:
+        """Ask the master to give up the upgrade with that number, begun or not; or take such a request back.
 
         False when its version of zdd_web cannot be asked, or it has ended. Raises OSError when this user may not.
         """
@@ -123,7 +123,10 @@ class Generation:
                 except memfd.NotAMemfd:
                     continue
                 try:
-                    cancel_request.write(fd, number, os.getpid())
+                    if take_back:
+                        cancel_request.take_back(fd, number)
+                    else:
+                        cancel_request.write(fd, number, os.getpid())
                 finally:
                     os.close(fd)
                 return True

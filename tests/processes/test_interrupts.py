@@ -241,6 +241,21 @@ def test_cancel_is_not_remembered_for_a_takeover(make_service):
     new.stop()
 
 
+def test_cancel_of_a_takeover_ends_the_new_master_and_the_old_one_serves(make_service):
+    old = make_service("gthread", workers=1, takeover=True).start()
+    new = make_service("gthread", workers=1, takeover=True)
+    new.name, new.bind = old.name, f"127.0.0.1:{old.port}"
+    new.deploy("2", at_import=GO_ON)
+    new.configure().spawn()
+    old.wait_for(r"event=upgrade\.started")
+    done = old.run("cancel", "--pid", str(old.process.pid))
+    assert done.returncode == 0, done
+    new.ends(None)
+    assert "cancelled by process" in new.log()
+    serves(old, 1)
+    old.stop()
+
+
 # -- a stop
 
 

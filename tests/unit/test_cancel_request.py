@@ -12,7 +12,7 @@ from tests.unit.masters import NOBODY_UID, Masters, become
 from tests.unit.test_cli import zdd
 from zdd_web import service
 from zdd_web.board import Board, UpgradeState
-from zdd_web.board.cancel_request import CancelRequest, write
+from zdd_web.board.cancel_request import CancelRequest, take_back, write
 from zdd_web.cli import control
 from zdd_web.lifecycle import Phase
 
@@ -41,8 +41,19 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_only_the_upgrade_that_was_named_is_cancelled(request_of: CancelRequest) -> None:
     write(request_of.fd, 3, pid=4711)
     assert [request_of.asked_by(number) for number in (2, 3, 4)] == [None, 4711, None]
-    request_of.clear()
+    take_back(request_of.fd, 4)
+    assert request_of.asked_by(3) == 4711
+    take_back(request_of.fd, 3)
     assert request_of.asked_by(3) is None
+
+
+def test_nothing_is_asked_of_a_takeover_before_the_first_upgrade(request_of: CancelRequest) -> None:
+    # Its number is that of the last SIGUSR2, which is 0 then.
+    assert request_of.asked_by(0) is None
+    write(request_of.fd, 0, pid=4711)
+    assert request_of.asked_by(0) == 4711
+    request_of.clear()
+    assert request_of.asked_by(0) is None
 
 
 @pytest.mark.parametrize("written", [b"", b"\3", b"\xff" * 64, os.urandom(1000)])

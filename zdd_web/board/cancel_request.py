@@ -48,18 +48,12 @@ class CancelRequest:
 
     def asked_by(self, number: int) -> int | None:
         """Return the pid of the process that asks, as it says itself; None when that upgrade is not to be cancelled."""
-        if self.fd < 0:
-            return None
-        found = os.pread(self.fd, _FIELDS.size, 0)
-        if len(found) < _FIELDS.size:
-            return None
-        asked, pid = _FIELDS.unpack(found)
-        return pid if asked == number else None
+        return _read(self.fd, number) if self.fd >= 0 else None
 
     def clear(self) -> None:
         """Forget what was asked: an upgrade begins that no number was given to."""
         if self.fd >= 0:
-            write(self.fd, 0, pid=0)
+            os.ftruncate(self.fd, 0)
 
     def close(self) -> None:
         """Close it, in a child that is not to hold it."""
@@ -69,5 +63,19 @@ class CancelRequest:
 
 
 def write(fd: int, number: int, pid: int) -> None:
-    """Ask for the upgrade with this number to be cancelled, 0 for none. Raises OSError."""
+    """Ask for the upgrade with this number to be cancelled, 0 or more. Raises OSError."""
     os.pwrite(fd, _FIELDS.pack(number, pid), 0)
+
+
+def take_back(fd: int, number: int) -> None:
+    """Ask no more for that upgrade to be cancelled; a request for another one stands. Raises OSError."""
+    if _read(fd, number) is not None:
+        os.ftruncate(fd, 0)
+
+
+def _read(fd: int, number: int) -> int | None:
+    found = os.pread(fd, _FIELDS.size, 0)
+    if len(found) < _FIELDS.size:
+        return None
+    asked, pid = _FIELDS.unpack(found)
+    return pid if asked == number else None

@@ -139,7 +139,7 @@ def upgrade(
     none = UpgradeResult(False, "", "", 0.0, began, expected, False)
     try:
         # What an earlier command asked for, whose SIGUSR2 never came, is not meant for this one.
-        generation.ask_to_cancel(0)
+        generation.ask_to_cancel(number, take_back=True)
         generation.signal(signal.SIGUSR2)
     except PermissionError:
         return replace(none, reason=no_permission(generation))
@@ -163,7 +163,7 @@ def _upgrade(
     interrupts: Interrupts,
     on_interrupt: Callable[[bool], None],
 ) -> UpgradeResult:
-    asked = False
+    asked = obeys = False
     snapshot = generation.snapshot()
     for snapshot in follow(generation, "SIGUSR2", lambda seen: seen.upgrade_number >= number):
         ours = snapshot.upgrade_number >= number
@@ -172,10 +172,10 @@ def _upgrade(
         if ours and snapshot.upgrade_state in ENDED:
             return _outcome(generation, snapshot, none, asked)
         if interrupts.count > 1:
-            return replace(none, left=True, cancelled=asked, phase=snapshot.phase)
+            return replace(none, left=True, cancelled=obeys, phase=snapshot.phase)
         if interrupts.count and not asked:
-            asked = True
-            on_interrupt(generation.ask_to_cancel(number))
+            asked, obeys = True, generation.ask_to_cancel(number)
+            on_interrupt(obeys)
     if snapshot.upgrade_state is UpgradeState.DONE and snapshot.upgrade_number >= number:
         return replace(none, ok=True)
     reason = f"the master {generation.pid} ended during the upgrade"

@@ -29,31 +29,34 @@ def drain(which: Which, no_wait: bool) -> None:
         if no_wait:
             control.request_stop(generation)
             return
-        with another_version(), control.Interrupts() as interrupts, Ticker() as ticker:
-            result = control.drain(
-                generation,
-                StopProgress(ticker),
-                interrupts=interrupts,
-                on_interrupt=lambda: ticker.step("a stop cannot be cancelled: it goes on; again to leave"),
-            )
+        with control.Interrupts() as interrupts:
+            with another_version(), Ticker() as ticker:
+                result = control.drain(
+                    generation,
+                    StopProgress(ticker),
+                    interrupts=interrupts,
+                    on_interrupt=lambda: ticker.step("a stop cannot be cancelled: it goes on; again to leave"),
+                )
+            status = _report(generation.header.generation, result)
     except PermissionError:
         raise CannotHelp(control.no_permission(generation)) from None
     except ProcessLookupError:
         raise CannotHelp(f"the master {generation.pid} is gone") from None
-    _report(generation.header.generation, result)
+    sys.exit(status)
 
 
-def _report(number: int, result: control.DrainResult) -> None:
+def _report(number: int, result: control.DrainResult) -> int:
+    """Print how it ended, and return the exit status."""
     if result.left:
         say("left: the stop goes on; `zdd-web status` shows it", err=True)
-        sys.exit(LEFT)
+        return LEFT
     if result.ok:
         say(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
-        return
+        return 0
     if result.reason:
         say(f"drain failed: {cell(result.reason)}", err=True)
     else:
         lost = f"{count(result.requests, 'request')} and {count(result.tasks, 'background task')}"
         say(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
             f"see event=background.abandoned and event=drain.abandoned in its log", err=True)  # fmt: skip
-    sys.exit(1)
+    return 1

@@ -19,7 +19,7 @@ from zdd_web.cli.options import in_hand
 from zdd_web.cli.output import cell
 from zdd_web.cli.times import duration
 from zdd_web.errors import BoardError
-from zdd_web.lifecycle import Phase
+from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import Generation
 from zdd_web.system import proc
 
@@ -83,7 +83,10 @@ class UpgradeProgress:
         if time.monotonic() - self._looked_at < LOOK_EVERY:
             return
         self._looked_at = time.monotonic()
-        if snapshot.upgrade_state is UpgradeState.BOOTING:
+        silence = stalled_for(snapshot.phase, snapshot.tick_at, time.monotonic_ns())
+        if silence:
+            self._ticker.now(f"the master hangs: its main loop has not run for {duration(silence)}")
+        elif snapshot.upgrade_state is UpgradeState.BOOTING:
             self._ticker.now(booting(self._look()))
         elif snapshot.upgrade_state is UpgradeState.COMMITTING:
             self._ticker.now(committing(self._look(), snapshot))

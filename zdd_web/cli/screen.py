@@ -64,11 +64,11 @@ def table(
     cells are.
 
     >>> for line in table(("worker", "in flight"), [("4711", "3"), ("9", "12")], left=[], indent=2):
-    ...     print(line.plain[1:])
+    ...     print(line.plain[2:])
                 in
-     worker  flight
-       4711       3
-          9      12
+    worker  flight
+      4711       3
+         9      12
     """
     split = [head.split(" ") for head in heads]
     height = max(map(len, split))

@@ -29,28 +29,41 @@ def upgrade(which: Which) -> None:
     Status 0 only when the new generation serves; 1 when the old one goes on. Ctrl-C or SIGTERM cancels: the command
     waits and says what became of it. A second one leaves with status 3 and does not wait.
     """
+    deploy(which)
+
+
+def deploy(which: Which) -> None:
+    """Upgrade the service, show how it goes, and end with the command's exit status."""
     generation = which.find()
     say(title(generation))
-    with another_version(), control.Interrupts() as interrupts, Ticker() as ticker:
+    # To the end: one that comes when the outcome is known must not print that the command was aborted.
+    with control.Interrupts() as interrupts:
+        with another_version(), Ticker() as ticker:
 
-        def interrupted(asked: bool) -> None:
-            ticker.step(
-                "cancelling: waiting for what becomes of it; again to leave at once"
-                if asked
-                else "this master cannot cancel an upgrade (its zdd_web is older): it goes on; again to leave"
-            )
+            def interrupted(asked: bool) -> None:
+                ticker.step(
+                    "cancelling: waiting for what becomes of it; again to leave at once"
+                    if asked
+                    else "this master cannot cancel an upgrade (its zdd_web is older): it goes on; again to leave"
+                )
 
-        progress = UpgradeProgress(generation, ticker)
-        result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
+            progress = UpgradeProgress(generation, ticker)
+            result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
+        status = _report(generation, result)
+    sys.exit(status)
+
+
+def _report(generation: Generation, result: control.UpgradeResult) -> int:
+    """Print how it ended, and return the exit status."""
     if result.left:
         say(_left(result), err=True)
-        sys.exit(LEFT)
+        return LEFT
     if result.ok:
         if result.cancelled:
             say("too late to cancel: the upgrade is done")
         _say_what_is_left(generation)
         say(f"generation {result.generation} serves, after {result.seconds:.1f} s")
-        return
+        return 0
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
         say(f"the new generation's last {len(lines)} log lines:", err=True)
@@ -60,7 +73,7 @@ def upgrade(which: Which) -> None:
     stderr = screen.stderr()
     reason = f"upgrade {cell(result.reason)}"
     screen.show(stderr, screen.paragraph(reason, screen.width_of(stderr), indent=0, style=screen.BAD))
-    sys.exit(1)
+    return 1
 
 
 def _left(result: control.UpgradeResult) -> str:
