@@ -55,14 +55,14 @@ class Ticker:
         self._printed, self._printed_at = text, time.monotonic()
         screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
 
-    def now(self, text: str) -> None:
-        """Show what goes on: at the bottom of a terminal, and in a pipe as a line when it has changed."""
+    def now(self, text: str, more: str = "") -> None:
+        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed."""
         if self._live is None:
             if text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
                 self.step(text)
             return
         elapsed = duration(time.monotonic() - self._began)
-        lines = screen.paragraph(f"{elapsed}: {text}", self._console.width - 1)
+        lines = screen.paragraph(f"{elapsed}: {text}{more}", self._console.width - 1)
         self._live.update(Text("\n", style=screen.BUSY).join(lines), refresh=True)
 
 
@@ -164,7 +164,7 @@ class StopProgress:
             self._last = which
             self._ticker.step(stopping(snapshot))
         else:
-            self._ticker.now(stopping(snapshot))
+            self._ticker.now(stopping(snapshot), limit(snapshot))
 
 
 def stopping(snapshot: Snapshot) -> str:
@@ -172,3 +172,9 @@ def stopping(snapshot: Snapshot) -> str:
     if snapshot.phase is Phase.LAME_DUCK:
         return "lame_duck: readiness is 503 (unless LAME_DUCK_READY), everything is still served"
     return f"{snapshot.phase.label}: {in_hand(snapshot.in_flight, snapshot.tasks)}"
+
+
+def limit(snapshot: Snapshot) -> str:
+    """Return in how long what is in hand is cut off; "" where there is no deadline."""
+    left = (snapshot.deadline - time.monotonic_ns()) / 1e9
+    return f"; cut off in {duration(left)}" if snapshot.deadline and left > 0 else ""
