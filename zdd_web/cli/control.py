@@ -7,6 +7,7 @@ second ends the command. A stop cannot be taken back, so there the first only sa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -139,7 +140,8 @@ def upgrade(
     none = UpgradeResult(False, "", "", 0.0, began, expected, False)
     try:
         # What an earlier command asked for, whose SIGUSR2 never came, is not meant for this one.
-        generation.ask_to_cancel(number, take_back=True)
+        with contextlib.suppress(OSError):
+            generation.ask_to_cancel(number, take_back=True)
         generation.signal(signal.SIGUSR2)
     except PermissionError:
         return replace(none, reason=no_permission(generation))
@@ -148,7 +150,7 @@ def upgrade(
     try:
         result = _upgrade(generation, number, none, progress, interrupts or Interrupts(), on_interrupt)
     except GaveUp as why:
-        withdrawn = generation.ask_to_cancel(number)
+        withdrawn = _asked(generation, number)
         then = "its SIGUSR2 is withdrawn" if withdrawn else "its SIGUSR2 still waits: it may upgrade when it runs again"
         reason = f"the master {generation.pid} {why}: {then}"
         result = replace(none, reason=reason, phase=generation.snapshot().phase)
@@ -174,12 +176,19 @@ def _upgrade(
         if interrupts.count > 1:
             return replace(none, left=True, cancelled=obeys, phase=snapshot.phase)
         if interrupts.count and not asked:
-            asked, obeys = True, generation.ask_to_cancel(number)
+            asked, obeys = True, _asked(generation, number)
             on_interrupt(obeys)
     if snapshot.upgrade_state is UpgradeState.DONE and snapshot.upgrade_number >= number:
         return replace(none, ok=True)
     reason = f"the master {generation.pid} ended during the upgrade"
     return replace(none, reason=reason, phase=Phase.STOPPED)
+
+
+def _asked(generation: Generation, number: int) -> bool:
+    try:
+        return generation.ask_to_cancel(number)
+    except OSError:
+        return False  # SIGUSR2 was allowed and this is not: a security module
 
 
 def _outcome(generation: Generation, snapshot: Snapshot, none: UpgradeResult, asked: bool) -> UpgradeResult:

@@ -44,7 +44,7 @@ def deploy(which: Which) -> None:
                 ticker.step(
                     "cancelling: waiting for what becomes of it; again to leave at once"
                     if asked
-                    else "this master cannot cancel an upgrade (its zdd_web is older): it goes on; again to leave"
+                    else "this master cannot be asked to cancel (an older zdd_web?): it goes on; again to leave"
                 )
 
             progress = UpgradeProgress(generation, ticker)
