@@ -52,8 +52,10 @@ MAY_USE = {
     "service": {"errors", "lookup", "system"},
     "keeper": {"errors", "lifecycle", "log", "board", "service", "system"},
     "cli": {
-        "checks", "errors", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn", "__init__",
+        "checks", "errors", "health", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn",
+        "__init__",
     },
+    "__main__": {"cli"},
     "__init__": set(),
 }  # fmt: skip
 
@@ -316,8 +318,8 @@ def test_gunicorn_is_imported_by_its_part_alone_and_by_commands_when_they_run() 
     assert wrong == []
 
 
-def test_click_and_tabulate_are_the_commands_alone() -> None:
-    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "tabulate")}
+def test_click_and_rich_are_the_commands_alone() -> None:
+    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "rich")}
     assert users == {"cli"}
     # The probe port's process reads HTTP; it alone of all that runs in a service.
     assert {part_of(each.importer) for each in IMPORTS if each.top == "h11"} == {"cli", "probe_server"}
@@ -479,7 +481,7 @@ def test_all_that_a_module_announces_is_there(module: str) -> None:
 LAZY = """
 import sys
 import zdd_web
-forbidden = {"django", "flask", "gunicorn", "click", "tabulate", "h11", "asgiref"}
+forbidden = {"django", "flask", "gunicorn", "click", "rich", "h11", "asgiref"}
 loaded = sorted(forbidden & set(sys.modules))
 assert not loaded, loaded
 ours = sorted(name for name in sys.modules if name.startswith("zdd_web."))
@@ -506,7 +508,7 @@ def test_package_drags_no_framework_in(then: str) -> None:
 
 @pytest.mark.parametrize("module", ["zdd_web.gunicorn.hooks", "zdd_web.keeper"])
 def test_service_runs_without_the_commands_libraries(module: str) -> None:
-    script = f"import sys, {module}; assert not {{'click', 'tabulate', 'h11', 'django', 'flask'}} & set(sys.modules)"
+    script = f"import sys, {module}; assert not {{'click', 'rich', 'h11', 'django', 'flask'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-Ic", script], check=True, timeout=60)
 
 

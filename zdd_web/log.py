@@ -41,7 +41,7 @@ EVENTS = {
     "upgrade.ready": "all workers of the new generation stand at the gate",
     "upgrade.committed": "the successor has lived through the commit window and is active",
     "upgrade.failed": "the successor was ended; the old generation serves on",
-    "upgrade.cancelled": "a stop ended an upgrade under way",
+    "upgrade.cancelled": "a stop, or a command that asked for it, ended an upgrade under way",
     "upgrade.given_up": "the running master has given up this one, which had begun to take over",
     "takeover.offered": "a new master that is started may take over by this socket",
     "takeover.found": "a master runs already, and hands this one its listeners",

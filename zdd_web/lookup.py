@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from zdd_web.board import MAGIC, MEMFD_PREFIX, Board, Header, Snapshot, shape
+from zdd_web.board import MAGIC, MEMFD_PREFIX, Board, Header, Snapshot, cancel_request, shape
 from zdd_web.board.copy import BoardCopy
 from zdd_web.board.record import WORD
 from zdd_web.errors import BoardError
@@ -109,13 +109,38 @@ class Generation:
         if not proc.kill(self.pid, self.header.master_start, number):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
-    def open_memfd(self, number: int, name: str) -> int:
+    def ask_to_cancel(self, number: int, *, take_back: bool = False) -> bool:
+        """Ask the master to give up the upgrade with that number, begun or not; or take such a request back.
+
+        False when its version of zdd_web cannot be asked, or it has ended. Raises OSError when this user may not.
+        """
+        if not self.alive:
+            return False
+        try:
+            for descriptor, _ in memfd.named(self.pid, cancel_request.MEMFD_NAME):
+                try:
+                    fd = self.open_memfd(descriptor, cancel_request.MEMFD_NAME, os.O_RDWR)
+                except memfd.NotAMemfd:
+                    continue
+                try:
+                    if take_back:
+                        cancel_request.take_back(fd, number)
+                    else:
+                        cancel_request.write(fd, number, os.getpid())
+                finally:
+                    os.close(fd)
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended meanwhile
+        return False
+
+    def open_memfd(self, number: int, name: str, flags: int = os.O_RDONLY) -> int:
         """Open what the master has as descriptor `number`, to read, if it is a memfd of that name which it made.
 
         Raises `NotAMemfd` with what it is instead, and OSError when it is closed.
         """
         with memfd.process_directory(self.pid) as directory:
-            fd = memfd.open_named(directory, number, name)
+            fd = memfd.open_named(directory, number, name, flags)
         maker = os.fstat(fd).st_uid
         if maker != self.owner:
             os.close(fd)

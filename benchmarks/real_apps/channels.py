@@ -46,7 +46,7 @@ def main(worker_class: str, upgrades: int, clients: int, sockets: int) -> None:
     """Upgrade the Channels app under load and stop it; print a report as JSON."""
     from benchmarks.real_apps.sockets import Sockets
     from zdd_web import service
-    from zdd_web.cli import follow
+    from zdd_web.cli import control
     from zdd_web.cli.rehearse.load import Load, LoadThread
     from zdd_web.cli.rehearse.server import Server
 
@@ -58,7 +58,7 @@ def main(worker_class: str, upgrades: int, clients: int, sockets: int) -> None:
         with http, talk:
             time.sleep(SETTLE)
             for number in range(1, upgrades + 1):
-                outcome = follow.upgrade(generation)
+                outcome = control.upgrade(generation)
                 if not outcome.ok:
                     failures.append(f"upgrade {number}: {outcome.reason}")
                 generation = service.is_active(server.generations())

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tests.unit.forks import spawn, status_of
 from zdd_web import service
 from zdd_web.board import Board, Slot, WorkerState
-from zdd_web.cli import main, stop
+from zdd_web.cli import control, leftovers, main
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 from zdd_web.system import clock, proc
@@ -95,11 +95,12 @@ def test_phases_are_shown_as_they_come(start: Start, board: Board) -> None:
     seen = []
 
     def progress(snapshot: object) -> None:
-        seen.append(snapshot.phase)  # type: ignore[attr-defined]
-        os.write(opened, b".")
+        if snapshot.phase not in seen:  # type: ignore[attr-defined]
+            seen.append(snapshot.phase)  # type: ignore[attr-defined]
+            os.write(opened, b".")
 
     try:
-        assert stop.drain(Generation(pid, board), progress).ok
+        assert control.drain(Generation(pid, board), progress).ok
     finally:
         os.close(gate)
         os.close(opened)
@@ -160,14 +161,14 @@ def test_second_drain_ends_no_lame_duck(
     board.header.phase = Phase.LAME_DUCK
     kill, sent = os.kill, []
     monkeypatch.setattr(os, "kill", lambda *signalled: sent.append(signalled))
-    monkeypatch.setattr(stop, "POLL", 0.0)
-    look = stop.Leftovers.look
+    monkeypatch.setattr(control, "POLL", 0.0)
+    look = leftovers.Leftovers.look
 
-    def looked(self: stop.Leftovers) -> None:
+    def looked(self: leftovers.Leftovers) -> None:
         look(self)
         kill(pid, signal.SIGTERM)  # from somebody else
 
-    monkeypatch.setattr(stop.Leftovers, "look", looked)
+    monkeypatch.setattr(leftovers.Leftovers, "look", looked)
     result = drain(*wait)
     monkeypatch.undo()
     assert (result.exit_code, sent) == (0, [])
@@ -182,7 +183,7 @@ def test_master_that_is_killed_is_no_clean_end(start: Start, board: Board) -> No
 
 
 def test_master_that_does_not_answer_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(control, "ANSWER_WITHIN", 0.05)
     start(lambda board, slot: signal.pause())
     result = drain()
     assert result.exit_code == 1
@@ -190,7 +191,7 @@ def test_master_that_does_not_answer_is_given_up(start: Start, monkeypatch: pyte
 
 
 def test_master_that_stands_still_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "STANDS_STILL", 0.05)
+    monkeypatch.setattr(control, "STANDS_STILL", 0.05)
 
     def stand_still(board: Board, slot: Slot) -> None:
         board.header.tick_at = clock.now_ns()

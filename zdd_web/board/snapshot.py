@@ -60,6 +60,7 @@ class Snapshot:
     upgrade_number: int
     upgrade_state: UpgradeState
     upgrade_reason: str
+    upgrade_since: int
     boot_log_fd: int
     upgrades_done: int
     upgrades_failed: int

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import IO, Any
 
 import click
 
+from zdd_web.cli import screen
 from zdd_web.system import escaping, masking
 
 
@@ -22,4 +24,5 @@ class CannotHelp(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message; where that is impossible, the exit status still tells."""
         with contextlib.suppress(OSError, AttributeError):
-            super().show(file)
+            stream = sys.stderr if file is None else file
+            click.echo(screen.wrapped(f"Error: {self.format_message()}", stream), file=stream)

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 
 from zdd_web import checks
-from zdd_web.cli import drain, status, upgrade
+from zdd_web.cli.cancel import cancel
+from zdd_web.cli.drain import drain
 from zdd_web.cli.output import cell, say
+from zdd_web.cli.status import status
+from zdd_web.cli.upgrade import upgrade
 
 
 def group(check: Callable[..., None], *options: click.Option) -> click.Group:
-    """Return `status`, `upgrade`, `drain` and the framework's own `check`."""
+    """Return `status`, `upgrade`, `cancel`, `drain` and the framework's own `check`."""
     own = click.Command("check", callback=check, params=list(options), help=check.__doc__)
-    return click.Group("zdd", commands=[status, upgrade, drain, own], help="Deploy and look at this service.")
+    return click.Group("zdd", commands=[status, upgrade, cancel, drain, own], help="Deploy and look at this service.")
 
 
 def switch(name: str, text: str) -> click.Option:

@@ -12,6 +12,7 @@ from typing import IO, Any, TextIO, cast
 
 import click
 
+from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.system import escaping, masking
 from zdd_web.system.stdio import TolerantStream
@@ -34,7 +35,7 @@ def say(text: str = "", *, err: bool = False) -> None:
 
 def _print(text: str, to: Any) -> OSError | None:
     stream = TolerantStream(to)
-    click.echo(safe(text), file=cast("IO[str]", stream))
+    click.echo(screen.wrapped(safe(text), to), file=cast("IO[str]", stream))
     return stream.lost
 
 
@@ -43,7 +44,7 @@ def show(text: str = "") -> None:
 
     A reader that has read enough (`| head -1`) is not an error.
     """
-    _refuse(_print(text, sys.stdout))
+    refuse(_print(text, sys.stdout))
 
 
 def save(text: str, file: TextIO) -> None:
@@ -51,9 +52,10 @@ def save(text: str, file: TextIO) -> None:
     stream = TolerantStream(file)
     stream.write(text)
     stream.flush()
-    _refuse(stream.lost)
+    refuse(stream.lost)
 
 
-def _refuse(lost: OSError | None) -> None:
+def refuse(lost: OSError | None) -> None:
+    """Raise `CannotHelp` for output that could not be written; a reader that has gone is not an error."""
     if lost is not None and lost.errno != errno.EPIPE:
         raise CannotHelp(f"the output cannot be written: {lost.strerror}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 import click
 
 from zdd_web import service
-from zdd_web.cli import follow
+from zdd_web.cli import control
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.output import save, say, show
 from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
@@ -117,7 +117,7 @@ def _perform(server: Server, generation: service.Generation, load: LoadThread, u
 
 def _upgrade(server: Server, generation: service.Generation, number: int) -> tuple[Handover, service.Generation]:
     before = generation.board.header.generation
-    outcome = follow.upgrade(generation)
+    outcome = control.upgrade(generation)
     done_at = time.monotonic()
     ready_at = None
     if outcome.ok:

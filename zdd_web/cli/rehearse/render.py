@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from tabulate import tabulate
-
+from zdd_web.cli.grid import grid as tabulate
 from zdd_web.cli.rehearse.report import Around, Outcome, Report
 
 # A server that died loses thousands; the first ones tell why. The JSON has them all.

@@ -20,6 +20,7 @@ from typing import Any
 
 from zdd_web import log, metrics
 from zdd_web.board import Board
+from zdd_web.board.cancel_request import CancelRequest
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
@@ -42,6 +43,7 @@ from zdd_web.gunicorn.upgrade.states import (
     Successor,
     SuccessorEvent,
     knows,
+    when,
 )
 from zdd_web.gunicorn.upgrade.successor_health import successor_health
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
@@ -99,6 +101,9 @@ class UpgradeCoordinator:
         self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
         self._line: Line | None = None
+        self._cancel_request = CancelRequest()
+        #: Of the SIGUSR2 that has begun the upgrade under way.
+        self._number = 0
 
     @property
     def _settings(self) -> Settings:
@@ -114,6 +119,7 @@ class UpgradeCoordinator:
             return
         try:
             self._refuse_another()
+            self._refuse_if_cancelled()
             self._preparation.refuse_unless_possible()
             launch, boot_log = self._preparation.next_launch(), self._preparation.new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
@@ -133,12 +139,25 @@ class UpgradeCoordinator:
         self._server.set_successor(self.upgrade.pid)
         self._outcome.publish(self.upgrade)
         self._outcome.requested()
+        self._number = self._header.upgrade_number
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
 
     def _refuse_another(self) -> None:
         if self.upgrade is not None:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
+
+    def _refuse_if_cancelled(self) -> None:
+        asked_by = self._cancel_request.asked_by(self._header.upgrade_number + 1)
+        if asked_by is not None:
+            raise UpgradeError(
+                f"it was cancelled by process {asked_by} before it began: ask for it again if it is still wanted"
+            )
+
+    def _asked_to_cancel(self) -> int | None:
+        asked_by = self._cancel_request.asked_by(self._number)
+        # A SIGUSR2 that was refused meanwhile has a number too, the last that a command sees.
+        return self._cancel_request.asked_by(self._header.upgrade_number) if asked_by is None else asked_by
 
     def admit(self, end: socket.socket, who: fd_passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -171,6 +190,9 @@ class UpgradeCoordinator:
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
             return
         self.upgrade.hint = first_boot(self._header)
+        # It has no number of its own: a request for the last SIGUSR2 must not reach it.
+        self._cancel_request.clear()
+        self._number = self._header.upgrade_number
         self._outcome.publish(self.upgrade)
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
@@ -187,6 +209,10 @@ class UpgradeCoordinator:
         if upgrade.board is not None:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
+        asked_by = None if upgrade.state in HANDED_OVER else self._asked_to_cancel()
+        if asked_by is not None:
+            self._fail(upgrade, f"cancelled by process {asked_by} {when(upgrade.state)}", cancelled=True)
+            return
         verdict = upgrade.poll()
         if upgrade.state in RELEASED:
             # This master will not serve again, and a process that still holds a listener keeps clients waiting.
@@ -229,7 +255,7 @@ class UpgradeCoordinator:
         upgrade.go()
         self._outcome.publish(upgrade)
 
-    def _fail(self, upgrade: Upgrade, reason: str) -> None:
+    def _fail(self, upgrade: Upgrade, reason: str, *, cancelled: bool = False) -> None:
         self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
         # Not before: if that raises, the next tick finds the same state and tries again.
         upgrade.move(SuccessorEvent.FAILED)
@@ -240,9 +266,13 @@ class UpgradeCoordinator:
         if said and not upgrade.has_own_stderr:
             # It ended before it had its own stderr: this is written nowhere yet.
             stdio.write_stderr(said)
-        self._header.upgrades_failed += 1
-        guarded("systemd", self._notifier.upgrade_ended)("failed", reason)
+        self._header.upgrades_failed += not cancelled
+        guarded("systemd", self._notifier.upgrade_ended)("was cancelled" if cancelled else "failed", reason)
         self._outcome.publish(upgrade, reason)
+        if cancelled:
+            log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, seconds=upgrade.seconds,
+                     reason=reason)  # fmt: skip
+            return
         log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
@@ -372,3 +402,4 @@ class UpgradeCoordinator:
             self.upgrade.forget()
         self.leftovers.after_fork()
         self._preparation.after_fork()
+        self._cancel_request.close()

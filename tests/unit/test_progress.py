@@ -1,0 +1,114 @@
+"""What `upgrade` and `drain` print while a master is followed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from zdd_web.board import Board, Snapshot, UpgradeState, WorkerState, WorkerView
+from zdd_web.cli import control, progress
+from zdd_web.cli.progress import StopProgress, Ticker, UpgradeProgress, booting, committing, limit
+from zdd_web.lifecycle import Phase
+from zdd_web.service import Generation
+from zdd_web.system import clock
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.private("shop")
+    yield board
+    board.close()
+
+
+def worker(pid: int, state: WorkerState, error: str = "") -> WorkerView:
+    return WorkerView(
+        pid=pid, start=1, age=1, state=state, retiring=False, in_flight=1, requests=0, tasks=2, error=error
+    )
+
+
+def seen(board: Board, *workers: WorkerView, **changes: object) -> Snapshot:
+    return dataclasses.replace(board.snapshot(), workers=workers, workers_wanted=8, **changes)  # type: ignore[arg-type]
+
+
+def test_boot_names_how_many_are_ready_and_what_the_others_wait_for(board: Board) -> None:
+    ready = [worker(1, WorkerState.READY), worker(2, WorkerState.READY)]
+    assert booting(None) == "the new master starts"
+    assert booting(seen(board)) == "worker 0 of 8 is ready"
+    waits = [worker(3, WorkerState.BOOTING, "warm-up: GET /items"), worker(4, WorkerState.BOOTING, "check 'db'")]
+    found = seen(board, *ready, *waits)
+    assert booting(found) == "worker 2 of 8 is ready; waiting for: check 'db'; warm-up: GET /items"
+    many = [worker(pid, WorkerState.BOOTING, f"step {pid}") for pid in range(5)]
+    assert booting(seen(board, *many)) == "worker 0 of 8 is ready; waiting for: step 0; step 1 ..."
+    assert "\x1b" not in booting(seen(board, worker(3, WorkerState.BOOTING, "\x1b[2J")))
+
+
+def test_commit_window_names_what_both_have_in_hand(board: Board) -> None:
+    old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING)
+    new = seen(board, worker(2, WorkerState.SERVING), worker(3, WorkerState.SERVING))
+    assert committing(new, old) == (
+        "commit window: the new generation has 2 requests and 4 background tasks in hand, "
+        "the old one 1 request and 2 background tasks in hand"
+    )
+    retiring = dataclasses.replace(old, phase=Phase.RETIRING)
+    assert "1 request and 2 background tasks in hand" in committing(new, retiring)
+
+
+def test_a_pipe_gets_one_line_for_each_step(
+    board: Board, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with Ticker() as ticker:
+        shown = UpgradeProgress(Generation(os.getpid(), board), ticker)
+        for state in (UpgradeState.BOOTING, UpgradeState.COMMITTING, UpgradeState.DONE):
+            for _ in range(3):
+                shown(seen(board, upgrade_state=state, phase=Phase.SERVING, tick_at=clock.now_ns()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "  the new generation boots",
+        "  the new master starts",
+        "  it is ready and answers; waiting for the commit window to end",
+        "  commit window: the new generation has not seen, the old one 0 requests and 0 background tasks in hand",
+        "  it is active; the old one finishes what it has",
+    ]
+
+
+def test_a_master_that_hangs_in_an_upgrade_is_named(
+    board: Board, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with Ticker() as ticker:
+        UpgradeProgress(Generation(os.getpid(), board), ticker)(
+            seen(board, upgrade_state=UpgradeState.BOOTING, phase=Phase.SERVING, tick_at=clock.after_ns(-20))
+        )
+    assert "  the master hangs: its main loop has not run for 20 s" in capsys.readouterr().out
+
+
+def test_phases_of_a_stop_are_lines_and_the_deadline_is_for_a_terminal(
+    board: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Ticker() as ticker:
+        shown = StopProgress(ticker)
+        for phase in (Phase.LAME_DUCK, Phase.DRAINING, Phase.DRAINING):
+            shown(seen(board, phase=phase, deadline=clock.after_ns(100)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["  lame_duck", "  draining"]
+    assert limit(seen(board, deadline=clock.after_ns(100.5))) == "; cut off in 1 min 40 s"
+    assert (limit(seen(board)), limit(seen(board, deadline=clock.after_ns(-1)))) == ("", "")
+
+
+def test_interrupts_are_counted_and_given_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with control.Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + 30
+        while interrupts.count < 2 and time.monotonic() < until:
+            pass
+        assert interrupts.count == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -1,0 +1,180 @@
+"""What `upgrade` and `drain` print while they follow a master: a line for each step, and on a terminal what goes on.
+
+The line at the bottom of a terminal is redrawn; a pipe gets lines only, and at most one in `LINE_EVERY` seconds about
+the same step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from rich.live import Live
+from rich.text import Text
+
+from zdd_web import service
+from zdd_web.board import Snapshot, UpgradeState, WorkerState
+from zdd_web.cli import screen
+from zdd_web.cli.options import in_hand
+from zdd_web.cli.output import cell
+from zdd_web.cli.times import duration
+from zdd_web.errors import BoardError
+from zdd_web.lifecycle import Phase, stalled_for
+from zdd_web.lookup import Generation
+from zdd_web.system import proc
+
+LINE_EVERY = 1.0
+#: How often the successor is looked for, and the line redrawn, seconds.
+LOOK_EVERY = 0.2
+#: How many steps of workers one line names.
+MOST_STEPS = 2
+
+
+class Ticker:
+    """Prints steps, and what goes on at present."""
+
+    def __init__(self) -> None:
+        self._console = screen.stdout()
+        self._began = self._printed_at = time.monotonic()
+        self._printed = ""
+        self._live: Live | None = None
+
+    def __enter__(self) -> Ticker:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def step(self, text: str) -> None:
+        """Print a line that stays."""
+        self._printed, self._printed_at = text, time.monotonic()
+        screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
+
+    def now(self, text: str, more: str = "") -> None:
+        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed."""
+        if self._live is None:
+            if text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
+                self.step(text)
+            return
+        elapsed = duration(time.monotonic() - self._began)
+        lines = screen.paragraph(f"{elapsed}: {text}{more}", self._console.width - 1)
+        self._live.update(Text("\n", style=screen.BUSY).join(lines), refresh=True)
+
+
+class UpgradeProgress:
+    """Follows an upgrade on the boards of both generations."""
+
+    def __init__(self, generation: Generation, ticker: Ticker) -> None:
+        self._old, self._ticker = generation, ticker
+        self._successor: Generation | None = None
+        self._last: UpgradeState | None = None
+        self._looked_at = 0.0
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Show a look at the old generation's board."""
+        if snapshot.upgrade_state is not self._last:
+            self._last = snapshot.upgrade_state
+            self._ticker.step(STEPS[snapshot.upgrade_state])
+        if time.monotonic() - self._looked_at < LOOK_EVERY:
+            return
+        self._looked_at = time.monotonic()
+        silence = stalled_for(snapshot.phase, snapshot.tick_at, time.monotonic_ns())
+        if silence:
+            self._ticker.now(f"the master hangs: its main loop has not run for {duration(silence)}")
+        elif snapshot.upgrade_state is UpgradeState.BOOTING:
+            self._ticker.now(booting(self._look()))
+        elif snapshot.upgrade_state is UpgradeState.COMMITTING:
+            self._ticker.now(committing(self._look(), snapshot))
+
+    def _look(self) -> Snapshot | None:
+        if self._successor is None:
+            self._successor = successor_of(self._old)
+        try:
+            return self._successor.snapshot() if self._successor is not None else None
+        except BoardError:
+            return None  # of another version, or it has ended
+
+
+STEPS = {
+    UpgradeState.NONE: "asked for",
+    UpgradeState.BOOTING: "the new generation boots",
+    UpgradeState.COMMITTING: "it is ready and answers; waiting for the commit window to end",
+    UpgradeState.DONE: "it is active; the old one finishes what it has",
+    UpgradeState.FAILED: "the new generation is ended",
+    UpgradeState.REFUSED: "refused",
+}
+
+
+def successor_of(generation: Generation) -> Generation | None:
+    """Return the generation that was forked by a master and boots, or None while it has no board yet."""
+    for pid in _children(generation.pid):
+        try:
+            found = service.generation_of(pid)
+        except OSError:
+            continue  # it has ended
+        if found is not None and found.header.predecessor_pid == generation.pid:
+            return found
+    return None
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        # A kernel without CONFIG_PROC_CHILDREN.
+        return [int(each) for each in os.listdir("/proc") if each.isdigit() and proc.parent(int(each)) == pid]
+
+
+def booting(successor: Snapshot | None) -> str:
+    """Return how far the workers of a new generation have come, and what the others do."""
+    if successor is None:
+        return "the new master starts"
+    states = [worker.state for worker in successor.workers]
+    ready = states.count(WorkerState.READY) + states.count(WorkerState.SERVING)
+    at_work = sorted({cell(worker.error) for worker in successor.workers if worker.error})
+    waits = "; ".join(at_work[:MOST_STEPS]) + (" ..." if len(at_work) > MOST_STEPS else "")
+    return f"worker {ready} of {successor.workers_wanted} is ready" + (f"; waiting for: {waits}" if waits else "")
+
+
+def committing(successor: Snapshot | None, old: Snapshot) -> str:
+    """Return what both generations do in the commit window, and until the old one accepts nothing more."""
+    if old.phase is Phase.RETIRING:
+        return f"the old generation ends to accept: {in_hand(old.in_flight, old.tasks)}"
+    new = in_hand(successor.in_flight, successor.tasks) if successor is not None else "not seen"
+    return f"commit window: the new generation has {new}, the old one {in_hand(old.in_flight, old.tasks)}"
+
+
+class StopProgress:
+    """Follows the stop of the generations of a service."""
+
+    def __init__(self, ticker: Ticker) -> None:
+        self._ticker = ticker
+        self._last: tuple[int, Phase] | None = None
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        """Show a look at the board of one that stops."""
+        which = snapshot.generation, snapshot.phase
+        if which != self._last:
+            self._last = which
+            self._ticker.step(stopping(snapshot))
+        else:
+            self._ticker.now(stopping(snapshot), limit(snapshot))
+
+
+def stopping(snapshot: Snapshot) -> str:
+    """Return what a generation that stops is at."""
+    if snapshot.phase is Phase.LAME_DUCK:
+        return "lame_duck: readiness is 503 (unless LAME_DUCK_READY), everything is still served"
+    return f"{snapshot.phase.label}: {in_hand(snapshot.in_flight, snapshot.tasks)}"
+
+
+def limit(snapshot: Snapshot) -> str:
+    """Return in how long what is in hand is cut off; "" where there is no deadline."""
+    left = (snapshot.deadline - time.monotonic_ns()) / 1e9
+    return f"; cut off in {duration(left)}" if snapshot.deadline and left > 0 else ""

@@ -1,0 +1,148 @@
+"""`zdd-web status --watch`: a live board, the generations of a service side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from rich.box import ASCII, ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from zdd_web.board import Board, Snapshot, UpgradeState
+from zdd_web.cli import screen
+from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.options import count
+from zdd_web.cli.output import cell
+from zdd_web.cli.status_view import Shown, hangs, phase_of, stalled, state_of, upgrade_of
+from zdd_web.cli.times import Now
+from zdd_web.errors import BoardError
+from zdd_web.health.view import Result
+
+#: How often the boards are read, seconds. Each look is one at all processes, see lookup.py.
+EVERY = 0.5
+#: Below that, two generations do not fit side by side.
+LEAST_WIDTH = 38
+
+RESULT_STYLES = {Result.PASSED: screen.GOOD, Result.FAILED: screen.BAD, Result.LATE: screen.BAD}
+WRONG = (Result.FAILED, Result.LATE)
+
+Services = list[list[Shown]]
+
+
+def run(look: Callable[[], Services]) -> None:
+    """Show the board until Ctrl-C. Raises `CannotHelp` where there is no terminal."""
+    console = screen.stdout()
+    if not console.is_terminal or console.is_dumb_terminal:
+        raise CannotHelp("--watch needs a terminal: use --json in a loop instead")
+    try:
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+            while True:
+                live.update(board(look_again(look), Now(), console), refresh=True)
+                time.sleep(EVERY)
+    except KeyboardInterrupt:
+        return
+
+
+def look_again(look: Callable[[], Services]) -> Services:
+    """Look, where a service that is gone is a fact to show."""
+    try:
+        return look()
+    except CannotHelp:
+        return []
+
+
+def board(services: Services, now: Now, console: Console) -> RenderableType:
+    """Return what is shown at an instant."""
+    parts: list[RenderableType] = [Text(f"{now.clock(now.monotonic)}  Ctrl-C ends", style=screen.FAINT)]
+    for line in services:
+        parts.append(Text(cell(line[-1].snapshot.name), style=screen.HEAD))
+        parts.append(_side_by_side([_panel(each, now, console) for each in line], console.width))
+        for each in line:
+            parts += upgrade_of(each.snapshot, now, console.width)
+            if stalled(each.snapshot, now):
+                parts += screen.paragraph(hangs(each.snapshot, now), console.width, style=screen.BAD)
+    if not services:
+        parts.append(Text("no service runs here", style=screen.BAD))
+    return Group(*parts)
+
+
+def _side_by_side(panels: list[Panel], width: int) -> RenderableType:
+    fit = max(1, width // LEAST_WIDTH)
+    grids: list[RenderableType] = []
+    for start in range(0, len(panels), fit):
+        row = panels[start : start + fit]
+        grid = Table.grid(expand=True)
+        for _ in row:
+            grid.add_column(ratio=1)
+        grid.add_row(*row)
+        grids.append(grid)
+    return Group(*grids)
+
+
+def _panel(shown: Shown, now: Now, console: Console) -> Panel:
+    snapshot = shown.snapshot
+    title = Text.assemble(f"generation {snapshot.generation}: ", phase_of(snapshot, now))
+    lines: list[Text] = [
+        Text(f"since {now.clock(snapshot.phase_since)}, {now.age(snapshot.phase_since)}"),
+        Text(f"master {snapshot.master_pid}, {len(snapshot.workers)} of {snapshot.workers_wanted} workers"),
+        Text(f"{count(snapshot.in_flight, 'request')} in flight, {count(snapshot.tasks, 'background task')}"),
+    ]
+    if snapshot.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING):
+        lines.append(Text(f"upgrade: {snapshot.upgrade_state.name.lower()}", style=screen.BUSY))
+    lines += _workers(snapshot)
+    lines += _queues(snapshot)
+    lines += _work(shown, now)
+    ascii_only = not console.encoding.startswith("utf")
+    return Panel(Group(*lines), title=title, title_align="left", box=ASCII if ascii_only else ROUNDED)
+
+
+def _workers(snapshot: Snapshot) -> Iterator[Text]:
+    rows = [
+        (str(each.pid), state_of(each, brief=True), str(each.in_flight), str(each.requests))
+        for each in snapshot.workers
+    ]
+    if rows:
+        yield Text("")
+        yield from screen.table(("worker", "state", "busy", "requests"), rows, left=(1,), indent=0)
+    for each in snapshot.workers:
+        if each.error:
+            yield Text(f"{each.pid}: {cell(each.error)}", style=screen.BUSY)
+
+
+def _queues(snapshot: Snapshot) -> Iterator[Text]:
+    for each in snapshot.listeners:
+        limit = f" of {each.limit}" if each.limit else ""
+        yield Text(f"{each.length}{limit} wait at {cell(each.name)}", style=screen.BUSY if each.length else "")
+
+
+def _work(shown: Shown, now: Now) -> Iterator[Text]:
+    """The oldest background task, and what the checks found last."""
+    try:
+        found = shown.generation.board
+    except BoardError:
+        return
+    oldest = min((slot.oldest_task for slot in found.taken_slots() if slot.tasks and slot.oldest_task), default=0)
+    if oldest:
+        yield Text(f"oldest background task: {now.age(oldest)}", style=screen.BUSY)
+    for name, (result, message) in sorted(checks(found).items()):
+        text = f"check {name}: {result.name.lower()}" + (f": {message}" if message and result in WRONG else "")
+        yield Text(text, style=RESULT_STYLES.get(result, screen.FAINT))
+
+
+def checks(found: Board) -> dict[str, tuple[Result, str]]:
+    """Return what each check found last, in the worker where it is worst."""
+    seen: dict[str, tuple[Result, str]] = {}
+    for slot in found.taken_slots():
+        for record in map(slot.check, range(slot.checks)):
+            try:
+                result = Result(record.result)
+            except ValueError:
+                continue
+            name = cell(record.name)
+            if name not in seen or result in WRONG:
+                seen[name] = result, cell(record.message)
+    return seen
