@@ -53,6 +53,8 @@ MAY_USE = {
     "cli": {
         "checks", "errors", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn", "__init__",
     },
+    # A plugin of pytest: no other part may need it. The rehearsal is a process of its own, so no use of cli.
+    "testing": {"process"},
     "__init__": set(),
 }  # fmt: skip
 
