@@ -206,18 +206,18 @@ def losses(report: Report, frame: Frame) -> str:
     """Return the marks of lost requests, each at its instant."""
     height = 10.0
     places: dict[int, int] = {}
-    for loss in report.losses:
-        place = round(frame.x(noticed_at(loss.sample)))
-        places[place] = places.get(place, 0) + 1
+    instants = [(noticed_at(loss.sample), 1) for loss in report.losses]
     if len(report.losses) < report.lost:
-        # Not all were kept: the slices know of the rest.
+        # Not all were kept, but the slices know of all.
         origin, width = report.timeline.origin or 0.0, report.timeline.width
-        for n, each in enumerate(report.timeline.slices):
-            if each.lost:
-                places.setdefault(round(frame.x(origin + (n + 0.5) * width)), each.lost)
+        instants = [(origin + (n + 0.5) * width, each.lost) for n, each in enumerate(report.timeline.slices)]
+    for at, count in instants:
+        place = round(frame.x(at))
+        places[place] = places.get(place, 0) + count
     marks = "".join(
         f'<rect class="lost" x="{x - 1.5:g}" y="0" width="3" height="{height:g}"><title>{n:,} lost</title></rect>'
         for x, n in sorted(places.items())
+        if n
     )
     return _svg(height, _lines(report, frame, height) + marks, f"{report.lost:,} lost requests")
 

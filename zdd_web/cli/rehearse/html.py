@@ -25,7 +25,8 @@ body { margin: 0 auto; max-width: 1100px; padding: 20px 16px 48px; background: v
 h1 { font-size: 22px; line-height: 1.3; margin: 0 0 4px; }
 h2 { font-size: 14px; font-weight: 600; margin: 22px 0 4px; }
 p, ul { margin: 4px 0; color: var(--soft); }
-.verdict { border-left: 5px solid var(--good); padding-left: 12px; } .verdict.bad { border-color: var(--bad); }
+.verdict { border-left: 5px solid var(--good); padding-left: 12px; margin-bottom: 12px; }
+.verdict.bad { border-color: var(--bad); }
 .problems li { color: var(--ink); overflow-wrap: anywhere; } .problems { padding-left: 18px; }
 .row { display: grid; grid-template-columns: 92px minmax(0, 1fr); column-gap: 8px; align-items: stretch; }
 .label { position: relative; font-size: 12px; color: var(--soft); text-align: right; line-height: 1;
@@ -33,7 +34,8 @@ p, ul { margin: 4px 0; color: var(--soft); }
 .label span { position: absolute; right: 0; transform: translateY(-50%); white-space: nowrap; }
 .label.middle { align-self: center; }
 .plot { position: relative; } svg { display: block; width: 100%; height: 100%; overflow: visible; }
-.tall { height: 190px; } .low { height: 120px; } .strip { height: 18px; } .phase { height: 16px; margin: 1px 0; }
+.tall { height: 190px; } .low { height: 120px; } .strip { height: 18px; margin-bottom: 9px; }
+.phase { height: 16px; margin: 1px 0; }
 .axis { height: 18px; font-size: 12px; color: var(--soft); }
 .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .axis span:first-child { transform: none; }
@@ -116,7 +118,7 @@ def _rates(report: Report, frame: charts.Frame) -> str:
     labels = "".join(f'<span style="top:{share}%">{top * (1 - share / 100):,g}</span>' for share in (0, 50, 100))
     known = [generation for generation in report.generations if generation is not None]
     keys = [_key(f"generation {g}", f"background:var(--{charts.colour(g)})") for g in known[: charts.ROWS]]
-    if None in report.generations:
+    if any(None in each.answered for each in report.timeline.slices):
         keys.append(_key("no generation named", "background:var(--gx)"))
     keys.append(_key(f"lost: {report.lost:,}", "background:var(--bad)"))
     return (
