@@ -5,7 +5,7 @@ A verdict is only as good as the classification, which rests on what the kernel 
 
 - *When a close is noticed* separates a loss from none. A kept-alive connection is looked at in the very step
   that writes the request; found closed there, nothing was sent and any client may retry: STALE. Closed
-  after the write, nobody can know whether the request was acted on: KEEPALIVE_RACE.
+  after the write, it cannot be known whether the request was acted on: KEEPALIVE_RACE.
 - *What had arrived* separates a cut reply (TRUNCATED) from none (RESET, CLOSED). Linux delivers queued bytes
   before it reports a reset, so a failed write does not end an exchange: an early answer is still read.
 - *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike.

@@ -124,7 +124,7 @@ class Course:
         try:
             yield
         except KeyboardInterrupt:
-            # Whoever interrupts does not wait for the slowest request.
+            # An interrupted rehearsal does not wait for its slowest request.
             self._load.stop(at_once=True)
             raise
 

@@ -72,7 +72,7 @@ class Report:
     """Everything a rehearsal has shown; see the module for the windows."""
 
     outcomes: dict[Outcome, int]
-    generations: dict[int | None, int]  # requests by who answered, None for nobody or an unmarked reply
+    generations: dict[int | None, int]  # requests by what answered, None for no or an unmarked reply
     latency: dict[str, Latency]
     handovers: tuple[Around, ...]
     losses: tuple[Loss, ...]

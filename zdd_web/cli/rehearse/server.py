@@ -139,7 +139,7 @@ def in_place_of(app: Configured, mode: str | None) -> dict[str, str]:
         changed["ZDD_WEB_LISTENER"] = mode
     without_names = bool(app.systemd_names) and (mode or app.listener) != "systemd"
     if without_names:
-        # There is nobody who would pass them.
+        # No process would pass them.
         changed["ZDD_WEB_SYSTEMD_NAMES"] = ""
     if app.has_probe_bind or (without_names and app.has_probe_port):
         changed["ZDD_WEB_PROBE_BIND"] = "127.0.0.1:0"
