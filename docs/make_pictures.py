@@ -8,6 +8,7 @@ width of a phone.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,31 +41,35 @@ def rehearse_the_example(page: Path) -> None:
 def measure_plain_gunicorn(page: Path) -> None:
     """Measure workers that are recycled, each of which drops what waits in its own queue."""
     (page.parent / "plain.py").write_text(PLAIN)
-    pid_file = page.parent / "pid"
-    command = [sys.executable, "-m", "gunicorn", "plain:app", "--bind", "127.0.0.1:0", "--workers", "2"]
-    command += ["--reuse-port", "--max-requests", "150", "--pid", str(pid_file)]
-    log = page.parent / "log"
-    with log.open("wb") as output:
-        gunicorn = subprocess.Popen(command, cwd=page.parent, stdout=output, stderr=output)
-    try:
-        url = _address_in(log)
-        do = f"sleep 2; kill -HUP {gunicorn.pid}; sleep 3"
-        command = [*REHEARSE, "--url", url, "--do", do, "--clients", "32", "--html", str(page), "--timeout", "3"]
-        subprocess.run(command, cwd=ROOT, check=False)
-    finally:
-        gunicorn.terminate()
-        gunicorn.wait()
+    with socket.socket() as reserved:
+        # Each worker binds the port itself, so it cannot be 0. This socket holds it, and never listens.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        command = [sys.executable, "-m", "gunicorn", "plain:app", "--bind", f"127.0.0.1:{port}", "--workers", "2"]
+        command += ["--reuse-port", "--max-requests", "150"]
+        with (page.parent / "log").open("wb") as log:
+            gunicorn = subprocess.Popen(command, cwd=page.parent, stdout=log, stderr=log)
+        try:
+            _wait_for(port)
+            do = f"sleep 2; kill -HUP {gunicorn.pid}; sleep 3"
+            command = [*REHEARSE, "--url", f"http://127.0.0.1:{port}/", "--do", do, "--clients", "32"]
+            subprocess.run([*command, "--html", str(page), "--timeout", "3"], cwd=ROOT, check=False)
+        finally:
+            gunicorn.terminate()
+            gunicorn.wait()
 
 
-def _address_in(log: Path) -> str:
+def _wait_for(port: int) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for line in log.read_text().splitlines():
-            _, found, rest = line.partition("Listening at: ")
-            if found:
-                return rest.split()[0].rstrip(",") + "/"
-        time.sleep(0.05)
-    raise SystemExit(f"gunicorn did not start:\n{log.read_text()}")
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise SystemExit("gunicorn did not start within 30 s")
 
 
 def photograph(page: Path, name: str, *, dark: bool = False, phone: bool = False) -> None:

@@ -155,6 +155,7 @@ def test_excused_losses_are_named_and_do_not_spoil_the_verdict() -> None:
     found = report.of(tally, stop=None, scenarios=[scenario])
     assert (found.ok, found.lost, found.excused) == (True, 1, 1)
     page = Page(html.page(found))
-    assert "1 of them were in the hands of the process that the kill-worker killed" in page.text
+    assert "1 of 21 requests lost, all with the process that was killed, in a kill-worker" in page.text
+    assert "1 of the lost requests were in the hands of the process that kill-worker killed" in page.text
     worse = report.of(tally, stop=None, scenarios=[ScenarioResult("kill-worker", 19, 20, True, "", "", 2, 1)])
     assert not worse.ok

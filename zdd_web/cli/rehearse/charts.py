@@ -104,9 +104,11 @@ def events(report: Report) -> list[Event]:
     return sorted(found, key=lambda event: event.begun_at)
 
 
-def merged(slices: Sequence[Slice], points: int = POINTS) -> tuple[list[Slice], int]:
-    """Return at most `points` slices, and how many of the given ones each of them is."""
-    of = max(1, math.ceil(len(slices) / points))
+def merged(slices: Sequence[Slice]) -> tuple[list[Slice], int]:
+    """Return at most `POINTS` slices, and how many of the given ones each of them is."""
+    replies = sum(sum(each.answered.values()) for each in slices)
+    # Of a few requests a point shows chance: it should have twenty.
+    of = max(1, math.ceil(len(slices) / min(POINTS, max(40, replies // 20))))
     found = []
     for at in range(0, len(slices), of):
         whole = Slice()

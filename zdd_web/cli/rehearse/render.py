@@ -32,7 +32,9 @@ def text(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Say in one line how many requests were lost, and in what."""
-    lost = f"{report.lost:,} of {report.requests:,} requests {'LOST' if report.lost else 'lost'}"
+    lost = f"{report.lost:,} of {report.requests:,} requests {'LOST' if report.lost > report.excused else 'lost'}"
+    if report.lost and report.lost <= report.excused:
+        lost += ", all with the process that was killed,"
     if report.different:
         lost += f", {report.different:,} replies DIFFERENT,"
     count = len(report.handovers)
@@ -67,8 +69,8 @@ def problems(report: Report) -> list[str]:
         if not scenario.ok:
             found.append(f"FAILED: the {scenario.name}: {scenario.reason}")
         if scenario.excused:
-            held = f"{scenario.excused:,} of them were in the hands of the process that the {scenario.name} killed"
-            found.append(f"NOTE: {held}, and could not be saved")
+            held = f"{scenario.excused:,} of the lost requests were in the hands of the process that"
+            found.append(f"NOTE: {held} {scenario.name} killed, and could not be saved")
     if report.stop is not None and not report.stop.ok:
         found.append(f"FAILED: the stop: {report.stop.reason or 'no reason known'}")
     if unsent := report.outcomes[Outcome.UNSENT]:
