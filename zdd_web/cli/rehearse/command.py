@@ -41,13 +41,13 @@ MAX_REQUESTS = 500
 @click.option("--url", metavar="URL", help="Measure the service there instead, which is not started or stopped.")
 @click.option("--do", "command", metavar="COMMAND", help="With --url: what is run under load, such as a deploy.")
 @click.option("--clients", default=32, show_default=True, type=click.IntRange(1, 1000), help="Concurrent clients.")
+@click.option("--keepalive", default=0.5, show_default=True, type=click.FloatRange(0, 1),
+              help="Share of them that keep their connections; half of those pause between requests.")  # fmt: skip
+@click.option("--think", default=0.05, show_default=True, type=click.FloatRange(0, 60), help="That pause, seconds.")
 @click.option("--rate", type=click.FloatRange(0, 100_000, min_open=True),
               help="Requests a second, sent when they are due whether or not earlier ones were answered.")  # fmt: skip
 @click.option("--duration", default=0.0, type=click.FloatRange(0, 86_400), metavar="SECONDS",
               help="How long the load lasts at least; what is done is spread over it.")  # fmt: skip
-@click.option("--keepalive", default=0.5, show_default=True, type=click.FloatRange(0, 1),
-              help="Share of them that keep their connections; half of those pause between requests.")  # fmt: skip
-@click.option("--think", default=0.05, show_default=True, type=click.FloatRange(0, 60), help="That pause, seconds.")
 @click.option("--path", "paths", multiple=True, metavar="[WEIGHT:]PATH",
               help="What is requested, with GET; may be repeated.  [default: /]")  # fmt: skip
 @click.option("--upload", "uploads", multiple=True, metavar="[WEIGHT:]PATH",
