@@ -56,6 +56,8 @@ MAY_USE = {
         "__init__",
     },
     "__main__": {"cli"},
+    # A plugin of pytest: no other part may need it. The rehearsal is a process of its own, so no use of cli.
+    "testing": {"process"},
     "__init__": set(),
 }  # fmt: skip
 

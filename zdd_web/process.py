@@ -216,6 +216,27 @@ def reset() -> None:
     waitgroup.reset()
 
 
+def remember() -> Callable[[], None]:
+    """Return what takes this process back to how it is now: checks, apps with settings, hooks, groups; for tests.
+
+    The settings of this process are then read anew when they are needed. That function raises `LifecycleError` in a
+    worker of gunicorn.
+    """
+    apps, restore_checks, restore_hooks = set(_apps), registry.remember(), waitgroup.remember_hooks()
+
+    def restore() -> None:
+        global _current
+        reset()
+        restore_checks()
+        restore_hooks()
+        for app in set(_apps) - apps:
+            del _apps[app]
+        # With its board and the settings of the environment as it was.
+        _current = waitgroup.observer = None
+
+    return restore
+
+
 def app_settings() -> list[FrameworkSettings]:
     """Return what the apps of this process bring. Raises `SettingsError` for what cannot work."""
     return [read(app) for app, read in list(_apps.items())]

@@ -201,7 +201,7 @@ def test_rehearsal_touches_nothing_of_a_service_in_production(tmp_path: Path, ma
     assert production.pid_file.read_text() == pid
     assert (os.path.getsize(log) if os.path.exists(log) else 0) == size
     assert production.snapshot().generation == 1
-    assert "pid = " in done.stdout
+    assert "settings overridden" in done.stdout
     production.stop()
 
 

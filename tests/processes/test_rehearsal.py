@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.harness import Service
+from tests.processes.harness import Service, until
 from zdd_web.cli.rehearse import server
 from zdd_web.cli.rehearse.server import RehearsalError
+from zdd_web.service import Generation, generations
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +26,8 @@ MakeService = Callable[..., Service]
 def rehearse(target: Path, *options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Rehearse the harness's app with a single upgrade, from a directory that is not the app's."""
     return subprocess.run(
-        [sys.executable, "-m", "zdd_web.cli", "rehearse", str(target), "--upgrades", "1", "--clients", "2", *options,
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", str(target), "--upgrades", "1", "--clients", "2",
+         "--verbose", *options,
          "--", "app:app"],
         capture_output=True, text=True, timeout=120, cwd=cwd, check=False,
     )  # fmt: skip
@@ -101,3 +105,72 @@ def test_configuration_that_hangs_is_given_up(make_service: MakeService, monkeyp
     with pytest.raises(RehearsalError, match=r"gunicorn\.conf\.py did not load within 0\.5 s"):
         rehearsal.__enter__()
     assert not os.path.exists(rehearsal.log_path)
+
+
+def test_every_scenario_is_rehearsed_and_nothing_is_lost_that_could_be_saved(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    service = make_service("gthread", workers=2)
+    report, page, junit = tmp_path / "report.json", tmp_path / "page.html", tmp_path / "junit.xml"
+    done = subprocess.run(
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", str(service.directory), "--upgrades", "1", "--scenario",
+         "all", "--json", str(report), "--html", str(page), "--junit", str(junit), "--clients", "8", "--", "app:app",
+         "--workers", "2", "--worker-class", "gthread", "--threads", "4"],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = json.loads(report.read_text())
+    assert [each["name"] for each in shown["scenarios"]] == ["failed-upgrade", "reload", "recycle", "kill-worker"]
+    assert all(each["ok"] for each in shown["scenarios"])
+    by_name = {each["name"]: each for each in shown["scenarios"]}
+    assert "broken on purpose by `zdd-web rehearse`: app" in by_name["failed-upgrade"]["detail"]
+    # The one that failed was generation 3, and answered nothing.
+    assert set(shown["generations"]) <= {"1", "2", "unknown"}
+    assert shown["lost"] == shown["excused"] == by_name["kill-worker"]["lost"]
+    assert {"booting", "serving", "retiring", "stopped"} - {"stopped"} <= {each["phase"] for each in shown["phases"]}
+    assert shown["overrides"]["max-requests"] == "500"
+    assert "settings overridden" in done.stdout
+    assert "\n  ZDD_WEB_NAME = " not in done.stdout
+    assert page.read_text().count("<svg") == 3 + 2
+    assert 'failures="0"' in junit.read_text()
+    # In its own copy of the configuration: the app's files are as they were.
+    assert "broken" not in (service.directory / "gunicorn.conf.py").read_text()
+
+
+def test_sigterm_prints_what_was_measured_and_leaves_no_process(make_service: MakeService, tmp_path: Path) -> None:
+    service = make_service("gthread", workers=1)
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "zdd_web.cli", "rehearse", str(service.directory), "--upgrades", "100"]
+    command += ["--clients", "2", "--json", str(report), "--", "app:app"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        name = f"rehearsal-{process.pid}"
+
+        def ours() -> list[Generation]:
+            return [each for each in generations(os.geteuid()) if each.header.name == name]
+
+        until("an upgrade", lambda: any(each.header.generation >= 2 and each.header.ready_at for each in ours()))
+        process.terminate()
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, out + errors
+    assert re.search(r"^0 of [\d,]+ requests lost in \d upgrades?$", out, re.M), out
+    assert re.search(r"^INTERRUPTED: by SIGTERM after \d of 100 upgrades; this is what was measured$", out, re.M), out
+    assert json.loads(report.read_text())["requests"] > 0
+    assert ours() == []
+
+
+def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeService, tmp_path: Path) -> None:
+    service = make_service("gthread", workers=1, generation_header="X-Zdd-Generation")
+    service.start()
+    report = tmp_path / "report.json"
+    deploy = f"{sys.executable} -m zdd_web.cli upgrade --pid {service.pid}"
+    done = subprocess.run(
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"http://127.0.0.1:{service.port}/", "--do", deploy,
+         "--clients", "4", "--rate", "40", "--json", str(report)],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^0 of [\d,]+ requests lost in a command$", done.stdout, re.M)
+    shown = json.loads(report.read_text())
+    assert set(shown["generations"]) == {"1", "2"}
+    assert shown["scenarios"][0]["ok"]
+    service.stop()

@@ -109,7 +109,7 @@ def get(port: int, times: int = 1, kind: Kind = "keepalive", timeout: float = PA
     async def run() -> list[Sample]:
         samples: list[Sample] = []
         target = Target(socket.AF_INET, ("127.0.0.1", port), f"127.0.0.1:{port}", timeout)
-        with contextlib.closing(Client(target, 0, kind, samples)) as client:
+        with contextlib.closing(Client(target, 0, kind, samples.append)) as client:
             for _ in range(times):
                 await client.get("/")
         return samples
@@ -281,7 +281,7 @@ def test_connection_reset_or_talked_on_while_idle_is_stale(bytes_first: bytes, d
     async def run(port: int) -> list[Sample]:
         samples: list[Sample] = []
         target = Target(socket.AF_INET, ("127.0.0.1", port), "host", PATIENCE)
-        with contextlib.closing(Client(target, 0, "thinking", samples)) as client:
+        with contextlib.closing(Client(target, 0, "thinking", samples.append)) as client:
             await client.get("/")
             answered.set()
             assert client._connection is not None
@@ -347,7 +347,7 @@ def test_a_reply_that_comes_a_second_time_is_invalid() -> None:
     async def run(port: int) -> list[Sample]:
         samples: list[Sample] = []
         target = Target(socket.AF_INET, ("127.0.0.1", port), "host", PATIENCE)
-        with contextlib.closing(Client(target, 0, "thinking", samples)) as client:
+        with contextlib.closing(Client(target, 0, "thinking", samples.append)) as client:
             await client.get("/")
             answered.set()
             assert client._connection is not None

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.unit.forks import spawn, status_of
-from zdd_web.cli.rehearse import activate
+from zdd_web.cli.rehearse import activate, command, scenarios
 from zdd_web.cli.rehearse.configured import Configured
 from zdd_web.cli.rehearse.server import RehearsalError, in_place_of, refuse_own
 
@@ -42,6 +42,10 @@ FREE_PORT = {"ZDD_WEB_PROBE_BIND": "127.0.0.1:0"}
 )
 def test_what_of_an_app_is_overridden(app: Configured, mode: str | None, changed: dict[str, str]) -> None:
     assert in_place_of(app, mode) == changed
+
+
+def test_the_command_offers_every_scenario() -> None:
+    assert tuple(scenarios.SCENARIOS) == command.SCENARIOS
 
 
 def test_variable_that_is_the_rehearsals_own_is_refused() -> None:

@@ -232,6 +232,7 @@ def test_json_keys() -> None:
     assert list(values) == [
         *("format", "ok", "requests", "lost", "early_answers", "outcomes", "generations", "latency_ms"),
         *("seconds_to_handover", "longest_stall", "handovers", "losses", "stop", "different", "differences"),
+        *("excused", "scenarios", "phases", "generator", "interrupted"),
     ]
     assert (values["format"], values["ok"], values["requests"], values["lost"]) == (1, False, 3, 1)
     assert list(values["outcomes"]) == [outcome.value for outcome in Outcome]
@@ -251,7 +252,7 @@ def test_json_keys() -> None:
     ]
     assert list(values["losses"][0]) == [
         *("client", "kind", "path", "connection_opened", "started", "ended", "outcome", "status"),
-        *("generation", "detail", "length", "digest", "at", "event", "offset", "where"),
+        *("generation", "detail", "length", "digest", "method", "at", "event", "offset", "where"),
     ]
     assert values["losses"][0]["outcome"] == "reset"
 

@@ -166,6 +166,19 @@ def place(function: Callable[[], Any]) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
 
+def remember() -> Callable[[], None]:
+    """Return what takes the shared checks back to how they are now, and forgets those of apps made since; for tests."""
+    known, apps = dict(shared._checks), set(_all)
+
+    def restore() -> None:
+        shared._checks = known
+        for registry in set(_all) - apps:
+            registry._checks.clear()
+        _changed()
+
+    return restore
+
+
 def by_name() -> dict[str, Check]:
     """Return the checks of all apps of this process, by their names.
 

@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, ove
 
 from zdd_web.errors import GroupClosed
 from zdd_web.waitgroup.abandon import ABANDONED_AT_ONCE, abandon
-from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, run_drained_hooks
+from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, remember_drained_hooks, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
-from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, run_stop_hooks
+from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, remember_stop_hooks, run_stop_hooks
 from zdd_web.waitgroup.threads import Threads, close_connections, name_of, refuse_coroutines, report
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ __all__ = [
     "oldest",
     "on_drained",
     "on_stop",
+    "remember_hooks",
     "renew_locks",
     "run_drained_hooks",
     "run_stop_hooks",
@@ -409,6 +410,17 @@ def reset() -> None:
         group._reset()
     forget_drained_hooks()
     forget_stop_hooks()
+
+
+def remember_hooks() -> Callable[[], None]:
+    """Return what takes the functions of `on_drained` and `on_stop` back to those that there are now; for tests."""
+    drained, stop = remember_drained_hooks(), remember_stop_hooks()
+
+    def restore() -> None:
+        drained()
+        stop()
+
+    return restore
 
 
 def renew_locks() -> None:

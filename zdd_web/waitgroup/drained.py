@@ -41,6 +41,16 @@ def on_drained(function: Any = None, /, *, timeout: float = 5.0) -> Any:
     return function
 
 
+def remember_drained_hooks() -> Callable[[], None]:
+    """Return what takes the functions of `on_drained` back to those that there are now; for tests."""
+    known = list(_hooks)
+
+    def restore() -> None:
+        _hooks[:] = known
+
+    return restore
+
+
 def forget_drained_hooks() -> None:
     """Forget all functions of `on_drained`."""
     _hooks.clear()

@@ -40,6 +40,16 @@ def run_stop_hooks() -> None:
             report(error, hook="on_stop", name=name_of(function))
 
 
+def remember_stop_hooks() -> Callable[[], None]:
+    """Return what takes the functions of `on_stop` back to those that there are now; for tests."""
+    known = list(_hooks)
+
+    def restore() -> None:
+        _hooks[:] = known
+
+    return restore
+
+
 def forget_stop_hooks() -> None:
     """Have none of them called: for tests that make one app after the other."""
     _hooks.clear()

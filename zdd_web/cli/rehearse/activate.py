@@ -1,6 +1,6 @@
 """Start a command as systemd does for a socket unit: `python -m zdd_web.cli.rehearse.activate NAME=FD:... COMMAND ...`.
 
-A process of its own, since LISTEN_PID is the pid of whoever becomes the command.
+A process of its own, since LISTEN_PID must be the pid that the command has.
 """
 
 from __future__ import annotations

@@ -3,96 +3,195 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import sys
-import time
-from typing import TYPE_CHECKING, TextIO, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from zdd_web import service
-from zdd_web.cli import control
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.output import save, say, show
-from zdd_web.cli.rehearse.report import Handover, Report, StopResult, build
+from zdd_web.cli.rehearse import requests
 from zdd_web.cli.rehearse.server import RehearsalError, Server
-from zdd_web.lifecycle import Phase
 from zdd_web.settings import LISTENERS
 from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
 
 if TYPE_CHECKING:
-    from zdd_web.cli.rehearse.load import LoadThread
+    from zdd_web.cli.rehearse.course import Plan
+    from zdd_web.cli.rehearse.report import Report
 
-#: Load that runs before the first upgrade and between two, seconds: more than the second on each side that is judged.
-SETTLE = 1.5
+#: The scenarios besides upgrades, in the order of `all`: scenarios.SCENARIOS, which `--help` need not import.
+SCENARIOS = ("failed-upgrade", "reload", "recycle", "kill-worker")
+
+#: Requests after which a worker is recycled, where that is rehearsed: a few seconds of load.
+MAX_REQUESTS = 500
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.argument("target", metavar="APP_DIR_OR_CONF")
+@click.argument("target", metavar="APP_DIR_OR_CONF", required=False)
 @click.argument("arguments", metavar="[-- GUNICORN ARGS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--upgrades", default=5, show_default=True, type=click.IntRange(0, 1000), help="How many upgrades.")
+@click.option("--scenario", "scenarios", multiple=True, type=click.Choice([*SCENARIOS, "all"]),
+              help="What else is done to the service, after the upgrades; may be repeated.")  # fmt: skip
+@click.option("--url", metavar="URL", help="Measure the service there instead, which is not started or stopped.")
+@click.option("--do", "command", metavar="COMMAND", help="With --url: what is run under load, such as a deploy.")
 @click.option("--clients", default=32, show_default=True, type=click.IntRange(1, 1000), help="Concurrent clients.")
 @click.option("--keepalive", default=0.5, show_default=True, type=click.FloatRange(0, 1),
               help="Share of them that keep their connections; half of those pause between requests.")  # fmt: skip
 @click.option("--think", default=0.05, show_default=True, type=click.FloatRange(0, 60), help="That pause, seconds.")
-@click.option("--path", "paths", multiple=True, default=("/",), show_default=True,
-              help="What is requested, with GET; may be repeated.")  # fmt: skip
+@click.option("--rate", type=click.FloatRange(0, 100_000, min_open=True),
+              help="Requests a second, sent when they are due whether or not earlier ones were answered.")  # fmt: skip
+@click.option("--duration", default=0.0, type=click.FloatRange(0, 86_400), metavar="SECONDS",
+              help="How long the load lasts at least; what is done is spread over it.")  # fmt: skip
+@click.option("--path", "paths", multiple=True, metavar="[WEIGHT:]PATH",
+              help="What is requested, with GET; may be repeated.  [default: /]")  # fmt: skip
+@click.option("--upload", "uploads", multiple=True, metavar="[WEIGHT:]PATH",
+              help="Where a body of --upload-size is sent to, with POST; may be repeated.")  # fmt: skip
+@click.option("--upload-size", default=requests.UPLOAD, show_default=True, type=click.IntRange(0, 100_000_000),
+              help="Bytes.")  # fmt: skip
+@click.option("--stream", "streams", multiple=True, metavar="[WEIGHT:]PATH",
+              help="What is requested and may take any time, if it is never silent for --timeout.")  # fmt: skip
 @click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.1, 600),
               help="Seconds after which a request counts as lost.")  # fmt: skip
 @click.option("--listener", type=click.Choice(LISTENERS),
               help="Rehearse this listener mode and not the app's own; systemd's part is played.")  # fmt: skip
 @click.option("--json", "json_file", type=click.File("w"), help="Write the report to FILE ('-' for stdout) too.")
+@click.option("--html", "html_file", type=click.File("w"), help="Write it to FILE as a page with charts too.")
+@click.option("--junit", "junit_file", type=click.File("w"), help="Write it to FILE as JUnit XML too.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every setting that is overridden.")
 def rehearse(
-    target: str,
+    target: str | None,
     arguments: tuple[str, ...],
     upgrades: int,
+    scenarios: tuple[str, ...],
+    url: str | None,
+    command: str | None,
     clients: int,
+    rate: float | None,
+    duration: float,
     keepalive: float,
     think: float,
     paths: tuple[str, ...],
+    uploads: tuple[str, ...],
+    upload_size: int,
+    streams: tuple[str, ...],
     timeout: float,
     listener: str | None,
     json_file: TextIO | None,
+    html_file: TextIO | None,
+    junit_file: TextIO | None,
+    verbose: bool,
 ) -> None:
     """Prove that an app is upgraded and stopped without losing a request, under load, on this machine.
 
     Starts the app of APP_DIR_OR_CONF (a directory with a gunicorn.conf.py, or such a file for an app in the current
     directory) on a free port of 127.0.0.1, away from a service that may run beside it; sends load; upgrades it; stops
-    it. Status 1 when anything was lost, 2 when the rehearsal could not be held.
-    """
-    from zdd_web.cli.rehearse.load import Load, LoadThread
+    it. Or, with --url, sends load to a service that runs while any command deploys it.
 
+    Status 1 when anything was lost or the rehearsal was interrupted, 2 when it could not be held.
+    """
+    if (target is None) == (url is None):
+        raise click.UsageError("give APP_DIR_OR_CONF or --url" + (", not both" if url else ""))
+    if command is not None and url is None:
+        raise click.UsageError("--do is run for a service that is measured from outside: give --url too")
+    if url is not None and (scenarios or listener):
+        raise click.UsageError("--scenario and --listener are for a service that the rehearsal starts, not for --url")
+    from zdd_web.cli.rehearse.course import Plan
+
+    asked: dict[str, Any] = {
+        "target": target, "arguments": masking.command(arguments), "clients": clients, "keepalive": keepalive,
+        "think": think, "paths": paths or ("/",), "listener": listener, "url": url, "rate": rate,
+        "duration": duration, "scenarios": scenarios, "uploads": uploads, "streams": streams,
+    }  # fmt: skip
     try:
-        with Server(target, arguments, listener) as server:
-            say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
-            say("overridden, away from production and from other services on this machine:")
-            for name, value in server.overrides.items():
-                say(f"  {name} = {masking.variable(name, str(value))}")
-            generation = server.start()
-            _warn_about_paths(server.port, paths, timeout)
-            load = LoadThread(Load("127.0.0.1", server.port, paths, clients, keepalive, think, timeout))
-            report = _perform(server, generation, load, upgrades)
-            _show(report, server, json_file, {"target": target, "arguments": masking.command(arguments),
-                                              "clients": clients, "keepalive": keepalive, "think": think,
-                                              "paths": paths, "listener": listener})  # fmt: skip
+        wanted = [requests.parse(each) for each in paths]
+        wanted += [requests.parse(each, upload=upload_size) for each in uploads]
+        wanted += [requests.parse(each, stream=True) for each in streams]
+        plan = Plan(
+            requests=wanted,
+            clients=clients,
+            keepalive=keepalive,
+            think=think,
+            timeout=timeout,
+            rate=rate,
+            duration=duration,
+            upgrades=upgrades if url is None else 0,
+            scenarios=SCENARIOS if "all" in scenarios else scenarios,
+        )
+        with _interrupted_by_sigterm():
+            if url is not None:
+                report, overrides, tail = *_measure(url, command, plan), ""
+            else:
+                report, overrides, tail = _rehearse(str(target), arguments, listener, plan, verbose)
     except (RehearsalError, ValueError) as error:
         raise CannotHelp(str(error)) from None
+    _show(report, tail, json_file, {"rehearsal": asked, "overrides": overrides})
+    _write(report, html_file, junit_file)
     sys.exit(0 if report.ok else 1)
 
 
-def _warn_about_paths(port: int, paths: tuple[str, ...], timeout: float) -> None:
+def _rehearse(
+    target: str, arguments: Sequence[str], listener: str | None, plan: Plan, verbose: bool
+) -> tuple[Report, dict[str, Any], str]:
+    from dataclasses import replace
+
+    from zdd_web.cli.rehearse.course import Course, Progress
+
+    plan = plan if plan.requests else replace(plan, requests=[requests.Request("/")])
+    options = {"max-requests": str(MAX_REQUESTS)} if "recycle" in plan.scenarios else {}
+    with Server(target, arguments, listener, options) as server:
+        say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
+        _say_overrides(server.overrides, verbose)
+        generation = server.start()
+        _warn_about_paths("127.0.0.1", server.port, plan)
+        with _progress_bar(plan.upgrades) as upgrade:
+            progress = Progress(lambda text: say(text, err=True), upgrade)
+            report = Course(server, generation, plan, progress).run()
+        return report, server.overrides, server.log_tail()
+
+
+def _say_overrides(overrides: dict[str, Any], verbose: bool) -> None:
+    if verbose:
+        say("overridden, away from production and from other services on this machine:")
+        for name, value in overrides.items():
+            say(f"  {name} = {masking.variable(name, str(value))}")
+    else:
+        say(f"{len(overrides)} settings overridden (bind, logs, NAME, ...), away from production; --verbose lists them")
+
+
+def _measure(url: str, command: str | None, plan: Plan) -> tuple[Report, dict[str, Any]]:
+    from dataclasses import replace
+
+    from zdd_web.cli.rehearse import outside
+
+    address = outside.address_of(url)
+    plan = plan if plan.requests else replace(plan, requests=[requests.Request(address.path)])
+    _warn_about_paths(address.host, address.port, plan)
+    try:
+        return outside.measure(address, command, plan), {}
+    except OSError as error:
+        raise RehearsalError(f"--url {url}: {error}") from None
+
+
+def _warn_about_paths(host: str, port: int, plan: Plan) -> None:
     import http.client
 
-    for path in paths:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    for request in plan.requests:
+        # An upload has effects, and a stream has no end: the load will tell.
+        if request.method != "GET" or request.stream:
+            continue
+        path = request.path
+        connection = http.client.HTTPConnection(host, port, timeout=plan.timeout)
         try:
             connection.request("GET", path)
             status = connection.getresponse().status
-        except OSError as error:
-            raise RehearsalError(f"GET {path} before any upgrade: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RehearsalError(f"GET {path} before any upgrade: {error or type(error).__name__}") from None
         finally:
             connection.close()
         if status >= 500:
@@ -101,95 +200,45 @@ def _warn_about_paths(port: int, paths: tuple[str, ...], timeout: float) -> None
             say(f"note: GET {path} answers {status}; choose another with --path to exercise the app", err=True)
 
 
-def _perform(server: Server, generation: service.Generation, load: LoadThread, upgrades: int) -> Report:
-    handovers: list[Handover] = []
-    with load:
-        time.sleep(SETTLE)
-        stderr = cast("TextIO", TolerantStream(sys.stderr))
-        with click.progressbar(range(1, upgrades + 1), label="upgrades", file=stderr) as numbers:
-            for number in numbers:
-                handover, generation = _upgrade(server, generation, number)
-                handovers.append(handover)
-                time.sleep(SETTLE)
-        stop = _stop(server, generation, load)
-    return build(load.samples, handovers, stop=stop)
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM do what Ctrl-C does: what was measured so far is reported."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _upgrade(server: Server, generation: service.Generation, number: int) -> tuple[Handover, service.Generation]:
-    before = generation.board.header.generation
-    outcome = control.upgrade(generation)
-    done_at = time.monotonic()
-    ready_at = None
-    if outcome.ok:
-        generation = service.is_active(server.generations())
-        # From the board: the instant before the gate opened, on the clock that the samples have too.
-        ready_at = generation.board.header.ready_at / 1e9
-    else:
-        say(f"\nupgrade {number} {outcome.reason}\n{outcome.log}", err=True)
-    handover = Handover(
-        number=number,
-        from_generation=before,
-        to_generation=outcome.generation,
-        requested_at=outcome.requested_at,
-        ready_at=ready_at,
-        done_at=done_at,
-        ok=outcome.ok,
-        reason=outcome.reason,
-    )
-    return handover, generation
+@contextmanager
+def _progress_bar(upgrades: int) -> Iterator[Callable[[int], object]]:
+    stderr = cast("TextIO", TolerantStream(sys.stderr))
+    with click.progressbar(length=upgrades, label="upgrades", file=stderr) as bar:
+        # It is drawn by what moves it: before the first upgrade by nothing.
+        yield lambda number: bar.update(1 if number > 1 else 0)
 
 
-def _stop(server: Server, generation: service.Generation, load: LoadThread) -> StopResult:
-    # Clients begin nothing new from now on, as after a load balancer took this backend out; what they have in hand
-    # at the signal must still be answered.
-    _until_alone(server, generation)
-    # Before the signal, not beside it: who comes behind a closed door is refused, which is no loss of the service's.
-    load.dismiss()
-    in_flight = load.in_flight
-    requested_at = time.monotonic()
-    os.kill(generation.pid, signal.SIGTERM)
-    status = server.wait(generation, timeout=_grace(generation))
-    ended_at = time.monotonic()
-    load.stop()
-    left = server.generations()
-    if status is None:
-        reason = "the service did not end in time"
-    elif status != 0:
-        reason = f"the service ended with status {status}"
-    elif left:
-        reason = f"generations still alive: {', '.join(str(each.pid) for each in left)}"
-    else:
-        reason = ""
-    return StopResult(requested_at, ended_at, status, in_flight, not reason, reason)
-
-
-def _until_alone(server: Server, generation: service.Generation) -> None:
-    # Its predecessor would take the exit status of the last one, and is bounded by the requests it still has.
-    deadline = time.monotonic() + 30
-    while len(server.generations()) > 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _grace(generation: service.Generation) -> float:
-    # The service's own GRACE_PERIOD is what it may take; a day would be its longest.
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        header = generation.board.header
-        if header.phase == Phase.STOPPED:
-            return 30.0
-        if header.deadline:
-            return max(0.0, header.deadline / 1e9 - time.monotonic()) + 5.0
-        time.sleep(0.01)
-    return 30.0
-
-
-def _show(report: Report, server: Server, json_file: TextIO | None, arguments: dict[str, object]) -> None:
+def _show(report: Report, tail: str, json_file: TextIO | None, others: dict[str, object]) -> None:
     from zdd_web.cli.rehearse.render import text
 
     show()
     show(text(report))
     if json_file is not None:
-        written = json.dumps({**report.to_json(), "rehearsal": arguments, "overrides": server.overrides}, indent=2)
-        save(written, json_file)
-    if not report.ok:
-        say("\nthe end of the service's log:\n" + server.log_tail(), err=True)
+        save(json.dumps({**report.to_json(), **others}, indent=2), json_file)
+    if not report.ok and tail:
+        say("\nthe end of the service's log:\n" + tail, err=True)
+
+
+def _write(report: Report, html_file: TextIO | None, junit_file: TextIO | None) -> None:
+    if html_file is not None:
+        from zdd_web.cli.rehearse.html import page
+
+        save(page(report), html_file)
+    if junit_file is not None:
+        from zdd_web.cli.rehearse.junit import document
+
+        save(document(report), junit_file)

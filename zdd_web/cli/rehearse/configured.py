@@ -22,6 +22,8 @@ class Configured:
     systemd_names: dict[str, str]
     has_probe_port: bool
     has_probe_bind: bool
+    #: The module that the app is imported from; "" where it does not come from a module.
+    module: str = ""
 
 
 def main(file: str, arguments: list[str]) -> None:
@@ -31,7 +33,8 @@ def main(file: str, arguments: list[str]) -> None:
     from zdd_web.gunicorn import settings_sources
 
     sys.argv = ["gunicorn", *arguments]
-    cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
+    app = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn")
+    cfg = app.cfg
     assert cfg is not None
     # As gunicorn's run() does, before a master would have Django's settings read.
     sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
@@ -40,7 +43,11 @@ def main(file: str, arguments: list[str]) -> None:
     except ZddError as error:
         raise SystemExit(f"zdd_web: {error}") from None
     answer = Configured(
-        settings.listener, dict(settings.systemd_names), settings.has_probe_port, bool(settings.probe_bind)
+        settings.listener,
+        dict(settings.systemd_names),
+        settings.has_probe_port,
+        bool(settings.probe_bind),
+        (getattr(app, "app_uri", None) or "").partition(":")[0],
     )
     with open(file, "w") as out:
         json.dump(vars(answer), out)

@@ -7,7 +7,7 @@ import textwrap
 from zdd_web.cli.grid import grid as tabulate
 from zdd_web.cli.rehearse.report import Around, Outcome, Report
 
-# A server that died loses thousands; the first ones tell why. The JSON has them all.
+# A server that died loses thousands; the first ones tell why.
 _LOSSES_SHOWN = 40
 _DIFFERENCES_SHOWN = 10
 _WIDTH = 100
@@ -16,12 +16,14 @@ _WIDTH = 100
 def text(report: Report) -> str:
     """Write a report for a person, who reads the first line and perhaps no more."""
     blocks = [
-        "\n".join([verdict(report), *_problems(report)]),
+        "\n".join([verdict(report), *problems(report)]),
         "\n".join(_facts(report)),
         _latency(report),
     ]
     if report.handovers:
         blocks.append(_handovers(report))
+    if report.scenarios:
+        blocks.append(_scenarios(report))
     if report.losses:
         blocks.append(_losses(report))
     return "\n\n".join(blocks) + "\n"
@@ -29,19 +31,25 @@ def text(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """Say in one line how many requests were lost, and in what."""
-    lost = f"{report.lost:,} of {report.requests:,} requests {'LOST' if report.lost else 'lost'}"
+    lost = f"{report.lost:,} of {report.requests:,} requests {'LOST' if report.lost > report.excused else 'lost'}"
+    if report.lost and report.lost <= report.excused:
+        lost += ", all with the process that was killed,"
     if report.different:
         lost += f", {report.different:,} replies DIFFERENT,"
     count = len(report.handovers)
-    events = [f"{count} upgrade{'' if count == 1 else 's'}"] if count or report.stop is None else []
+    named = [f"{count} upgrade{'' if count == 1 else 's'}"]
+    events = named if count or not (report.stop or report.scenarios) else []
+    events += [f"a {scenario.name}" for scenario in report.scenarios]
     if report.stop is not None:
         events.append("a stop")
-    return f"{lost} in {' and '.join(events)}"
+    listed = " and ".join(filter(None, (", ".join(events[:-1]), events[-1])))
+    return f"{lost} in {listed}"
 
 
-def _problems(report: Report) -> list[str]:
+def problems(report: Report) -> list[str]:
     """Name what spoils a rehearsal besides a loss."""
-    found = [] if report.requests else ["NOT PROVEN: no request was sent"]
+    found = [f"INTERRUPTED: {report.interrupted}; this is what was measured"] if report.interrupted else []
+    found += [] if report.requests else ["NOT PROVEN: no request was sent"]
     for around in report.handovers:
         name = f"handover {around.handover.number}"
         if not around.handover.ok:
@@ -56,10 +64,18 @@ def _problems(report: Report) -> list[str]:
         found.append(f"DIFFERENT: {replies}{source}: {what}")
     if (more := len(report.differences) - _DIFFERENCES_SHOWN) > 0:
         found.append(f"DIFFERENT: in {more:,} more ways, all of them in the JSON report")
+    for scenario in report.scenarios:
+        if not scenario.ok:
+            found.append(f"FAILED: the {scenario.name}: {scenario.reason}")
+        if scenario.excused:
+            held = f"{scenario.excused:,} of the lost requests were in the hands of the process that"
+            found.append(f"NOTE: {held} {scenario.name} killed, and could not be saved")
     if report.stop is not None and not report.stop.ok:
         found.append(f"FAILED: the stop: {report.stop.reason or 'no reason known'}")
     if unsent := report.outcomes[Outcome.UNSENT]:
         found.append(f"NOTE: {unsent:,} requests not sent for want of ports or descriptors on this machine")
+    if report.generator is not None:
+        found += [f"NOTE: {note}" for note in report.generator.notes]
     return found
 
 
@@ -138,6 +154,28 @@ def _handover(around: Around) -> tuple[object, ...]:
     )
 
 
+def _scenarios(report: Report) -> str:
+    rows = [
+        (
+            each.name,
+            each.ended_at - each.begun_at,
+            f"{each.requests:,}",
+            each.lost,
+            each.detail,
+            "ok" if each.ok and each.lost <= each.excused else "NOT OK",
+        )
+        for each in report.scenarios
+    ]
+    return tabulate(
+        rows,
+        headers=("scenario", "seconds", "requests", "lost", "what happened", ""),
+        floatfmt=".2f",
+        colalign=("left", "right", "right", "right", "left", "left"),
+        disable_numparse=[2],
+        maxcolwidths=[None, None, None, None, 50, None],
+    )
+
+
 def _losses(report: Report) -> str:
     rows = [
         (
@@ -156,6 +194,7 @@ def _losses(report: Report) -> str:
         colalign=("right", "left", "left", "left", "left", "left"),
         disable_numparse=True,
     )
-    if (more := len(report.losses) - len(rows)) > 0:
-        table += f"\n... and {more:,} more, all of them in the JSON report"
+    if (more := report.lost - len(rows)) > 0:
+        kept = "all of them" if len(report.losses) == report.lost else f"the first {len(report.losses):,}"
+        table += f"\n... and {more:,} more, {kept} in the JSON report"
     return table

@@ -12,16 +12,18 @@ Pure, as report.py.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from zdd_web.cli.rehearse.report import Sample
+from zdd_web.cli.rehearse.samples import Sample
 
 #: Fewer replies show nothing about whether a body is stable.
 STABLE_FROM = 10
+
+#: Ways to differ that are counted apart.
+MOST_WAYS = 1000
 
 _DIGITS = b"0123456789"
 
@@ -55,56 +57,83 @@ class Difference:
     count: int
 
 
-@dataclass(frozen=True)
 class _Before:
-    """What a path answered before the first upgrade. None: that was not stable, or too little is known."""
+    """What a path answered before the first upgrade, as far as it was stable over `STABLE_FROM` replies or more."""
 
-    classes: frozenset[int]
-    never_empty: bool
-    length: int | None
-    digest: str | None
+    def __init__(self) -> None:
+        self.count = 0
+        self.classes: set[int] = set()
+        self._never_empty = True
+        self._length, self._digest = 0, ""
+        self._one_length = self._one_digest = True
 
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Before:
-        lengths, digests = {s.length for s in samples}, {s.digest for s in samples}
-        enough = len(samples) >= STABLE_FROM
-        return cls(
-            classes=frozenset(_class(s) for s in samples),
-            never_empty=enough and all(lengths),
-            length=next(iter(lengths)) if enough and len(lengths) == 1 else None,
-            digest=next(iter(digests)) if enough and len(digests) == 1 else None,
-        )
+    def add(self, sample: Sample) -> None:
+        if not self.count:
+            self._length, self._digest = sample.length, sample.digest
+        self.count += 1
+        self.classes.add(_class(sample))
+        self._never_empty = self._never_empty and bool(sample.length)
+        self._one_length = self._one_length and sample.length == self._length
+        self._one_digest = self._one_digest and sample.digest == self._digest
 
     def differs(self, sample: Sample) -> str:
         """Return in what a reply differs; "" for nothing."""
         if _class(sample) not in self.classes:
             return f"status {sample.status}, before {' or '.join(f'{each}xx' for each in sorted(self.classes))}"
-        if self.never_empty and not sample.length:
+        if self.count < STABLE_FROM:
+            return ""
+        if self._never_empty and not sample.length:
             return "an empty body, before none"
-        if self.length is not None and sample.length != self.length:
-            return f"a body of {sample.length} bytes, before {self.length} (digits left out)"
-        if self.digest is not None and sample.digest != self.digest:
+        if self._one_length and sample.length != self._length:
+            return f"a body of {sample.length} bytes, before {self._length} (digits left out)"
+        if self._one_digest and sample.digest != self._digest:
             return "another body of the same length as before"
         return ""
 
 
+class Comparison:
+    """Compares replies as they come, in bounded memory: what came before `until` is the measure of what came after.
+
+    `until` is in monotonic seconds, and infinite as long as nothing was upgraded; replies come in the order in which
+    they ended.
+    """
+
+    def __init__(self, until: float = math.inf) -> None:
+        self.until = until
+        self._before: dict[tuple[str, str], _Before] = {}
+        self._counts: Counter[tuple[str, int | None, str]] = Counter()
+
+    def add(self, sample: Sample) -> None:
+        """Take a complete reply below 500."""
+        key = sample.method, sample.path
+        before = self._before.get(key)
+        if sample.ended < self.until:
+            if before is None:
+                before = self._before[key] = _Before()
+            before.add(sample)
+        elif before is not None and (what := before.differs(sample)):
+            name = _named(sample), sample.generation, what
+            if name not in self._counts and len(self._counts) >= MOST_WAYS:
+                # A body that grows with each reply would be a way of its own each time.
+                name = _named(sample), sample.generation, "in another way, one of too many to list"
+            self._counts[name] += 1
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Return what differed so far, the most frequent first."""
+        return tuple(Difference(*key, count) for key, count in self._counts.most_common())
+
+
 def compare(samples: Iterable[Sample], until: float) -> tuple[Difference, ...]:
     """Compare complete replies below 500 with those of the same path that had arrived by `until`, monotonic seconds."""
-    before: dict[str, list[Sample]] = defaultdict(list)
-    after: list[Sample] = []
-    for sample in samples:
+    comparison = Comparison(until)
+    for sample in sorted(samples, key=lambda sample: sample.ended):
         if sample.outcome.answered and not sample.outcome.lost:
-            if sample.ended < until:
-                before[sample.path].append(sample)
-            else:
-                after.append(sample)
-    known = {path: _Before.of(found) for path, found in before.items()}
-    counts: Counter[tuple[str, int | None, str]] = Counter()
-    for sample in after:
-        what = known[sample.path].differs(sample) if sample.path in known else ""
-        if what:
-            counts[sample.path, sample.generation, what] += 1
-    return tuple(Difference(*key, count) for key, count in counts.most_common())
+            comparison.add(sample)
+    return comparison.differences()
+
+
+def _named(sample: Sample) -> str:
+    return sample.path if sample.method == "GET" else f"{sample.path} ({sample.method})"
 
 
 def _class(sample: Sample) -> int:

@@ -1,115 +1,27 @@
 """
-What a rehearsal has shown: the samples of a load set against the handovers that happened meanwhile.
+What a rehearsal has shown: the requests of a load set against the handovers that happened meanwhile.
 
-Pure: no I/O, no clock. All times are `time.monotonic()` seconds of one machine. A handover happens *at* its
-`ready_at`, a failed one, which has none, at its `done_at`. A request arrives at `started` and is in flight
-until `ended`. `steady` and `around` split the requests, `before` and `after` are slices of the two:
-
-- `steady`: not in flight at any moment within 1 s of a handover;
-- `before`: arrived in the second before a handover;
-- `around`: in flight at some moment within 1 s of a handover;
-- `after`: arrived in the second that begins 1 s after a handover.
+Pure: no I/O, no clock. What is counted is counted in tally.py, as the requests come; here it becomes a report.
 """
 
 from __future__ import annotations
 
-import enum
-import itertools
 import math
 import statistics
-from bisect import bisect_left, bisect_right
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from zdd_web.cli.rehearse.replies import Difference, compare
+from zdd_web.cli.rehearse.generator import GeneratorHealth
+from zdd_web.cli.rehearse.replies import Difference
+from zdd_web.cli.rehearse.samples import Handover, Kind, Outcome, PhaseSpan, Sample, ScenarioResult, StopResult
+from zdd_web.cli.rehearse.tally import WINDOWS, Near, Tally, noticed_at
+from zdd_web.cli.rehearse.timeline import Timeline
+
+__all__ = ["Around", "Handover", "Kind", "Latency", "Loss", "Outcome", "Report", "Sample", "StopResult", "build"]
 
 FORMAT = 1
-NEAR = 1.0  # seconds
-WINDOWS = ("steady", "before", "around", "after")
-
-Kind = Literal["new", "keepalive", "thinking"]
-
-
-class Outcome(str, enum.Enum):
-    """What became of one request."""
-
-    OK = "ok"
-    STALE = "stale"  # kept-alive connection found closed before the request was written; retried
-    UNSENT = "unsent"  # the generator had no port, descriptor or memory left
-    REFUSED = "refused"
-    RESET = "reset"  # RST on a fresh connection without a byte of reply
-    CLOSED = "closed"  # end of file on a fresh connection without a byte of reply
-    TRUNCATED = "truncated"
-    TIMEOUT = "timeout"
-    SERVER_ERROR = "server_error"  # a complete reply with a 5xx status
-    KEEPALIVE_RACE = "keepalive_race"  # written on a reused connection, then reset or closed without a byte
-    INVALID = "invalid"  # the bytes are no HTTP, more than one reply, or the reply to another request
-
-    @property
-    def lost(self) -> bool:
-        """Tell whether a user would have missed an answer."""
-        return self not in (Outcome.OK, Outcome.STALE, Outcome.UNSENT)
-
-    @property
-    def answered(self) -> bool:
-        """Tell whether a complete reply arrived, whatever it said."""
-        return self in (Outcome.OK, Outcome.SERVER_ERROR)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """
-    One request.
-
-    `started` is before connecting; `connection_opened` is None if there never was a connection; `generation`
-    is the reply's `X-Zdd-Generation`; `detail` an errno name or a few words. `length` and `digest` are those of the
-    reply's body, without digits: see replies.py.
-    """
-
-    client: int
-    kind: Kind
-    path: str
-    connection_opened: float | None
-    started: float
-    ended: float
-    outcome: Outcome
-    status: int | None = None
-    generation: int | None = None
-    detail: str = ""
-    length: int = 0
-    digest: str = ""
-
-
-@dataclass(frozen=True)
-class Handover:
-    """One upgrade as the controller saw it; `ready_at`, None if it failed, is when the gate opened."""
-
-    number: int
-    from_generation: int
-    to_generation: int
-    requested_at: float
-    ready_at: float | None
-    done_at: float
-    ok: bool
-    reason: str = ""
-
-    @property
-    def at(self) -> float:
-        return self.done_at if self.ready_at is None else self.ready_at
-
-
-@dataclass(frozen=True)
-class StopResult:
-    """The stop that ended the rehearsal; `in_flight` counts the requests in hand when it was asked for."""
-
-    requested_at: float
-    ended_at: float
-    exit_status: int | None
-    in_flight: int
-    ok: bool
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,21 +72,31 @@ class Report:
     """Everything a rehearsal has shown; see the module for the windows."""
 
     outcomes: dict[Outcome, int]
-    generations: dict[int | None, int]  # requests by who answered, None for nobody or an unmarked reply
+    generations: dict[int | None, int]  # requests by what answered, None for no or an unmarked reply
     latency: dict[str, Latency]
     handovers: tuple[Around, ...]
     losses: tuple[Loss, ...]
     differences: tuple[Difference, ...]  # replies that are not what the first generation answered
     stop: StopResult | None
+    scenarios: tuple[ScenarioResult, ...] = ()
+    phases: tuple[PhaseSpan, ...] = ()
+    generator: GeneratorHealth | None = None
+    interrupted: str = ""  # by what, and how far the rehearsal was then
+    timeline: Timeline = field(default_factory=Timeline, compare=False)
 
     @property
     def requests(self) -> int:
-        """Count the requests; a stale connection and an unsent request are none."""
+        """Count the requests; a stale connection and an unsent request do not count."""
         return self.outcomes[Outcome.OK] + self.lost
 
     @property
     def lost(self) -> int:
         return sum(count for outcome, count in self.outcomes.items() if outcome.lost)
+
+    @property
+    def excused(self) -> int:
+        """Count the lost requests that were in the hands of a process which the rehearsal itself killed."""
+        return sum(scenario.excused for scenario in self.scenarios)
 
     @property
     def different(self) -> int:
@@ -188,8 +110,10 @@ class Report:
     @property
     def ok(self) -> bool:
         """Tell whether the promise held; a rehearsal without a request has shown nothing."""
-        kept = self.requests > 0 and not self.lost and not self.early_answers and not self.different
-        return kept and all(a.handover.ok for a in self.handovers) and (self.stop is None or self.stop.ok)
+        kept = self.requests > 0 and self.lost <= self.excused and not self.early_answers and not self.different
+        happened = all(a.handover.ok for a in self.handovers) and all(each.ok for each in self.scenarios)
+        happened = happened and (self.stop is None or self.stop.ok)
+        return kept and happened and not self.interrupted
 
     @property
     def seconds_to_handover(self) -> tuple[float, float, float] | None:
@@ -209,8 +133,10 @@ class Report:
         by generation, "unknown" for none; `latency_ms`: window -> `requests`, `p50`, `p99`, `max`;
         `seconds_to_handover`: `min`, `median`, `max`, or null; `longest_stall`: seconds; `handovers`: the
         fields of `Handover` and `Around` each; `losses`: the fields of `Sample`, then `at`, `event`,
-        `offset`, `where` each; `stop`: the fields of `StopResult`, or null; `different`: a count, and
-        `differences`: the fields of `Difference` each.
+        `offset`, `where` each, of the first `tally.MOST_LOSSES`; `stop`: the fields of `StopResult`, or null;
+        `different`: a count, and `differences`: the fields of `Difference` each; `excused`: a count, and `scenarios`:
+        the fields of `ScenarioResult` each; `phases`: the fields of `PhaseSpan` each; `generator`: the fields of
+        `GeneratorHealth` and its `notes`, or null; `interrupted`: by what, or "".
         """
         times = self.seconds_to_handover
         return {
@@ -229,6 +155,11 @@ class Report:
             "stop": None if self.stop is None else asdict(self.stop),
             "different": self.different,
             "differences": [asdict(difference) for difference in self.differences],
+            "excused": self.excused,
+            "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "phases": [asdict(span) for span in self.phases],
+            "generator": None if self.generator is None else self.generator.to_json(),
+            "interrupted": self.interrupted,
         }
 
 
@@ -249,20 +180,30 @@ def _loss_json(loss: Loss) -> dict[str, Any]:
 
 
 def build(samples: Sequence[Sample], handovers: Sequence[Handover], *, stop: StopResult | None) -> Report:
-    """Set `samples` against `handovers`, in any order each."""
-    handovers = sorted(handovers, key=lambda handover: handover.at)
-    requests = [s for s in samples if s.outcome is Outcome.OK or s.outcome.lost]
-    counts = Counter(s.outcome for s in samples)
-    first_change = [*(h.requested_at for h in handovers), *([stop.requested_at] if stop else [])]
-    generations = Counter(s.generation for s in requests)
+    """Set `samples` against `handovers`, in any order each, when all of both are known."""
+    tally = Tally()
+    for handover in sorted(handovers, key=lambda handover: handover.at):
+        tally.handover(handover)
+    tally.changes_at(min([*(h.requested_at for h in handovers), *([stop.requested_at] if stop else [])], default=None))
+    for sample in sorted(samples, key=lambda sample: sample.ended):
+        tally.append(sample)
+    return of(tally, stop=stop)
+
+
+def of(tally: Tally, *, stop: StopResult | None, scenarios: Sequence[ScenarioResult] = (), **others: Any) -> Report:
+    """Make the report of what was tallied; `others` are fields of `Report` that no request has a part in."""
+    tally.finish()
     return Report(
-        outcomes={outcome: counts[outcome] for outcome in Outcome},
-        generations=dict(sorted(generations.items(), key=lambda item: (item[0] is None, item[0] or 0))),
-        latency=_latencies(requests, [handover.at for handover in handovers]),
-        handovers=_around(requests, handovers),
-        losses=_losses(requests, handovers, stop),
-        differences=compare(requests, until=min(first_change, default=math.inf)),
+        outcomes={outcome: tally.outcomes[outcome] for outcome in Outcome},
+        generations=dict(sorted(tally.generations.items(), key=lambda item: (item[0] is None, item[0] or 0))),
+        latency={window: _latency(window, tally) for window in WINDOWS},
+        handovers=tuple(_around(near) for near in tally.near),
+        losses=tuple(_losses(tally, stop, scenarios)),
+        differences=tally.comparison.differences(),
         stop=stop,
+        scenarios=tuple(scenarios),
+        timeline=tally.timeline,
+        **others,
     )
 
 
@@ -271,89 +212,34 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
-def _latencies(requests: Sequence[Sample], ats: Sequence[float]) -> dict[str, Latency]:
-    counts = dict.fromkeys(WINDOWS, 0)
-    values: dict[str, list[float]] = {window: [] for window in WINDOWS}
-    for sample in requests:
-        for window in _windows(sample, ats):
-            counts[window] += 1
-            if sample.outcome.answered:
-                values[window].append((sample.ended - sample.started) * 1000)
-    result = {}
-    for window, measured in values.items():
-        measured.sort()
-        p50, p99 = percentile(measured, 0.5), percentile(measured, 0.99)
-        result[window] = Latency(counts[window], p50, p99, measured[-1] if measured else None)
-    return result
+def _latency(window: str, tally: Tally) -> Latency:
+    measured = tally.latencies[window]
+    return Latency(tally.arrived[window], measured.percentile(0.5), measured.percentile(0.99), measured.max)
 
 
-def _windows(sample: Sample, ats: Sequence[float]) -> list[str]:
-    def any_within(low: float, high: float) -> bool:
-        return bisect_right(ats, high) > bisect_left(ats, low)
-
-    started = sample.started
-    found = ["around" if any_within(started - NEAR, sample.ended + NEAR) else "steady"]
-    if any_within(started, started + NEAR):
-        found.append("before")
-    if any_within(started - 2 * NEAR, started - NEAR):
-        found.append("after")
-    return found
-
-
-def _around(requests: Sequence[Sample], handovers: Sequence[Handover]) -> tuple[Around, ...]:
-    ats = [handover.at for handover in handovers]
-    near: list[list[Sample]] = [[] for _ in handovers]
-    for sample in requests:
-        for index in range(bisect_left(ats, sample.started - NEAR), bisect_right(ats, sample.ended + NEAR)):
-            near[index].append(sample)
-    gaps = _gaps(requests)
-    return tuple(
-        Around(
-            handover=handover,
-            requests=len(close),
-            lost=sum(s.outcome.lost for s in close),
-            generations=tuple(sorted({s.generation for s in close if s.generation is not None})),
-            early_answers=_early_answers(requests, handover, handovers),
-            longest_stall=max(
-                (end - begin for begin, end in gaps if end >= handover.at - NEAR and begin <= handover.at + NEAR),
-                default=0.0,
-            ),
-        )
-        for handover, close in zip(handovers, near, strict=True)
+def _around(near: Near) -> Around:
+    return Around(
+        handover=near.handover,
+        requests=near.requests,
+        lost=near.lost,
+        generations=tuple(sorted(near.generations)),
+        early_answers=near.early_answers,
+        longest_stall=near.longest_stall,
     )
 
 
-def _early_answers(requests: Sequence[Sample], handover: Handover, handovers: Sequence[Handover]) -> int:
-    # A generation that never got ready must never answer; but the next attempt may bear its number.
-    namesakes = [h for h in handovers if h.to_generation == handover.to_generation and h is not handover]
-    begin = max((h.done_at for h in namesakes if h.at < handover.at), default=-math.inf)
-    end = handover.ready_at
-    if end is None:
-        end = min((h.requested_at for h in namesakes if h.at > handover.at), default=math.inf)
-    return sum(s.generation == handover.to_generation and begin <= s.ended < end for s in requests)
-
-
-def _gaps(requests: Sequence[Sample]) -> list[tuple[float, float]]:
-    """Pair consecutive complete replies; begin and end of the load count, or a dead server shows no stall."""
-    if not requests:
-        return []
-    ends = sorted(s.ended for s in requests if s.outcome.answered)
-    points = [min(s.started for s in requests), *ends, max(s.ended for s in requests)]
-    return list(itertools.pairwise(points))
-
-
-def _losses(requests: Sequence[Sample], handovers: Sequence[Handover], stop: StopResult | None) -> tuple[Loss, ...]:
-    begin = min((s.started for s in requests), default=0.0)
-    found = []
-    for sample in requests:
-        if sample.outcome.lost:
-            # A timeout's cause lies near its beginning; every other loss is noticed as it happens.
-            at = sample.started if sample.outcome is Outcome.TIMEOUT else sample.ended
-            event, since = "", at
-            if stop is not None and at >= stop.requested_at:
-                event, since = "the stop", stop.requested_at
-            elif handovers:
-                nearest = min(handovers, key=lambda handover: abs(handover.at - at))
-                event, since = f"handover {nearest.number}", nearest.at
-            found.append(Loss(sample, at - begin, event, at - since))
-    return tuple(sorted(found, key=lambda loss: loss.at))
+def _losses(tally: Tally, stop: StopResult | None, scenarios: Sequence[ScenarioResult]) -> Iterator[Loss]:
+    begin = tally.began or 0.0
+    events = [(near.handover.at, f"handover {near.handover.number}") for near in tally.near]
+    events += [(scenario.begun_at, f"the {scenario.name}") for scenario in scenarios]
+    events.sort()
+    ats = [at for at, _ in events]
+    for sample in sorted(tally.losses, key=noticed_at):
+        at = noticed_at(sample)
+        event, since = "", at
+        if stop is not None and at >= stop.requested_at:
+            event, since = "the stop", stop.requested_at
+        elif events:
+            index = bisect_left(ats, at)
+            since, event = min(events[max(0, index - 1) : index + 1], key=lambda event: abs(event[0] - at))
+        yield Loss(sample, at - begin, event, at - since)

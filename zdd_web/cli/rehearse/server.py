@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -79,6 +80,21 @@ _env = _env.split(",") if isinstance(_env, str) else _env
 raw_env = [each for each in _env if each.partition("=")[0].strip() not in {variables!r}]
 """
 
+#: Behind it, for a release that is broken on purpose: its app cannot be imported, as after a typing error. The app's
+#: own files are not touched.
+_BREAKABLE = """\
+import os as _os, sys as _sys
+if _os.path.exists({marker!r}):
+    class _Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == {module!r}:
+                raise ImportError("broken on purpose by `zdd-web rehearse`: " + name)
+    if not {module!r}:
+        raise ImportError("broken on purpose by `zdd-web rehearse`")
+    _sys.modules.pop({module!r}, None)
+    _sys.meta_path.insert(0, _Broken())
+"""
+
 
 class RehearsalError(ZddError):
     """The rehearsal cannot be held."""
@@ -123,7 +139,7 @@ def in_place_of(app: Configured, mode: str | None) -> dict[str, str]:
         changed["ZDD_WEB_LISTENER"] = mode
     without_names = bool(app.systemd_names) and (mode or app.listener) != "systemd"
     if without_names:
-        # There is nobody who would pass them.
+        # No process would pass them.
         changed["ZDD_WEB_SYSTEMD_NAMES"] = ""
     if app.has_probe_bind or (without_names and app.has_probe_port):
         changed["ZDD_WEB_PROBE_BIND"] = "127.0.0.1:0"
@@ -133,7 +149,15 @@ def in_place_of(app: Configured, mode: str | None) -> dict[str, str]:
 class Server:
     """The rehearsed service; a context manager that leaves nothing behind."""
 
-    def __init__(self, target: str, arguments: Sequence[str] = (), listener: str | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        arguments: Sequence[str] = (),
+        listener: str | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """`options` are gunicorn's, by their names on its command line, besides those of every rehearsal."""
+        self._options = dict(options or {})
         self.configuration = configuration_of(target)
         refuse_own(arguments, "GUNICORN ARGS")
         refuse_own(shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")), "GUNICORN_CMD_ARGS")
@@ -144,6 +168,7 @@ class Server:
         self._arguments, self._mode = arguments, listener
         self._directory = tempfile.TemporaryDirectory(prefix="zdd-web-rehearse-")
         self.log_path = os.path.join(self._directory.name, "log")
+        self._marker = os.path.join(self._directory.name, "broken")
         #: Shown to the user: every setting that is not theirs.
         self.overrides: dict[str, Any] = {}
         self.command: list[str] = []
@@ -181,6 +206,7 @@ class Server:
         with open(wrapper, "w") as file:
             variables = (*SHARED, *DEPENDING)
             file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE, variables=variables))
+            file.write(_BREAKABLE.format(marker=self._marker, module=app.module))
         on_command_line = self._on_command_line()
         self.overrides = {**on_command_line, **IN_FILE, **self.environ}
         options = [word for name, value in on_command_line.items() for word in (f"--{name}", value)]
@@ -192,6 +218,7 @@ class Server:
             "error-logfile": "-",
             "access-logfile": os.devnull,
             "log-level": "info",
+            **self._options,
         }
         if not self._held:
             options["bind"] = "127.0.0.1:0"
@@ -263,6 +290,16 @@ class Server:
                 # In `reuseport` mode there are several, and each has its number behind the port.
                 return int(re.match(r"\d+", rest)[0])  # type: ignore[index]
         raise RehearsalError(f"gunicorn did not log its port:\n{self.log_tail()}")
+
+    @contextmanager
+    def broken(self) -> Iterator[None]:
+        """Have every generation that starts meanwhile fail to import the app."""
+        with open(self._marker, "w"):
+            pass
+        try:
+            yield
+        finally:
+            os.unlink(self._marker)
 
     def generations(self) -> list[service.Generation]:
         """Return the generations that are alive, oldest first."""

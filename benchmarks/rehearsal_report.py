@@ -1,0 +1,55 @@
+"""What a long rehearsal's report costs: `python -m benchmarks.rehearsal_report [UPGRADES] [REQUESTS]`.
+
+Feeds requests to the tally that a rehearsal feeds, without a server, and makes the report. Prints how long the report
+took after the last request, what each request had cost by then, and the most memory that the process had.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+from zdd_web.cli.rehearse import render, report
+from zdd_web.cli.rehearse.html import page
+from zdd_web.cli.rehearse.samples import Handover, Outcome, Sample
+from zdd_web.cli.rehearse.tally import Tally
+
+
+def feed(tally: Tally, upgrades: int, requests: int) -> None:
+    """Have each upgrade take a second and the load five more, a loss in a hundred thousand."""
+    each = requests // upgrades
+    for number in range(1, upgrades + 1):
+        begin = 6.0 * number
+        for n in range(each):
+            at = begin + 6.0 * n / each
+            if n == each // 2:
+                tally.expect(at)
+            elif n == each // 2 + each // 6:
+                tally.handover(Handover(number, number, number + 1, at - 1.0, at - 0.1, at, ok=True))
+            outcome = Outcome.OK if (number * each + n) % 100_000 else Outcome.RESET
+            # From ready_at on the new generation answers.
+            generation = number + (at > begin + 3.9)
+            took = 0.002 + (n % 977) * 1e-5
+            tally.append(Sample(n % 32, "new", "/", at, at, at + took, outcome, 200, generation, "", 12, "abcd"))
+
+
+def main() -> None:
+    """Feed and report."""
+    upgrades, requests = (int(each) for each in (*sys.argv[1:], "1000", "10000000")[:2])
+    tally = Tally()
+    began = time.monotonic()
+    feed(tally, upgrades, requests)
+    fed = time.monotonic()
+    made = report.of(tally, stop=None)
+    text, html = render.text(made), page(made)
+    done = time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{len(made.handovers):,} upgrades, {made.requests:,} requests, {made.lost:,} lost")
+    print(f"while the load ran: {(fed - began) / requests * 1e6:.1f} us for each request")
+    print(f"after it: {done - fed:.2f} s for the report, its text ({len(text):,} characters) and page ({len(html):,})")
+    print(f"most memory: {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A service that the rehearsal did not start: load on a URL while any command deploys it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from zdd_web.cli.rehearse import report
+from zdd_web.cli.rehearse.course import Plan
+from zdd_web.cli.rehearse.report import Report
+from zdd_web.cli.rehearse.samples import ScenarioResult
+from zdd_web.cli.rehearse.tally import Tally
+from zdd_web.system import escaping, masking
+
+#: How long an interrupted command may take to end, seconds.
+ENDS_WITHIN = 10.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the load goes; `path` is what the URL names."""
+
+    host: str
+    port: int
+    path: str
+
+
+def address_of(url: str) -> Address:
+    """Return what a URL names. Raises ValueError.
+
+    >>> address_of("http://127.0.0.1:8080/items?page=2")
+    Address(host='127.0.0.1', port=8080, path='/items?page=2')
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        raise ValueError(f"--url {url}: TLS is not measured: name the http address behind the TLS proxy")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"--url {url}: not a URL such as http://127.0.0.1:8000/")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Address(parts.hostname, parts.port or 80, path)
+
+
+def measure(address: Address, command: str | None, plan: Plan) -> Report:
+    """Send load, run the command amid it, and report; after a KeyboardInterrupt, on what was measured until then.
+
+    Raises OSError when the address cannot be resolved.
+    """
+    tally = Tally()
+    load = plan.load(address.host, address.port, tally)
+    found: list[ScenarioResult] = []
+    interrupted = ""
+    half = plan.settle if command is None else max(plan.settle, plan.duration / 2)
+    try:
+        with load:
+            try:
+                time.sleep(half)
+                if command is not None:
+                    found.append(_run(command, tally, half))
+            except KeyboardInterrupt:
+                load.stop(at_once=True)
+                raise
+    except KeyboardInterrupt as error:
+        interrupted = f"by {error or 'Ctrl-C'}"
+    return report.of(tally, stop=None, scenarios=found, generator=load.health(), interrupted=interrupted)
+
+
+def _run(command: str, tally: Tally, settle: float) -> ScenarioResult:
+    requests, lost = tally.totals()
+    begun_at = time.monotonic()
+    tally.changes_at(begun_at)
+    # What it prints is not the report: that may be JSON, for a program.
+    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            process.wait(ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    ended_at = time.monotonic()
+    time.sleep(settle)
+    requests_after, lost_after = tally.totals()
+    return ScenarioResult(
+        name="command",
+        begun_at=begun_at,
+        ended_at=ended_at,
+        ok=status == 0,
+        detail=escaping.printable(masking.urls(command), keep=""),
+        reason="" if status == 0 else f"it ended with status {status}",
+        requests=requests_after - requests,
+        lost=lost_after - lost,
+    )

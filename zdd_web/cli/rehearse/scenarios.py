@@ -1,0 +1,108 @@
+"""What a rehearsal does to the service besides upgrades and the stop.
+
+Each scenario is a function of the `Course`; it returns what it found. An OSError that it raises, for a process that is
+gone, is a result too. A scenario is added to `SCENARIOS` here and in command.py; `zdd-web rollback` has its place
+there.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zdd_web.board import Snapshot, WorkerState, WorkerView
+from zdd_web.cli import control
+from zdd_web.cli.rehearse import connections
+from zdd_web.system import proc
+
+if TYPE_CHECKING:
+    from zdd_web.cli.rehearse.course import Course
+
+#: How long workers may take to be replaced, seconds.
+REPLACED_WITHIN = 90.0
+LOOK = 0.05
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scenario found. `reason` is empty when all was well; `excused` bounds the losses that could not be helped.
+
+    `detail` is for a reader: what was done to which process.
+    """
+
+    reason: str = ""
+    detail: str = ""
+    excused: int = 0
+
+
+def failed_upgrade(course: Course) -> Found:
+    """Upgrade to a release whose app cannot be imported: the upgrade must fail, and the old generation serve on."""
+    generation = course.generation
+    successor = generation.board.header.generation + 1
+    before = course.tally.answers_of(successor)
+    with course.server.broken():
+        outcome = control.upgrade(generation)
+    if outcome.ok:
+        course.generation_changed()
+        return Found(f"generation {outcome.generation} serves, although its app could not be imported")
+    if not outcome.serves_on:
+        return Found(outcome.reason)
+    if answers := course.tally.answers_of(successor) - before:
+        return Found(f"generation {successor} sent {answers} replies, although its app could not be imported")
+    return Found(detail=f"generation {generation.board.header.generation} serves on; upgrade {outcome.reason}")
+
+
+def reload(course: Course) -> Found:
+    """Send SIGHUP: every worker is replaced, one after the other."""
+    old = _serving(course.snapshot())
+    course.generation.signal(signal.SIGHUP)
+    return _replaced(course, old, "after SIGHUP")
+
+
+def recycle(course: Course) -> Found:
+    """Wait until each worker has had its `max_requests` and was replaced."""
+    return _replaced(course, _serving(course.snapshot()), "by max_requests: send more load")
+
+
+def kill_worker(course: Course) -> Found:
+    """Kill the worker that has most in hand with SIGKILL: what it held is lost, and nothing else may be."""
+    serving = _serving(course.snapshot())
+    if not serving:
+        return Found("no worker serves that could be killed")
+    worker = max(serving, key=lambda each: each.in_flight)
+    # Stopped first, so that it closes none of them between the count and its end.
+    proc.kill(worker.pid, worker.start, signal.SIGSTOP)
+    held = connections.held_by(worker.pid)
+    proc.kill(worker.pid, worker.start, signal.SIGKILL)
+    found = _replaced(course, [worker], "after SIGKILL")
+    return Found(found.reason, f"worker {worker.pid} held {held} connections; a new worker serves", excused=held)
+
+
+def _replaced(course: Course, old: list[WorkerView], how: str) -> Found:
+    """Wait until none of these workers is left and as many serve as should."""
+    began = time.monotonic()
+    while time.monotonic() - began < REPLACED_WITHIN:
+        snapshot = course.snapshot()
+        left = {(each.pid, each.start) for each in old} & {(each.pid, each.start) for each in snapshot.workers}
+        if not left and len(_serving(snapshot)) >= snapshot.workers_wanted:
+            return Found(detail=f"{len(old)} of {snapshot.workers_wanted} workers replaced")
+        time.sleep(LOOK)
+    pids = ", ".join(str(pid) for pid, _ in sorted(left)) or "none"
+    serving = f"{len(_serving(snapshot))} of {snapshot.workers_wanted} workers serve"
+    return Found(f"not replaced within {REPLACED_WITHIN:g} s {how}: workers {pids}; {serving}")
+
+
+def _serving(snapshot: Snapshot) -> list[WorkerView]:
+    return [each for each in snapshot.workers if each.state is WorkerState.SERVING and not each.retiring]
+
+
+#: By the name that the command knows them by, in the order in which `--scenario all` runs them.
+SCENARIOS: dict[str, Callable[[Course], Found]] = {
+    "failed-upgrade": failed_upgrade,
+    "reload": reload,
+    "recycle": recycle,
+    "kill-worker": kill_worker,
+}
