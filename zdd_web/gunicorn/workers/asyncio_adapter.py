@@ -1,8 +1,8 @@
 """asyncio: gunicorn's own `asgi` worker, and uvicorn's.
 
-Both run a loop of their own that beats and looks whether it shall end. Here the gate stands between the app's lifespan
-start-up and the first listener, and a worker leaves *within* its loop: it stops accepting, requests and background work
-come to their end with the loop still beating, and only then it is told to end, with nothing left to cut off.
+Both run a loop of their own that sends heartbeats and looks whether it is to end. The gate is between the app's
+lifespan start-up and the first listener, and a worker leaves *within* its loop: it stops accepting, finishes requests
+and background work while the loop still sends heartbeats, and only then ends the loop, with nothing left to cut off.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FAREWELL = 5.0
 
 
 class AsyncioAdapter(WorkerAdapter):
-    """What both have in common."""
+    """What both classes have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
     #: (protocol.py:1486); neither counts a request of which the app has sent the reply and goes on. See `CountingApp`.
@@ -286,11 +286,11 @@ class AsgiAdapter(AsyncioAdapter):
         worker._serve, worker._shutdown = then_serve, shutdown_when_drained
 
     def reads_a_head(self, connection: Any) -> bool:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         return heads.gunicorn_reads_a_head(connection)
 
     def stop_accepting(self) -> None:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         super().stop_accepting()
         # Connections close after their next reply (protocol.py:1404), HTTP/2 says GOAWAY; see `_shutdown` above.
         self.worker.alive = False
@@ -348,7 +348,7 @@ class UvicornAdapter(AsyncioAdapter):
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR)
 
     def reads_a_head(self, connection: Any) -> bool:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         return heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:
