@@ -61,7 +61,7 @@ class AsyncioAdapter(WorkerAdapter):
         self.accepting = True
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
-        self._end: Callable[[int, Any], None] = self._obey
+        self._shut_down: Callable[[int, Any], None] = self._obey
 
     # -- boot
 
@@ -70,7 +70,7 @@ class AsyncioAdapter(WorkerAdapter):
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.init_signals = functools.partial(Worker.init_signals, self.worker)
-        self._end, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
+        self._shut_down, self.worker.handle_exit = self.worker.handle_exit, self._handle_exit
 
     def count(self, app: Callable[..., Any]) -> CountingApp:
         """Put what counts between the server and the app."""
@@ -177,12 +177,12 @@ class AsyncioAdapter(WorkerAdapter):
 
     def _handle_exit(self, sig: int, frame: Any) -> None:
         if self.loop is None or self.runtime.slot.state == WorkerState.BOOTING:
-            self._end(sig, frame)
+            self._shut_down(sig, frame)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._obey_term)
 
     def _obey_term(self) -> None:
-        self._end(signal.SIGTERM, None)
+        self._shut_down(signal.SIGTERM, None)
         self._turn()
 
     def _turn(self) -> None:

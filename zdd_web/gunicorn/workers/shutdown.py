@@ -160,7 +160,7 @@ class WorkerShutdown:
     def _exit_before_serving(self, before: State) -> None:
         if before is State.AT_GATE:
             sys.exit(0)
-        if before in OBEYS_ORDERS:
+        if before in (State.BOOTING, State.SIGNALLED_IN_BOOT):
             # It has accepted nothing yet, and code of the app may hang.
             os._exit(0)
 
