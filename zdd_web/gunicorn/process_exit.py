@@ -1,9 +1,9 @@
 """The end of a process beside threads of the app.
 
-At its end Python waits for each thread that is not a daemon, and for what the pools of concurrent.futures have in hand
-or queued: without a heartbeat, without a limit and without a log line. A queue's consumer that was started at import
-holds up each worker in this way, until gunicorn's `timeout` or the deadline of a stop kills it. So the wait is done
-here, before Python's own: with a heartbeat, until a deadline, and what is left is logged with its stack.
+As it exits, Python waits for each thread that is not a daemon, and for the calls that the pools of concurrent.futures
+have in hand or queued: without a heartbeat, without a limit and without a log line. The consumer of a queue that was
+started at import holds up each worker in this way, until gunicorn's `timeout` or the deadline of a stop kills it. So
+the wait is done here, before Python's own: with a heartbeat and a deadline, and what is left is logged with its stack.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from zdd_web import log
 from zdd_web.system import clock
 
-#: The longest that a wait goes without a heartbeat, seconds; and the first look, of threads that end anyway.
+#: The longest time between two heartbeats of a wait, seconds; the first pause is shorter, as most threads end at once.
 LOOK, FIRST_LOOK = 0.1, 0.02
 
 #: A wait that takes longer is logged, seconds.
@@ -32,7 +32,7 @@ SAID_AFTER = 0.2
 #: How many threads have a log line of their own.
 NAMED_AT_MOST = 20
 
-#: What Python's own end (functions of `atexit` for example) has in any case, seconds.
+#: The least time for Python's own exit (functions of `atexit` for example), seconds.
 EXIT_AT_LEAST = 1.0
 
 REMEDY = "end it when zdd_web.draining() is true, have it tracked by zdd_web.background, or make it a daemon"
@@ -43,7 +43,7 @@ Frames = Callable[[], Mapping[int, FrameType]]
 def waited_for(
     but: Collection[threading.Thread] = (), frames: Frames = sys._current_frames, *, pools_only: bool = False
 ) -> list[threading.Thread]:
-    """Return the threads that Python would wait for at its end, except the caller's and those of `but`.
+    """Return the threads that Python would wait for as it exits, except the caller's and those of `but`.
 
     A thread of a pool counts while it has a call in hand or queued, whether it is a daemon or not.
 
@@ -53,7 +53,7 @@ def waited_for(
     queues = _pool_queues()
     here, ours = threading.current_thread(), set(but) | {threading.main_thread()}
     others = [thread for thread in threading.enumerate() if thread is not here and thread not in ours]
-    # Under gevent a search through all objects, so only where it is needed.
+    # Under gevent this searches through all objects, so only where it is needed.
     stands_at = frames() if any(thread in queues for thread in others) else {}
     found = []
     for thread in others:
@@ -86,9 +86,9 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def wait(
     left: Callable[[], list[threading.Thread]], deadline_ns: Callable[[], int], beat: Callable[[], object]
 ) -> list[threading.Thread]:
-    """Wait until no thread is left, with a heartbeat; return those that are at the deadline.
+    """Wait until no thread is left, with a heartbeat; return those that are left at the deadline.
 
-    `deadline_ns` is asked again and again: a stop may bring one.
+    `deadline_ns` is called again and again: a stop may bring an earlier one.
 
     >>> wait(lambda: [], lambda: clock.NEVER, lambda: None)
     []
@@ -110,7 +110,7 @@ def wait(
 
 
 def name(threads: Sequence[threading.Thread], frames: Frames = sys._current_frames) -> None:
-    """Log the threads beside which the process ends, each with its stack."""
+    """Log the threads that the process does not wait for, each with its stack."""
     stands_at = frames()
     for thread in threads[:NAMED_AT_MOST]:
         frame = stands_at.get(thread.ident or 0)
@@ -121,7 +121,7 @@ def name(threads: Sequence[threading.Thread], frames: Frames = sys._current_fram
 
 
 def end(status: int) -> NoReturn:
-    """End the process now: Python would wait for threads."""
+    """End the process now, without Python's wait for threads."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -149,9 +149,9 @@ def status_under_way(default: int = 0) -> int:
 
 
 def bound(until_ns: int, beat: Callable[[], object], status: int, interval: float = 1.0) -> None:
-    """Have the process end by then, whatever Python does at its end; a wait that is cut off is logged with its stack.
+    """Have the process end by then, whatever Python does as it exits; a wait that is cut off is logged with its stack.
 
-    Functions of `atexit` may hang, and so may children of multiprocessing, which are waited for there.
+    Functions of `atexit` may hang, and so may the wait for children of multiprocessing.
     """
     until = max(until_ns, clock.after_ns(EXIT_AT_LEAST))
     began = time.monotonic()

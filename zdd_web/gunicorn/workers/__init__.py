@@ -1,1 +1,1 @@
-"""What runs in a worker process: its way in, its work, its way out, and what differs per worker class."""
+"""What runs in a worker process: its boot, the gate, its shutdown, and what differs between worker classes."""

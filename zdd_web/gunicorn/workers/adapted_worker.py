@@ -1,4 +1,4 @@
-"""What the adapter of a worker class sees of the worker that it adapts, and all that it may ask of it."""
+"""A worker as the adapter of its class sees it: what an adapter may read, and the verbs that it may call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zdd_web.settings import Settings
 
 
 class AdaptedWorker(Protocol):
-    """A worker, as its adapter sees it; `WorkerRuntime` is one."""
+    """A worker, as its adapter sees it; `WorkerRuntime` implements it."""
 
     #: gunicorn's worker.
     worker: WorkerFacade
@@ -27,7 +27,7 @@ class AdaptedWorker(Protocol):
     requests: RequestCounter
     after_loop: AfterLoop
     kept: KeptConnections
-    #: Calls `worker_exit`, where a worker ends from within a signal handler.
+    #: Calls `worker_exit`, for a worker that ends within a signal handler.
     run_exit_hook: Callable[[], None]
 
     @property
@@ -35,26 +35,26 @@ class AdaptedWorker(Protocol):
         """Those in force, with those of the app once it is loaded."""
 
     def boot_step(self) -> AbstractContextManager[Callable[[str], None]]:
-        """Have what is raised reported as a failed boot; gives a function that names what is begun."""
+        """Report what is raised within as a failed boot; gives a function that names the step that begins."""
 
     def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
         """Wait until the app's own checks pass, calling `beat()`; async checks run in `loop`."""
 
     def wait_at_gate(self, interval: float) -> None:
-        """Say that this worker is ready, wait for the gate with a heartbeat each `interval` seconds, and pass it."""
+        """Mark this worker as ready, wait for the gate with a heartbeat each `interval` seconds, and pass it."""
 
     def arrive_at_gate(self) -> int:
-        """Say that this worker is ready; return the descriptor that is readable once `pass_gate()` may be called."""
+        """Mark this worker as ready; return the descriptor that is readable once `pass_gate()` may be called."""
 
     def pass_gate(self) -> None:
-        """Say that this worker serves. Ends it where the gate did not open but the master is gone."""
+        """Mark this worker as serving. Ends it if the gate did not open but the master is gone."""
 
     def notify(self) -> None:
-        """Take a turn: beat, follow orders, and go on with the way out."""
+        """Take a turn: send the heartbeat, follow orders, and go on with the shutdown."""
 
     @property
     def is_finishing(self) -> bool:
-        """Whether the next turn may bring this worker further on its way out."""
+        """Whether the next turn may bring the shutdown forward."""
 
     def accepts_no_more(self) -> None:
-        """Say on the board that nothing more is accepted, and close the listeners."""
+        """Mark this worker as leaving on the board, and close its listeners."""

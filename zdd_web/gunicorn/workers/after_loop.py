@@ -1,7 +1,7 @@
 """The end of a worker: background work, threads of the app, and Python's own exit.
 
-An event loop cancels its tasks as it ends, so asyncio has background work finished, or given up, before; the others
-come here when their loop is over.
+An event loop cancels its tasks as it ends, so an asyncio worker finishes its background work, or gives it up, before
+that. Workers of the other classes do it when their loop is over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.system import clock
 
-#: The part of the time between deadline and kill for background work that is given up; `on_drained` comes after it.
+#: The part of the time between deadline and kill in which background work is given up; `on_drained` comes after it.
 GIVE_UP_SHARE = 0.65
 
 #: Python's `sys.setswitchinterval()` from the deadline on, seconds.
@@ -46,7 +46,7 @@ class Threads(Protocol):
 
 
 class AfterLoop:
-    """What a worker still waits for, and for how long."""
+    """The waits of one worker after its loop, and its exit."""
 
     def __init__(self, worker: WorkerFacade, process: Process, machine: StateMachine, adapter: Threads) -> None:
         assert process.slot is not None
@@ -62,7 +62,7 @@ class AfterLoop:
     def finish(self) -> None:
         """Wait for background work and for threads of the app; what is left at its deadline is named in the log."""
         self._left_behind = []
-        # The second time for what slipped in before the groups were closed.
+        # The second time for work that was begun before the groups were closed.
         for close in (waitgroup.close_all, lambda: None):
             while not self.background_is_over():
                 self._adapter.beat()
@@ -79,7 +79,7 @@ class AfterLoop:
     # -- background work
 
     def background_is_over(self) -> bool:
-        """Tell whether no background work is left, or what is left is given up; say once what is waited for."""
+        """Tell whether no background work is left, or what is left is given up; the first call that waits is logged."""
         entries = waitgroup.all_entries()
         if not entries or self._given_up.locked():
             return True
@@ -89,7 +89,7 @@ class AfterLoop:
         return clock.passed(self.background_deadline(self._background_own))
 
     def background_deadline(self, own: int) -> int:
-        """When background work is given up: the stop's deadline, or this worker's `own` while the service goes on.
+        """When background work is given up: at the stop's deadline; at this worker's `own` while the service goes on.
 
         A retiring generation has RETIRE_TIMEOUT until a stop brings a deadline; one whose master is gone has less.
         """
@@ -101,7 +101,7 @@ class AfterLoop:
         return self._slot.retire_deadline or own
 
     def give_up_background(self) -> None:
-        """Name what is left of the background work, once: in an event loop before its end, which cancels tasks."""
+        """Log what is left of the background work, once: in an event loop before its end, which cancels tasks."""
         # From any thread: at the deadline the loop may still be in a request.
         if not self._given_up.acquire(blocking=False):
             return
@@ -112,7 +112,7 @@ class AfterLoop:
         waitgroup.abandon(waitgroup.all_entries(), timeout, self._adapter.beat, self._count_abandoned)
 
     def _count_abandoned(self, tasks: int) -> None:
-        # Before anything of the app's is called, which may end the process.
+        # Before any code of the app is called, which may end the process.
         self._slot.abandoned += tasks
 
     def _run_drained_hooks(self) -> None:
@@ -127,7 +127,7 @@ class AfterLoop:
     # -- threads
 
     def threads_left(self, *, pools_only: bool = False) -> list[threading.Thread]:
-        """Return the app's threads that Python would wait for, those aside that work on what is counted elsewhere."""
+        """Return the app's threads that Python would wait for, except those that do background work."""
         tracked = {entry.thread_id for entry in waitgroup.all_entries()}
         threads = process_exit.waited_for(self._adapter.own_threads(), self._adapter.frames, pools_only=pools_only)
         return [thread for thread in threads if thread.ident not in tracked]
@@ -164,7 +164,7 @@ class AfterLoop:
         status = process_exit.status_under_way()
         left = self._left_behind
         if left is None:
-            # Before its loop it has promised nothing; after it, threads have had their time.
+            # Before its loop it has accepted nothing, so its threads get no time.
             left = process_exit.waited_for(frames=self._adapter.frames)
         if left:
             process_exit.end(status)

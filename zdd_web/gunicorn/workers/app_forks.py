@@ -62,7 +62,7 @@ def ignore(*signals: signal.Signals) -> None:
 
 
 def attach(worker: Any, slot: Slot, listeners: Iterable[int], stop_accepting: Callable[[], None]) -> None:
-    """Make the handlers of a worker its own, and take note of it for its children; before `init_process()`.
+    """Make the handlers of a worker act in its own process alone, and prepare its children; before `init_process()`.
 
     `listeners` are descriptors; `stop_accepting()` is called in a child, whose loop is a copy of the worker's.
     """
@@ -141,7 +141,7 @@ def write_to_a_copy(memory: memoryview, start: int, size: int) -> None:
 def close_copies(inodes: Mapping[int, int]) -> None:
     """Close descriptors, as far as they still are what they were; their numbers stay taken.
 
-    The objects that hold the numbers know nothing of this, and would close whatever has them next.
+    The objects that hold the numbers would otherwise close whatever file is given the same number next.
     """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd, inode in inodes.items():

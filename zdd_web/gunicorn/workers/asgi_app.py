@@ -1,4 +1,4 @@
-"""What stands between an ASGI server and the app: it counts."""
+"""An ASGI app around the app, which counts its requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Send = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class _Request(NamedTuple):
-    """As much of a request as the count needs."""
+    """What of a request is needed to count it."""
 
     peer_addr: Any
     method: str
@@ -28,13 +28,13 @@ class _Request(NamedTuple):
 
 
 class _Outcome:
-    """What has come of a request: some frameworks send their 500 and raise nevertheless."""
+    """Whether a request was answered with an error: some frameworks send their 500 and then raise as well."""
 
     error = False
 
 
 class CountingApp:
-    """Counts requests in and out: from the moment their headers are here until the app has returned."""
+    """Counts requests in and out: from the moment their headers have arrived until the app has returned."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class CountingApp:
         self.websockets: set[Send] = set()
         #: Kept from the garbage collector.
         self.closing: set[asyncio.Task[None]] = set()
-        #: What the app said of a lifespan start-up that failed.
+        #: The message of the app whose lifespan start-up failed.
         self.startup_error: str | None = None
         self._adapter, self._runtime, self._headers, self._says_close = adapter, adapter.runtime, headers, says_close
 
@@ -97,7 +97,7 @@ class CountingApp:
             if message["type"] == "http.response.start":
                 outcome.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *ours]
-                # HTTP/2 knows no such header. Not decided when the request begins: the reply may come a minute later.
+                # HTTP/2 has no such header. Not decided when the request begins: the reply may come a minute later.
                 if http1 and self._says_close and self._runtime.kept.are_to_close():
                     headers = [each for each in headers if each[0].lower() != b"connection"]
                     headers.append((b"connection", b"close"))

@@ -1,8 +1,8 @@
 """asyncio: gunicorn's own `asgi` worker, and uvicorn's.
 
-Both run a loop of their own that beats and looks whether it shall end. Here the gate stands between the app's lifespan
-start-up and the first listener, and a worker leaves *within* its loop: it stops accepting, requests and background work
-come to their end with the loop still beating, and only then it is told to end, with nothing left to cut off.
+Both run a loop of their own that sends heartbeats and looks whether it is to end. The gate is between the app's
+lifespan start-up and the first listener, and a worker leaves *within* its loop: it stops accepting, finishes requests
+and background work while the loop still sends heartbeats, and only then ends the loop, with nothing left to cut off.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FAREWELL = 5.0
 
 
 class AsyncioAdapter(WorkerAdapter):
-    """What both have in common."""
+    """What both classes have in common."""
 
     #: uvicorn calls no hook; with a `post_request` gunicorn serves a connection's requests more slowly
     #: (test_asgi_has_a_shortcut_without_post_request); neither counts a request of which the app has sent the reply and
@@ -69,7 +69,7 @@ class AsyncioAdapter(WorkerAdapter):
         self.store = self.make_store()
         self._at_gate = False
         self._timer: asyncio.TimerHandle | None = None
-        self._end: Callable[[int, Any], None] = self._obey
+        self._shut_down: Callable[[int, Any], None] = self._obey
 
     def make_store(self) -> AsyncioConnections:
         """Make what knows the kept connections of this class."""
@@ -93,7 +93,7 @@ class AsyncioAdapter(WorkerAdapter):
         super().enter()
         # Not the loop's handlers: they wait for the loop, which does not run while the app is imported.
         self.worker.handle_signals_in_python()
-        self._end = self.worker.replace("handle_exit", self._handle_exit)
+        self._shut_down = self.worker.replace("handle_exit", self._handle_exit)
 
     def count(self, app: Callable[..., Any]) -> CountingApp:
         """Put what counts between the server and the app."""
@@ -203,12 +203,12 @@ class AsyncioAdapter(WorkerAdapter):
 
     def _handle_exit(self, sig: int, frame: Any) -> None:
         if self.loop is None or self.runtime.slot.state == WorkerState.BOOTING:
-            self._end(sig, frame)
+            self._shut_down(sig, frame)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._obey_term)
 
     def _obey_term(self) -> None:
-        self._end(signal.SIGTERM, None)
+        self._shut_down(signal.SIGTERM, None)
         self._turn()
 
     def _turn(self) -> None:
@@ -313,11 +313,11 @@ class AsgiAdapter(AsyncioAdapter):
         return shutdown_when_drained
 
     def reads_a_head(self, connection: Any) -> bool:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         return heads.gunicorn_reads_a_head(connection)
 
     def stop_accepting(self) -> None:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         super().stop_accepting()
         # Connections close after their next reply, HTTP/2 sends GOAWAY; see `_shutting_down()`.
         self.worker.end_loop()
@@ -377,7 +377,7 @@ class UvicornAdapter(AsyncioAdapter):
             raise SystemExit(WORKER_BOOT_ERROR)
 
     def reads_a_head(self, connection: Any) -> bool:
-        """See `Loop`."""
+        """See `AsyncioAdapter`."""
         return heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:

@@ -1,4 +1,4 @@
-"""What an asyncio worker does between the order to leave and the end of its loop: it finishes all within the loop."""
+"""What an asyncio worker does between the order to leave and the end of its loop: it finishes everything within it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class AsyncioDrain:
             return False
         if not runtime.after_loop.background_is_over():
             return False
-        # The end of the loop cancels tasks, and who is cancelled is done.
+        # The end of the loop cancels tasks, and a task that is cancelled counts as done.
         runtime.after_loop.give_up_background()
         return True
 

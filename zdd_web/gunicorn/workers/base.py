@@ -1,4 +1,4 @@
-"""What a family answers for; as it stands here, for sync and gthread."""
+"""The adapter of a worker class; this one is that of sync and gthread."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MOST_DIGITS = 20
 
 
 class WorkerAdapter:
-    """One worker's; made right after the fork, before `init_process()`."""
+    """The adapter of one worker; made right after the fork, before `init_process()`."""
 
     #: Whether gunicorn's `pre_request` and `post_request` see every request.
     counts_by_hook = True
@@ -64,7 +64,7 @@ class WorkerAdapter:
         return min(1.0, self.worker.timeout) if self.worker.timeout else 1.0
 
     def enter(self) -> None:
-        """Hang on the worker what this family needs, after what all workers have."""
+        """Replace what this class needs replaced on gunicorn's worker, after what all workers have."""
         slot, words = self.runtime.slot, self.runtime.slot.words
         slot.heartbeat = Heartbeat.ALWAYS if self.worker.beats_always else Heartbeat.BETWEEN_REQUESTS
         at, values = slot.base + Slot.heartbeat.index, (Heartbeat.BETWEEN_REQUESTS, Heartbeat.AFTER_CONNECTION)

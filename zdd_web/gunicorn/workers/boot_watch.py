@@ -1,8 +1,8 @@
 """What a booting process is doing: the step on the board, and a stack in the log where a step makes no progress.
 
-A thread logs `boot.slow`. It does not run while a module in C holds the interpreter's lock, and is not started under
-gevent, where it would be a greenlet. So a timer of faulthandler, which needs neither, is set a second later: the thread
-cancels it, or else it writes the stacks to stderr, or to the boot log in an upgrade.
+A thread logs `boot.slow`. It cannot run while an extension module holds the interpreter's lock, and is not started
+under gevent, where it would be a greenlet. So there is also a timer of faulthandler, which needs neither and fires a
+second later: unless the thread cancels it, it writes the stacks to stderr, or to the boot log in an upgrade.
 """
 
 from __future__ import annotations

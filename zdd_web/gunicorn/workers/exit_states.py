@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from zdd_web.errors import LifecycleError
 from zdd_web.lifecycle import WORKERS_LEAVE, Phase
 
-#: How long a worker that is sent SIGTERM without an order waits for its master's order, seconds.
+#: How long a worker that receives SIGTERM without an order waits for the order, seconds.
 PATIENCE = 1.0
 
 
@@ -24,17 +24,17 @@ class State(enum.Enum):
     """Where a worker stands between its fork and its exit."""
 
     BOOTING = "it loads the app and warms up"
-    SIGNALLED_IN_BOOT = "it boots on, and waits for its master's order after a SIGTERM"
+    SIGNALLED_IN_BOOT = "it goes on booting, and waits for an order of its master after a SIGTERM"
     AT_GATE = "it is ready, and waits for the gate to open"
     SERVING = "it accepts connections"
-    SIGNALLED = "it serves on, and waits for its master's order after a SIGTERM"
-    EMPTYING = "it accepts what waits in the queues of its listeners"
+    SIGNALLED = "it goes on serving, and waits for an order of its master after a SIGTERM"
+    EMPTYING = "it accepts the connections that still wait in the queues of its listeners"
     WINDING_DOWN = "it accepts nothing more, and its loop finishes what it has in hand"
     ENDING_LOOP = "its loop has been told to end"
-    FINISHING = "its loop is over: background work and threads of the app have their time"
+    FINISHING = "its loop is over: it waits for background work and for threads of the app"
     QUITTING = "it ends with what is in hand, with status 0"
     ABORTING = "it ends with what is in hand, with status 1"
-    EXITED = "only Python's own end is left"
+    EXITED = "only Python's own exit is left"
 
     @property
     def label(self) -> str:
@@ -51,21 +51,21 @@ class Event(enum.Enum):
 
     ARRIVED = "the app is loaded, warm, and its checks pass"
     GATE_OPENED = "the generation serves"
-    TERM = "SIGTERM without an order, or once more"
-    ORDER_EXPECTED = "no order has come within PATIENCE, in a lame duck, at whose end one comes"
+    TERM = "SIGTERM without an order, or a repeated one"
+    ORDER_EXPECTED = "no order has come within PATIENCE, but one comes at the end of the lame duck"
     NO_ORDER = "no order has come within PATIENCE"
-    LEAVE = "the master's order to leave, or the master's end"
-    EMPTY_QUEUES = "the order to leave while this worker alone can answer what the kernel has accepted"
+    LEAVE = "the master has ordered the worker to leave, or has died"
+    EMPTY_QUEUES = "the same, while no other generation answers what the kernel has accepted"
     QUEUES_EMPTY = "no connection waits any more, or the deadline has passed"
-    WOUND_DOWN = "the loop has nothing left in hand"
+    WOUND_DOWN = "the loop has nothing left to finish"
     LOOP_OVER = "the loop has returned"
     QUIT = "SIGQUIT or SIGINT"
     ABORT = "SIGABRT: the master missed the heartbeat"
     EXIT = "all worker_exit hooks have run"
 
 
-#: What a SIGTERM may turn out to mean. Every state knows all of them: a handler that raised would end the worker, and
-#: another one may come in between what it has seen and its transition.
+#: What a SIGTERM may turn out to mean. Every state knows all of these: a handler that raised would end the worker, and
+#: another handler may run between what this one has read and its transition.
 SIGTERM = (Event.TERM, Event.ORDER_EXPECTED, Event.NO_ORDER, Event.LEAVE, Event.EMPTY_QUEUES)
 
 #: What ends a worker wherever it stands.
@@ -77,7 +77,7 @@ def _all(events: Iterable[Event], to: State) -> dict[Event, State]:
 
 
 TABLE: dict[State, dict[Event, State]] = {
-    # A worker that is told to leave before the gate has promised nothing yet.
+    # A worker that is to leave before it has passed the gate has accepted nothing.
     State.BOOTING: {
         Event.ARRIVED: State.AT_GATE,
         Event.TERM: State.SIGNALLED_IN_BOOT,
@@ -121,7 +121,7 @@ TABLE: dict[State, dict[Event, State]] = {
         Event.LOOP_OVER: State.FINISHING,
         **ENDS,
     },
-    # A worker that was told to leave while it booted arrives at the gate in one of these.
+    # A worker that leaves without an order while it boots arrives at the gate in one of these.
     State.WINDING_DOWN: {
         **_all((*SIGTERM, Event.QUEUES_EMPTY, Event.ARRIVED), State.WINDING_DOWN),
         Event.WOUND_DOWN: State.ENDING_LOOP,
@@ -134,7 +134,7 @@ TABLE: dict[State, dict[Event, State]] = {
         **ENDS,
     },
     State.FINISHING: {**_all((*SIGTERM, Event.QUEUES_EMPTY), State.FINISHING), **ENDS},
-    # These raise SystemExit, which code of the app may catch: the worker then goes on as far as it comes.
+    # The handlers raise SystemExit, which code of the app may catch. The worker then runs on until its loop ends.
     State.QUITTING: {**_all(Event, State.QUITTING), **ENDS},
     State.ABORTING: {**_all(Event, State.ABORTING), **ENDS},
     State.EXITED: _all((*SIGTERM, Event.QUEUES_EMPTY, *ENDS), State.EXITED),
@@ -143,7 +143,7 @@ TABLE: dict[State, dict[Event, State]] = {
 #: It waits for its master's order.
 SIGNALLED = frozenset({State.SIGNALLED_IN_BOOT, State.SIGNALLED})
 
-#: In these a SIGTERM may be an order; in the others there is nothing left to decide.
+#: In these a SIGTERM may be an order; in the others nothing is left to be decided.
 OBEYS_ORDERS = frozenset({State.BOOTING, State.AT_GATE, State.SERVING}) | SIGNALLED
 
 #: It accepts nothing more and is bound by the deadline.

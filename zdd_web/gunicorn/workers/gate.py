@@ -1,10 +1,10 @@
 """The gate: a worker accepts nothing until its generation may serve.
 
-A pipe of the master. Its workers wait until the reading end is readable; the master opens the gate by
-writing a byte, which no worker reads, and closing the writing end: it stands open for every later worker, at once. A
-worker that reads the byte all the same does not shut it, since the end of a pipe cannot be taken away; a child of a
-preloaded app that keeps the writing end does not either. The master's death ends the pipe too: the phase on the board
-tells which of the two it was.
+It is a pipe of the master. Its workers wait until the reading end is readable. The master opens the gate by writing a
+byte, which no worker reads, and by closing the writing end, so the gate stays open for every later worker. Either of
+the two is enough: a worker that reads the byte by mistake does not close the gate, and neither does a child of a
+preloaded app that holds the writing end. The master's death ends the pipe too; the phase on the board shows which of
+the two happened.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Gate:
             self.keep_reader()
 
     def keep_reader(self) -> None:
-        """Close the writing end, in a worker: it may not keep the gate closed."""
+        """Close the writing end, also in a worker, which must not keep the gate closed."""
         if self._writer >= 0:
             os.close(self._writer)
             self._writer = -1
@@ -56,10 +56,10 @@ class Gate:
                 return
 
     def fileno(self) -> int:
-        """Return what becomes readable when the wait is over, for those who wait in a loop."""
+        """Return what becomes readable when the wait is over, for a worker that waits in an event loop."""
         return self._reader
 
     def look(self, board: Board) -> None:
-        """Tell which end the wait had: ends the worker when the master is gone."""
+        """Look why the wait has ended; ends the worker if its master is gone."""
         if board.header.phase == Phase.BOOTING:
             sys.exit(0)

@@ -1,8 +1,8 @@
 """Late arrivals: requests that come after a stop has begun, from a load balancer that does not know of it yet.
 
 Only new connections show what a load balancer does. A connection that was open before the stop brings one more request,
-whose reply closes it, however late in the lame duck that is: nothing follows from it. Workers count on their slots,
-`remedy()` decides what the stop's last line recommends.
+whose reply closes it: how late in the lame duck that is means nothing. Workers count on their slots, and `remedy()`
+decides what the stop's last line recommends.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from zdd_web.board import Slot
 
-#: New connections in the last part of a lame duck mean that others came after it. Load balancers take five seconds at
-#: least: a shorter lame duck does not tell a slow one from one that ignores probes.
+#: New connections in the last part of a lame duck mean that others came after it. Load balancers need at least five
+#: seconds: a shorter lame duck cannot distinguish a slow one from one that ignores probes.
 LATE_FRACTION, LEAST_DELAY = 0.8, 5
 
-#: A rate cannot be told from fewer new connections.
+#: Fewer new connections do not show a rate.
 RATE_FROM = 8
 
 QUARTERS = 4
@@ -43,7 +43,7 @@ class LateCounter:
             if is_new:
                 slot.count_late_quarter(quarter(by_ns / 1e9, self._drain_delay))
                 slot.late_new_by = max(slot.late_new_by, by_ns)
-            # A new connection names the load balancer that is to be told; others only if there is none.
+            # A new connection comes from the load balancer that must be changed. Others count only if there is none.
             if is_new or not slot.late_new_by:
                 slot.late_peer = sender(request.peer_addr, _forwarded_for(request.headers), self._trusted)
 
@@ -58,7 +58,7 @@ def quarter(by: float, drain_delay: float) -> int:
 
 
 def sender(peer: Any, forwarded_for: str, trusted: Sequence[str]) -> str:
-    """Return who has sent a request: the peer or, where gunicorn trusts that, the last address that it was sent from.
+    """Return the sender of a request: the peer or, where gunicorn trusts that, the last address that it was sent from.
 
     `trusted` is gunicorn's `forwarded_allow_ips`. "*" trusts every peer, but no address that a header names: a client
     can send such a header itself. Peers on Unix sockets are always trusted, as in gunicorn.
@@ -157,7 +157,7 @@ class LateArrivals:
         return sum(self.quarters)
 
     def add(self, gone: LateCounts) -> None:
-        """Count in those of a worker that has ended."""
+        """Add those of a worker that has ended."""
         self.count += gone.late
         # Of the last new connection; of the last one at all where none was new.
         if (gone.late_new_by, gone.late_by) > (self.new_by, 0.0 if gone.late_new_by else self.by):

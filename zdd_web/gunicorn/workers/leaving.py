@@ -1,4 +1,4 @@
-"""What an adapter gives for a worker that leaves: the steps between the order and the end of the loop."""
+"""What a worker does between the order to leave and the end of its loop, where its class needs such steps."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""What a worker reads of its master's orders on the board, at each turn of its loop.
+"""The master's orders, which a worker reads from the board at each turn of its loop.
 
-SIGTERM only makes a worker look sooner. The order itself is the word `retire` in the slot, and an app that has put a
-handler of its own in the place of the worker's, or ignores the signal, leaves no later than any other.
+The order is `retire` in the slot. SIGTERM only makes a worker look sooner, so the worker of an app that has replaced
+the SIGTERM handler, or ignores the signal, leaves no later than any other.
 
-Only `retire` is followed, and not the phase: the master writes it to every worker's slot as soon as a phase in which
-workers leave has been entered *and* the listeners' doors are closed. A worker that went by the phase would look for
-waiting connections before that.
+Without a signal only `retire` counts, and not the phase: the master writes `retire` to every slot once it has entered
+a phase in which workers leave *and* has closed the listeners' doors. A worker that followed the phase at each turn
+would look for waiting connections before that. A SIGTERM is different (`exit_states.has_order`): in such a phase it is
+an order by itself. The master sends it after both steps; one that anything else has sent in between makes its receiver
+leave some milliseconds early, which is better than a second of doubt about a stop that is certain.
 """
 
 from __future__ import annotations
@@ -22,20 +24,20 @@ from typing import Any, Protocol
 from zdd_web import log
 from zdd_web.board import Order, Slot
 
-#: How often a worker looks whose loop has nothing else to do, and one that signals do not reach, seconds.
+#: How often a worker that signals do not reach looks for orders while its loop does not turn, seconds.
 LOOK = 1.0
 
 REMEDY = "use zdd_web.on_stop(function) instead; the worker leaves all the same when its master says so"
 
 
 class Once:
-    """Something that one process alone of a generation is to do; made by the master, before it forks."""
+    """Something that only one process of a generation is to do; made by the master, before it forks."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
 
     def take(self) -> bool:
-        """Tell whether nobody has taken it before."""
+        """Take it; tell whether no process had taken it before."""
         if self._fd < 0:
             return True
         try:
@@ -57,7 +59,7 @@ class Ordered(Protocol):
         """Whether the worker's loop has ended."""
 
     def follow_orders(self) -> None:
-        """Do as the board says; called in the worker's loop, at each turn as long as there is an order."""
+        """Follow the order on the board; called in the worker's loop, at each turn while there is an order."""
 
     def watch_deadline(self) -> None:
         """Have what is in hand named at the deadline; called in any thread."""
@@ -75,7 +77,7 @@ class Orders:
         self._reported = False
 
     def are_to_leave(self) -> bool:
-        """Tell whether this worker is to leave: it was told to, or has no master any more."""
+        """Tell whether this worker is to leave: its slot orders it to, or its master is gone."""
         return bool(self._shutdown.slot.retire) or os.getppid() != self._shutdown.worker.ppid
 
     def turn(self, beat: Callable[[], None]) -> Callable[[], None]:
@@ -95,7 +97,7 @@ class Orders:
 
     def _report(self, handler: Any) -> None:
         self._reported = True
-        # A worker in the middle of a request takes no turn, and no signal makes it take one.
+        # A worker in the middle of a request takes no turn, and no signal wakes it.
         with contextlib.suppress(RuntimeError):  # no thread to be had
             threading.Thread(target=self._look, name="zdd_web-orders", daemon=True).start()
         if self._once.take():

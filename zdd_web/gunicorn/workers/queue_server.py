@@ -1,6 +1,6 @@
-"""A server of asyncio's kind that accepts from queues (listeners/queues.py), in any event loop.
+"""A server like asyncio's that accepts from `Queues` (listeners/reuseport/queues.py), in any event loop.
 
-`loop.create_server()` is no way: uvloop accepts in C, from a real socket.
+`loop.create_server()` cannot do that: uvloop accepts in C, from a real socket.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from zdd_web.listeners.reuseport.queues import Queues
 
-#: In one turn of the loop: other workers are to have their share of a burst, and of what follows the loop sees at once.
+#: Connections in one turn of the loop: the other workers are to have their share of a burst. The loop comes back at
+#: once for the rest.
 AT_ONCE = 4
 
 #: As in asyncio (selector_events.py): how long no more are accepted when there are no descriptors left, seconds.
@@ -24,7 +25,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class QueuesServer:
-    """Makes a connection's protocol with `factory` for everybody whom it accepts; `options` are those of TLS."""
+    """Accepts connections and makes the protocol of each with `factory`; `options` are those of TLS."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], queues: Queues, **options: Any):
         """Accept from now on."""
@@ -76,4 +77,4 @@ class QueuesServer:
             self._queues.close()
 
     async def wait_closed(self) -> None:
-        """See `asyncio.Server`; of the connections nobody is waited for."""
+        """See `asyncio.Server`. Does not wait for connections."""

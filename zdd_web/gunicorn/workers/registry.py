@@ -1,7 +1,7 @@
-"""What differs from one worker class to the next: a file for each family of them.
+"""The worker classes that are supported, and the adapter of each.
 
-`WorkerRuntime` (worker.py) asks its family wherever classes part ways: how a worker waits at the gate, how it stops
-accepting, how its loop is ended and what it waits for before.
+Whatever differs between worker classes is in their adapters: how a worker waits at the gate, how it stops accepting,
+how its loop is ended, and what it waits for before that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 
 def adapter_for(runtime: AdaptedWorker) -> WorkerAdapter:
-    """Make the family of a worker, in the worker's process: what its class needs is imported there already."""
+    """Make the adapter of a worker, in the worker's process, which has imported what its class needs."""
     name = runtime.worker.family
     if name == "gevent":
         from zdd_web.gunicorn.workers.gevent_adapter import GeventAdapter

@@ -1,7 +1,7 @@
-"""The worker's runtime: its slot, its boot, the gate, its loop, and the parties that see to its end.
+"""The worker's runtime: its slot, its boot, the gate, its loop, and the parts that end it.
 
-Everything is hung on the worker object between the fork and `init_process()`, which looks the methods up by name when
-it installs its signal handlers and enters its loop.
+The methods of gunicorn's worker are replaced between the fork and `init_process()`, which looks them up by name as it
+installs its signal handlers and enters its loop.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class WorkerRuntime:
         self.shutdown = WorkerShutdown(
             worker, self.process, listeners, self._machine, self.adapter, self.after_loop, self.kept.is_exchange_empty
         )
-        #: Calls `worker_exit`, where a worker ends from within a signal handler.
+        #: Calls `worker_exit`, for a worker that ends within a signal handler.
         self.run_exit_hook: Callable[[], None] = self.after_loop.exit
 
     @property
@@ -76,7 +76,7 @@ class WorkerRuntime:
         return self.process.settings
 
     def enter(self, once: Once) -> None:
-        """Take the slot and hang everything on the worker; called right after the fork."""
+        """Take the slot and replace the methods of gunicorn's worker; called right after the fork."""
         self.slot.start = proc.start_time(os.getpid())
         self.slot.pid = self.pid
         worker, shutdown = self.worker, self.shutdown
@@ -94,11 +94,11 @@ class WorkerRuntime:
     # -- boot
 
     def load(self) -> None:
-        """Load the app; a worker that hangs here must not outlive its master, which it cannot notice."""
-        # After set_owner_process(), which makes the kernel forget the wish.
+        """Load the app. A worker that hangs here cannot notice that its master died, so the kernel kills it then."""
+        # After set_owner_process(): the kernel drops the setting as the user changes.
         if not proc.die_with_parent(signal.SIGKILL, self.worker.ppid):
             os._exit(0)
-        # To the master they mean something; a worker whom a signal to all of gunicorn reaches would die of them.
+        # They are for the master. A worker would die of one that is sent to all processes of gunicorn.
         app_forks.ignore(signal.SIGHUP, signal.SIGUSR2)
         if log_files.were_renamed():
             # SIGUSR1 came before this process had its handler.
@@ -111,7 +111,7 @@ class WorkerRuntime:
 
     @contextlib.contextmanager
     def boot_step(self) -> Iterator[Callable[[str], None]]:
-        """Have what a step of the boot raises stand on the board and in the log, for the operator of an upgrade."""
+        """Report what a step of the boot raises, on the board and in the log, for the operator of an upgrade."""
         try:
             yield self.boot.step
         except BaseException as error:
@@ -146,7 +146,7 @@ class WorkerRuntime:
         log.emit("boot.failed", logging.ERROR, pid=os.getpid(), error=self.slot.error)
 
     def stand_at_gate(self) -> None:
-        """Warm up and wait for the gate, where the worker class does so; called after the app was loaded."""
+        """Warm up and wait for the gate, as soon as the worker class can; called after the app was loaded."""
         with self.boot_step():
             checks.load(settings_sources.apply_app_settings(self.settings).checks)
         if not self.settings.log_probes:
@@ -155,7 +155,7 @@ class WorkerRuntime:
         self.adapter.stand_at_gate()
 
     def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
-        """Wait until the app's own checks pass; meanwhile the board says which one does not.
+        """Wait until the app's own checks pass; meanwhile the board shows which one does not.
 
         `loop` is the event loop in which async checks are to run.
         """
@@ -173,13 +173,13 @@ class WorkerRuntime:
     # -- the gate
 
     def wait_at_gate(self, interval: float) -> None:
-        """Say that this worker is ready, wait for the gate with a heartbeat each `interval` seconds, and pass it."""
+        """Mark this worker as ready, wait for the gate with a heartbeat each `interval` seconds, and pass it."""
         self.arrive_at_gate()
         self.gate.wait(self.board, self.shutdown.turn, interval)
         self.pass_gate()
 
     def arrive_at_gate(self) -> int:
-        """Say that this worker is ready, unless it is not wanted any more; return the descriptor to wait for."""
+        """Mark this worker as ready and return the descriptor to wait for. Ends one that is to leave already."""
         self.shutdown.move(Event.ARRIVED)
         self.boot.over()
         if self._machine.state is not State.AT_GATE or not self.worker.alive or self.slot.retire:
@@ -188,7 +188,7 @@ class WorkerRuntime:
         return self.gate.fileno()
 
     def pass_gate(self) -> None:
-        """Say that this worker serves, now that the gate is open. Ends it where the master is gone instead."""
+        """Mark this worker as serving, now that the gate is open. Ends it if the master is gone instead."""
         self.gate.look(self.board)
         self.shutdown.move(Event.GATE_OPENED)
         if self.boot_log is not None:
@@ -198,30 +198,30 @@ class WorkerRuntime:
         self.process.set_state(WorkerState.SERVING)
         if self._checks is not None:
             self._checks.start()
-        # From here on requests may be in hand: the master's death means "finish and go".
+        # From here on it may have requests in hand, which it finishes when its master dies.
         if not proc.die_with_parent(signal.SIGTERM, self.worker.ppid):
             self.shutdown.handle_exit(signal.SIGTERM, None)
 
     # -- the loop, and after it
 
     def notify(self) -> None:
-        """Take a turn: beat, follow orders, and go on with the way out."""
+        """Take a turn: send the heartbeat, follow orders, and go on with the shutdown."""
         self.shutdown.notify()
 
     @property
     def is_finishing(self) -> bool:
-        """Whether the next turn may bring this worker further on its way out."""
+        """Whether the next turn may bring the shutdown forward."""
         return self.shutdown.is_finishing
 
     def accepts_no_more(self) -> None:
-        """Say on the board that nothing more is accepted, and close the listeners."""
+        """Mark this worker as leaving on the board, and close its listeners."""
         self.shutdown.accepts_no_more()
 
     def run(self) -> None:
         """The worker's loop, then the wait for background work.
 
         Not in `worker_exit`: the heartbeat's file is closed by then (test_heartbeat_is_closed_before_worker_exit), and
-        gunicorn would kill us.
+        gunicorn would kill it.
         """
         self.adapter.run(self._run)
         if os.getpid() != self.pid:
@@ -233,9 +233,9 @@ class WorkerRuntime:
             sys.exit(STATUS[self._machine.state])
         self.process.going = True
         self.shutdown.accepts_no_more()
-        # The roster repeats it each second.
+        # The master repeats it each second.
         app_forks.ignore(signal.SIGTERM)
         watch.end()
-        # Where the loop has ended by itself, because the master is gone.
+        # Not called yet if the loop has ended by itself, because the master is gone.
         waitgroup.run_stop_hooks()
         self.after_loop.finish()

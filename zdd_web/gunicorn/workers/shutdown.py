@@ -1,14 +1,15 @@
 """How a worker's loop comes to its end: signals, orders, waiting connections, and the deadline.
 
-SIGTERM and where it comes from: the master writes `retire` into the slot first, so a worker that finds it obeys at
-once, as it does once its generation drains or retires, or when its master is gone. Any other SIGTERM was sent to the
-whole group (systemd's KillMode=control-group) or by a person: the worker waits a second for its master's order, then
-leaves alone if the service is still serving.
+Not every SIGTERM is an order. The master writes `retire` into the slot before it sends one, so a worker that finds
+`retire` set leaves at once, as it does when its generation drains or retires and when its master is gone. Any other
+SIGTERM was sent to a whole group of processes (systemd's KillMode=control-group) or by a person: the worker waits a
+second for the order, and without one leaves alone, unless the generation is in its lame duck.
 
-`exit_states` says what follows what; here is what is done in each state, once, as it is entered. That is done by the
-signal handler itself: a sync worker in the middle of a request has no turn of its loop before the request is over, and
-its listeners are to be closed and `on_stop` called before that. gevent runs the handlers in greenlets, asyncio in
-callbacks of its loop. A handler that interrupts an entry leaves the rest to what it has interrupted.
+`exit_states` decides what follows what. Here is what is done as a state is entered, once for each state. The signal
+handler does it itself: the loop of a sync worker takes no turn before its request is finished, but its listeners must
+be closed and `on_stop` called at once. gevent runs the handlers in greenlets, asyncio in callbacks of its loop. A
+handler that interrupts the actions of a state makes its transition, and leaves the actions that follow from it to the
+code that it has interrupted.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from zdd_web.listeners import accept_queue
 from zdd_web.process import Process
 from zdd_web.system import clock
 
-#: How long a closed door waits for handshakes that were under way, seconds: a long round trip.
+#: How long handshakes may take that were under way as the door was closed, seconds: a long round trip.
 SETTLE = 0.25
 
 #: Where the door cannot be closed the queue may never be found empty under load, seconds.
@@ -56,7 +57,7 @@ CALLS_STOP_HOOKS = (State.EMPTYING, State.WINDING_DOWN)
 
 
 class WorkerShutdown:
-    """Ends the loop of one worker; `listeners` has the index on the board of each, by descriptor."""
+    """Ends the loop of one worker. `listeners` maps each descriptor to the index of the listener on the board."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class WorkerShutdown:
         self._is_exchange_empty = is_exchange_empty
         #: The heartbeat of a worker that serves.
         self.turn: Callable[[], None] = adapter.beat
-        #: The state whose entry has been seen to.
+        #: The state whose actions were begun last.
         self._entered = machine.state
         self._entering = threading.Lock()
         self._signalled_at: float | None = None
@@ -95,10 +96,10 @@ class WorkerShutdown:
     # -- states
 
     def move(self, event: Event) -> None:
-        """Make a transition and do what belongs to the new state. Raises `LifecycleError` for an unknown event."""
+        """Make a transition and run the actions of the new state. Raises `LifecycleError` for an unknown event."""
         self._machine.move(event)
         calls_hooks = False
-        # Once more after the release: a handler in between has left its transition to this call.
+        # Checked again after the release: a handler that ran in between could not take the lock.
         while self._entered is not self._machine.state and self._entering.acquire(blocking=False):
             try:
                 while self._entered is not (state := self._machine.state):
@@ -109,7 +110,7 @@ class WorkerShutdown:
             finally:
                 self._entering.release()
         if calls_hooks:
-            # Last: the app's hooks may take their time, and a second SIGTERM is to be obeyed meanwhile.
+            # Without the lock: the app's hooks may take long, and a second SIGTERM is to be obeyed meanwhile.
             self._adapter.call_stop_hooks()
 
     @property
@@ -132,15 +133,15 @@ class WorkerShutdown:
         if state is State.EXITED:
             self._exit_before_serving(before)
         elif state is State.EMPTYING and before is State.EMPTYING:
-            # A worker that has lost the last connection to another one sleeps.
+            # It sleeps if another worker has accepted the last connection.
             self._adapter.wake()
         elif self._machine.has_left:
-            # A stop that came after this worker was told to leave has brought a deadline.
+            # A stop that began after the order to leave has brought a deadline.
             self.watch_deadline()
 
     def _meaning_of_sigterm(self, state: State) -> Event:
         if state is State.EMPTYING:
-            # Sent again, to a sync worker in the middle of a request: it holds a queue in which nothing waits.
+            # A repeated signal: a sync worker in the middle of a request holds a queue in which nothing waits.
             return Event.QUEUES_EMPTY if self._queues_are_empty() else Event.TERM
         if state not in OBEYS_ORDERS:
             return Event.TERM
@@ -162,12 +163,12 @@ class WorkerShutdown:
     def _exit_before_serving(self, before: State) -> None:
         if before is State.AT_GATE:
             sys.exit(0)
-        if before in OBEYS_ORDERS:
-            # It has promised nothing yet, and may hang.
+        if before in (State.BOOTING, State.SIGNALLED_IN_BOOT):
+            # It has accepted nothing yet, and code of the app may hang.
             os._exit(0)
 
     def follow_orders(self) -> None:
-        """Do as the board says, between two turns of the loop: SIGTERM may not have reached this worker."""
+        """Follow the order on the board, between two turns of the loop: SIGTERM may not have reached this worker."""
         if self._machine.state is not State.EMPTYING:
             self.handle_exit(signal.SIGTERM, None)
 
@@ -199,7 +200,7 @@ class WorkerShutdown:
     # -- turns of the loop
 
     def notify(self) -> None:
-        """Beat, and between two turns of a leaving worker's loop have emptying and winding down come to their end."""
+        """Send the heartbeat, then see whether a leaving worker has emptied its queues or has wound down."""
         self.turn()
         if self._machine.state is State.EMPTYING and self._queues_are_empty():
             self.move(Event.QUEUES_EMPTY)
@@ -249,13 +250,13 @@ class WorkerShutdown:
         self._adapter.end_loop()
 
     def accepts_no_more(self) -> None:
-        """Say so, and close the listeners: connections in a queue that any process holds wait, and are not refused."""
+        """Mark this worker as leaving, and close its listeners: a queue that any process holds open refuses nothing."""
         self.note_leaving()
         for listener in self.worker.sockets:
             listener.close()
 
     def note_leaving(self) -> None:
-        """Say on the board that this worker accepts nothing more: the master may replace it, an upgrade may be done."""
+        """Mark this worker as leaving on the board: the master may replace it, and an upgrade may be complete."""
         if self.slot.state != WorkerState.LEAVING:
             self._process.set_state(WorkerState.LEAVING)
 
@@ -271,8 +272,8 @@ class WorkerShutdown:
             self._adapter.later(left + 0.02, self._at_the_deadline)
 
     def _at_the_deadline(self) -> None:
-        # In a thread of its own: the loop is still in a request, and what runs beside it is to be named in the log
-        # before the master kills this process.
+        # In a thread: the loop is still in a request, and the background work beside it must be logged before the
+        # master kills this process.
         if self._machine.loop_is_over or os.getpid() != self.pid:
             return
         if not clock.passed(self._after_loop.background_deadline(clock.now_ns())):

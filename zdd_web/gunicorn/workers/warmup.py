@@ -1,6 +1,6 @@
-"""Warm-up: requests that a worker answers to itself before it says that it is ready.
+"""Warm-up: requests that a worker sends to its own app before it is ready.
 
-Django loads its URLconf, templates and database drivers at the first request; without this a user waits for it.
+Django loads its URLconf, templates and database drivers at the first request. Without a warm-up a user waits for that.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def warm_up(
 ) -> None:
     """GET each path from the app in this process, calling `beat()` between them, and `step()` with what is next.
 
-    A path may be written as a URL, for an app that answers to its own host alone (Django's ALLOWED_HOSTS) or redirects
-    http to https. Raises what the app raises, and `UpgradeError` for an answer of 500 or more. An answer below is one
-    that the app chose to give; one of 400 or more has hardly warmed anything, and is logged.
+    A path may be written as a URL, for an app that answers only to its own host (Django's ALLOWED_HOSTS) or redirects
+    http to https. Raises what the app raises, and `UpgradeError` for a status of 500 or more. A status of 400 to 499 is
+    logged: such a reply has hardly warmed anything.
 
     >>> warm_up(lambda environ, start: (start("200 OK", []), [b"warm"])[1], ["/"], lambda: None)
     """
