@@ -26,13 +26,10 @@ class Configured:
 
 def main(file: str, arguments: list[str]) -> None:
     """Load the configuration as gunicorn does, and write the answer. Ends as a start does when that cannot work."""
-    from gunicorn.app.wsgiapp import WSGIApplication
-
     from zdd_web.gunicorn import settings_sources
+    from zdd_web.gunicorn.adapter import config
 
-    sys.argv = ["gunicorn", *arguments]
-    cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
-    assert cfg is not None
+    cfg = config.load(arguments)
     # As gunicorn's run() does, before a master would have Django's settings read.
     sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
     try:

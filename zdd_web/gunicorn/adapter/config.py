@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from gunicorn.config import Config as GunicornsConfig
 from gunicorn.config import make_settings
 
 
@@ -40,6 +42,7 @@ class Config(Protocol):
     pidfile: str | None
     preload_app: bool
     proc_name: str
+    pythonpath: str | None
     reuse_port: bool
     settings: dict[str, Setting]
     timeout: int
@@ -64,6 +67,24 @@ def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
     setting.set(value)
     hook: Callable[..., Any] = setting.get()
     return hook
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Return gunicorn's arguments, parsed, as a namespace. Ends the process when they cannot be."""
+    # A new parser: that of an app reads a configuration file too.
+    parsed, _ = GunicornsConfig().parser().parse_known_args(list(arguments))
+    return parsed
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Load a configuration as `gunicorn ARGUMENTS` does, its file included. Ends the process as a start does."""
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    sys.argv = ["gunicorn", *arguments]
+    cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
+    assert cfg is not None
+    loaded: Config = cfg
+    return loaded
 
 
 def knows(setting: str) -> bool:
