@@ -20,8 +20,6 @@ A child that was forked past Python (by an extension in C) runs none of this. Th
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 import signal
 import threading
@@ -29,12 +27,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zdd_web.gunicorn.adapter.worker import HANDLERS
+from zdd_web.system import memory
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.workers.runtime import WorkerRuntime
-
-#: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
-MAP_FIXED = 0x10
 
 _runtime: WorkerRuntime | None = None
 #: The signals that a thread which forks had blocked before.
@@ -98,7 +94,7 @@ def _leave_the_worker() -> None:
     reset_handlers()
     slot = runtime.slot
     size = slot.words.itemsize
-    write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
+    memory.write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
     runtime.worker.replace("notify", lambda: None)
     close_copies(_inodes)
     runtime.adapter.in_a_child_of_the_app()
@@ -117,26 +113,6 @@ def reset_handlers() -> None:
         signal.signal(sig, signal.SIG_DFL)
     # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.
     signal.set_wakeup_fd(-1)
-
-
-def write_to_a_copy(memory: memoryview, start: int, size: int) -> None:
-    """Have what this process writes to a range of shared memory go to private pages from now on.
-
-    The addresses stay, because closures that run on every request hold the memory itself.
-    """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + start
-    first = address - address % mmap.PAGESIZE
-    length = -(-(address + size - first) // mmap.PAGESIZE) * mmap.PAGESIZE
-    content = ctypes.string_at(first, length)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    )  # fmt: skip
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    if libc.mmap(first, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != first:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    ctypes.memmove(first, content, length)
 
 
 def close_copies(inodes: Mapping[int, int]) -> None:
