@@ -3,7 +3,7 @@
     arbiter, worker         one typed façade for each of gunicorn's two objects, which is all that the other parts know
     patches                 the table of all that is replaced or written, checked at start
     config, versions, exits its configuration, its releases and worker classes, its exit statuses and exceptions
-    sockets, control_socket, signal_queue, logger_class, check_config    one concept each
+    sockets, control_socket, signal_queue, ownership, logger_class, check_config    one concept each
     sync, gthread, gevent, asgi, uvicorn    what one worker class needs; closing, silent and heads serve several
     boundary                what of ours runs in gunicorn's loop does not raise there
 

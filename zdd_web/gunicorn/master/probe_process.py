@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zdd_web import log
 from zdd_web.board import LAYOUT, Board, WorkerState
 from zdd_web.errors import ListenerError, SettingsError
-from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, change_user, set_process_title
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.ownership import change_user, set_process_title
 from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.master.roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
