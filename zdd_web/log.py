@@ -138,7 +138,7 @@ def one_line(text: str) -> str:
     >>> print(one_line("RuntimeError: bad\n[1] event=phase.serving"))
     RuntimeError: bad\n[1] event\u003dphase.serving
     """
-    return _disarmed(escaping.printable(masking.urls(text), keep=""))
+    return _disarmed(masking.printable(text, keep=""))
 
 
 _generation = 0
@@ -277,7 +277,7 @@ def leave_a_message(path: str, text: str) -> None:
     """
     # Not created: elsewhere than in a pod it would be a stray file. Nor waited for, if it is a pipe.
     with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK), "wb") as file:
-        file.write(escaping.printable(masking.urls(text)).encode()[:MESSAGE_BYTES])
+        file.write(masking.printable(text).encode()[:MESSAGE_BYTES])
 
 
 def _exc_info(exc_info: bool | BaseException) -> Any:

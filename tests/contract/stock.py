@@ -12,6 +12,7 @@ from typing import Any
 from gunicorn import arbiter as module
 from gunicorn.app.base import Application, BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.config import Config
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
@@ -106,6 +107,23 @@ def exits(*statuses: tuple[int, int]) -> Os:
     return Os(waitpid=waitpid)
 
 
+LOG = SimpleNamespace(**dict.fromkeys(("debug", "info", "error", "warning", "exception"), lambda *arguments: None))
+
+#: They are closed at the end of a test.
+made_workers: list[Any] = []
+
+
+def a_stock_worker(kind: type, **settings: Any) -> Any:
+    """Make a worker of a class, without its process."""
+    cfg = Config()
+    for name, value in settings.items():
+        cfg.set(name, value)
+    made = kind(1, os.getppid(), [], SimpleNamespace(wsgi=lambda: None), 5.0, cfg, LOG)
+    made.notify = lambda: None
+    made_workers.append(made)
+    return made
+
+
 def in_order(function: Any, *fragments: str) -> bool:
     """Tell whether a function's source has these in this order: for what only a whole server would show."""
     source, at = textwrap.dedent(inspect.getsource(function)), 0
@@ -117,4 +135,7 @@ def in_order(function: Any, *fragments: str) -> bool:
     return True
 
 
-__all__ = ["App", "Arbiter", "Calls", "Checked", "Os", "a_worker", "an_arbiter", "app", "exits", "in_order", "module"]
+__all__ = [
+    "App", "Arbiter", "Calls", "Checked", "Os", "a_stock_worker", "a_worker", "an_arbiter", "app", "exits", "in_order",
+    "made_workers", "module",
+]  # fmt: skip

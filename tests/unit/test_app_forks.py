@@ -15,6 +15,7 @@ from zdd_web.board import Board
 from zdd_web.board.record import WORD
 from zdd_web.gunicorn.adapter.worker import HANDLERS, WorkerFacade
 from zdd_web.gunicorn.workers import app_forks
+from zdd_web.system.memory import write_to_a_copy
 
 
 def test_what_a_child_writes_to_its_workers_slot_is_its_own_and_the_header_is_not() -> None:
@@ -25,7 +26,7 @@ def test_what_a_child_writes_to_its_workers_slot_is_its_own_and_the_header_is_no
     go, say = os.pipe()
 
     def child() -> list[object]:
-        app_forks.write_to_a_copy(slot.memory, slot.base * WORD, slot.WORDS * WORD)
+        write_to_a_copy(slot.memory, slot.base * WORD, slot.WORDS * WORD)
         # As the closures do that count requests.
         words[at] += 1
         slot.error = "of the child"
@@ -51,7 +52,7 @@ def test_a_copied_range_may_begin_and_end_anywhere_in_a_page() -> None:
 
     def child() -> bool:
         before = bytes(view)
-        app_forks.write_to_a_copy(view, mmap.PAGESIZE - 8, 16)
+        write_to_a_copy(view, mmap.PAGESIZE - 8, 16)
         view[mmap.PAGESIZE - 8 : mmap.PAGESIZE + 8] = bytes(16)
         # It is on a page of its own, and still the parent's.
         view[2 * mmap.PAGESIZE] = 9

@@ -97,5 +97,15 @@ def test_replaced_method_comes_back() -> None:
     assert worker.notify == before
 
 
+def test_value_that_is_gone_is_named() -> None:
+    arbiter = Arbiter.__new__(Arbiter)
+    vars(arbiter).update(dict.fromkeys(("pidfile", "systemd", "reexec_pid", "master_pid", "log", "SIG_QUEUE"), 0))
+    arbiter._num_workers = 2
+    patches.check_values(arbiter)
+    del arbiter.reexec_pid
+    with pytest.raises(SettingsError, match=r"27\.9 has no Arbiter\.reexec_pid, which zdd_web writes \("):
+        patches.check_values(arbiter, version="27.9")
+
+
 def test_versions_are_compared_by_number() -> None:
     assert numbers("9.1") < numbers("23.0.0") < numbers("27.0.1") < numbers("28")

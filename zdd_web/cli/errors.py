@@ -9,7 +9,7 @@ from typing import IO, Any
 import click
 
 from zdd_web.cli import screen
-from zdd_web.system import escaping, masking
+from zdd_web.system import masking
 
 
 class CannotHelp(click.ClickException):
@@ -19,7 +19,7 @@ class CannotHelp(click.ClickException):
 
     def format_message(self) -> str:
         """Return the message, safe for a terminal."""
-        return escaping.printable(masking.urls(super().format_message()))
+        return masking.printable(super().format_message())
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message; where that is impossible, the exit status still tells."""

@@ -14,18 +14,18 @@ import click
 
 from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
-from zdd_web.system import escaping, masking
+from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
 
 
 def safe(text: object) -> str:
     """Return what came from a service as it may be printed, on lines of its own."""
-    return escaping.printable(masking.urls(str(text)))
+    return masking.printable(str(text))
 
 
 def cell(text: object) -> str:
     """Return what came from a service as it may be printed on one line."""
-    return escaping.printable(masking.urls(str(text)), keep="")
+    return masking.printable(str(text), keep="")
 
 
 def say(text: str = "", *, err: bool = False) -> None:

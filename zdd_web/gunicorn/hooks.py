@@ -30,7 +30,7 @@ from zdd_web.gunicorn.upgrade import takeover
 from zdd_web.gunicorn.workers import boot_watch
 from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 from zdd_web.settings import Settings
-from zdd_web.system import escaping, masking, stdio
+from zdd_web.system import masking, stdio
 
 MARK = "__zdd_web__"
 
@@ -91,7 +91,7 @@ def fail(error: ZddError, server: ArbiterFacade | None = None) -> NoReturn:
         logged = server.cfg.errorlog == "-" and logger_class.is_standard(server.log)
     if not logged:
         # Not by SystemExit(text): Python's own attempt to print it may make the exit status another.
-        stdio.print_error(escaping.printable(masking.urls(f"zdd_web: {error}")))
+        stdio.print_error(masking.printable(f"zdd_web: {error}"))
     stdio.flush_streams()
     raise SystemExit(1)
 
@@ -209,6 +209,7 @@ def on_starting(server: Any) -> None:
         fail(server_error, ArbiterFacade(server))
     predecessor_link = state.master.predecessor_link
     try:
+        patches.check_values(server)
         if predecessor_link is not None:
             predecessor_link.speak()
         hook = _user_hook("on_starting")

@@ -1,7 +1,8 @@
 """The pid file, replaced in one step.
 
-gunicorn's own unlinks before it creates (pidfile.py:49): a reader in between finds no service. This one writes beside
-it and renames, and can be prepared while a full disk is still no harm. It has the names that gunicorn's loop calls.
+gunicorn's own unlinks before it creates (test_pid_file_is_renamed_by_removing_it_first): a reader in between finds no
+service. This one writes beside it and renames, and can be prepared while a full disk is still no harm. It has the names
+that gunicorn's loop calls.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ class PidFile:
     def remove_if_stale(self) -> bool:
         """Remove a file that names a process which cannot have written it: a zombie, or a pid that was reused since.
 
-        gunicorn asks only whether the pid exists (pidfile.py:63), and refuses to start (#3383). The file's time proves
-        nothing: a step of the wall clock moves it to before the start of a service that runs.
+        gunicorn asks only whether the pid exists (test_pid_file_of_any_process_that_exists_stops_a_start), and refuses
+        to start (#3383). The file's time proves nothing: a step of the wall clock moves it to before the start of a
+        service that runs.
         """
         pid = self.read()
         if not pid or not self._is_stale(pid):

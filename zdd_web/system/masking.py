@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from zdd_web.system import escaping
+
 MASK = "***"
 
 #: A whole part of a name, as in SECRET_KEY, db-pass and MYSQL_PWD: PWD alone is the working directory.
@@ -22,6 +24,15 @@ _OPTION = re.compile(r"--?[A-Za-z][\w-]*\Z")
 #: What is between `://` and the host. The second form is a password in which `/`, `?` or `#` was not escaped; a port
 #: is not taken for one.
 _USERINFO = re.compile(r"://(?:[^\s/?#'\"]*@|[^\s/?#:@'\"]*:(?!\d+[/?#])[^\s'\"]*@)")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""Return a text as it may be shown: what `urls()` masks is masked, what `escaping.printable()` escapes is escaped.
+
+    >>> print(printable("postgres://shop:hunter2@db\x07"))
+    postgres://***@db\x07
+    """
+    return escaping.printable(urls(text), keep)
 
 
 def urls(text: str) -> str:

@@ -23,8 +23,8 @@ import os
 F_ADD_SEALS = 1033
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 
+#: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
 _MAP_FIXED = 0x10
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def create(name: str, size: int) -> tuple[int, mmap.mmap]:
@@ -56,12 +56,36 @@ def make_read_only(address: int, offset: int, length: int, fd: int) -> None:
 
     `fd` is the memfd; all three numbers are multiples of the page size. Raises OSError.
     """
-    if not length:
-        return
+    if length:
+        try:
+            _map_again(address + offset, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+        except OSError as error:
+            raise OSError(error.errno, f"shared memory cannot be made read-only: {error.strerror}") from None
+
+
+def write_to_a_copy(memory: memoryview, start: int, size: int) -> None:
+    """Have what this process writes to a range of shared memory go to private pages from now on. Raises OSError.
+
+    The addresses stay, because closures that run on every request hold the memory itself.
+
+    >>> with mmap.mmap(-1, mmap.PAGESIZE) as shared:
+    ...     view = memoryview(shared)
+    ...     write_to_a_copy(view, 0, 8)
+    ...     view[0] = 7  # no other process sees it
+    ...     view.release()
+    """
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + start
+    first = address - address % mmap.PAGESIZE
+    length = -(-(address + size - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+    content = ctypes.string_at(first, length)
+    _map_again(first, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    ctypes.memmove(first, content, length)
+
+
+def _map_again(address: int, length: int, protection: int, flags: int, fd: int, offset: int) -> None:
+    """Put other pages in the place of those at an address; all of it is a multiple of the page size."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    flags = mmap.MAP_SHARED | _MAP_FIXED
-    if libc.mmap(address + offset, length, mmap.PROT_READ, flags, fd, offset) == _MAP_FAILED:
-        error = ctypes.get_errno()
-        raise OSError(error, f"shared memory cannot be made read-only: {os.strerror(error)}")
+    if libc.mmap(address, length, protection, flags | _MAP_FIXED, fd, offset) != address:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

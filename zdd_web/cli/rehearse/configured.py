@@ -28,14 +28,10 @@ class Configured:
 
 def main(file: str, arguments: list[str]) -> None:
     """Load the configuration as gunicorn does, and write the answer. Ends as a start does when that cannot work."""
-    from gunicorn.app.wsgiapp import WSGIApplication
-
     from zdd_web.gunicorn import settings_sources
+    from zdd_web.gunicorn.adapter import config
 
-    sys.argv = ["gunicorn", *arguments]
-    app = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn")
-    cfg = app.cfg
-    assert cfg is not None
+    cfg, app = config.load(arguments)
     # As gunicorn's run() does, before a master would have Django's settings read.
     sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
     try:
@@ -47,7 +43,7 @@ def main(file: str, arguments: list[str]) -> None:
         dict(settings.systemd_names),
         settings.has_probe_port,
         bool(settings.probe_bind),
-        (getattr(app, "app_uri", None) or "").partition(":")[0],
+        app.partition(":")[0],
     )
     with open(file, "w") as out:
         json.dump(vars(answer), out)

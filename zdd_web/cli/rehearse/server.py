@@ -113,10 +113,10 @@ def configuration_of(target: str) -> str:
 
 def refuse_own(arguments: Sequence[str], source: str) -> None:
     """Raise `RehearsalError` for gunicorn arguments that the rehearsal must decide itself."""
-    from gunicorn.config import Config
+    from zdd_web.gunicorn.adapter import config
 
     try:
-        parsed, _ = Config().parser().parse_known_args(list(arguments))
+        parsed = config.parse(arguments)
     except SystemExit:
         raise RehearsalError(f"{source}: gunicorn does not accept {shlex.join(masking.command(arguments))}") from None
     for name in OWN:
@@ -353,6 +353,6 @@ class Server:
 
 
 def _knows(setting: str) -> bool:
-    from gunicorn.config import make_settings
+    from zdd_web.gunicorn.adapter import config
 
-    return setting in make_settings()
+    return config.knows(setting)

@@ -1,5 +1,11 @@
-"""What changes gunicorn's own classes in a worker: a module for each of them.
+"""The contract with gunicorn: this package alone imports it, and writes attributes of its objects.
 
-Each replaces methods of one worker object, or of a class in one worker's process, and says which lines of gunicorn make
-that necessary. Line references are to 27.0.1.
+    arbiter, worker         one typed façade for each of gunicorn's two objects, which is all that the other parts know
+    patches                 the table of all that is replaced or written, checked at start
+    config, versions, exits its configuration, its releases and worker classes, its exit statuses and exceptions
+    sockets, control_socket, signal_queue, ownership, logger_class, check_config    one concept each
+    sync, gthread, gevent, asgi, uvicorn    what one worker class needs; closing, silent and heads serve several
+    boundary                what of ours runs in gunicorn's loop does not raise there
+
+What is relied on beside the table has a test each in tests/contract, which comments name.
 """

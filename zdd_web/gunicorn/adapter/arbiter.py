@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
-from gunicorn import arbiter, systemd, util
+from gunicorn import arbiter, systemd
 
 from zdd_web.gunicorn.adapter import control_socket, logger_class, signal_queue
 from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.adapter.ownership import set_process_title
 from zdd_web.gunicorn.adapter.patches import replace, restore, write
 from zdd_web.system import pauses
 
@@ -346,16 +347,6 @@ class ArbiterFacade:
         set_process_title(f"master [{self.raw.proc_name}]")
 
 
-def set_process_title(title: str) -> None:
-    """Have `ps` show a process as gunicorn's, where setproctitle is installed."""
-    util._setproctitle(title)
-
-
-def change_user(cfg: Config) -> None:
-    """Have this process run as the user and group of its workers."""
-    util.set_owner_process(cfg.uid, cfg.gid, initgroups=cfg.initgroups)
-
-
 def tell_exits(tell: Callable[[int, int], None]) -> None:
     """Have `tell(pid, status)` called for each child that gunicorn reaps, before it forgets the status.
 
@@ -398,9 +389,3 @@ def discount_pauses(worker: Any) -> None:
     """
     last_update = worker.tmp.last_update
     replace(worker.tmp, "last_update", lambda: time.monotonic() - pauses.since(int(last_update() * 1e9)))
-
-
-def take_stock_inheritance() -> list[int]:
-    """Take the descriptors that a gunicorn without zdd_web hands to its successor."""
-    text = os.environ.pop("GUNICORN_FD", "")
-    return [int(fd) for fd in text.split(",") if fd]

@@ -1,7 +1,7 @@
 """The boundary around everything of ours that runs in gunicorn's loop.
 
-An exception there ends the service (arbiter.py:281 calls `stop(False)`). So whatever raises in ours is logged and
-refused here; only what gunicorn uses to end its own loop goes through.
+An exception there ends the service (test_any_other_exception_in_the_loop_ends_the_service). So whatever raises in ours
+is logged and refused here; only what gunicorn uses to end its own loop goes through.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def guarded(where: str, function: Callable[P, R]) -> Callable[P, R | None]:
         try:
             return function(*args, **kwargs)
         except StopIteration:
-            raise  # gunicorn's own word for "end the loop" (arbiter.py:318); HaltServer is no Exception
+            # So gunicorn ends its loop: test_sigterm_ends_the_loop_by_stop_iteration. HaltServer is not an Exception.
+            raise
         except Exception:
             now = time.monotonic()
             # A tick comes up to fifty times a second while something is under way.

@@ -1,4 +1,7 @@
-"""gunicorn.app.base.Application: `--check-config`, which loads the app and calls no hook (app/base.py:199)."""
+"""gunicorn.app.base.Application: `--check-config`, which loads the app and calls no hook.
+
+See tests/contract: test_check_config_loads_the_app_and_calls_no_hook.
+"""
 
 from __future__ import annotations
 

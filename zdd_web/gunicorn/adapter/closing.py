@@ -3,7 +3,7 @@
 `close()` on a socket with unread bytes makes the kernel send a reset and drop what it has not sent yet: the rest of
 the reply. So the sending side is closed first, and what arrives is discarded until the client closes too (RFC 9112,
 section 9.6). gunicorn 26 and later do this as well, but wait up to two seconds for each client in the loop that serves
-all others (util.py:291); earlier ones close at once.
+all others (test_graceful_close_waits_for_two_seconds); earlier ones close at once.
 
 All of these connections are registered with one epoll of their own. Its descriptor becomes readable as soon as one of
 them does, so that a worker's loop has a single descriptor more to watch.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from gunicorn.config import Config as GunicornsConfig
 from gunicorn.config import make_settings
 
 
@@ -43,6 +45,7 @@ class Config(Protocol):
     proc_name: str
     #: "off" where it is not in use; False up to 23.
     proxy_protocol: str | bool
+    pythonpath: str | None
     reuse_port: bool
     settings: dict[str, Setting]
     timeout: int
@@ -68,6 +71,28 @@ def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
     setting.set(value)
     hook: Callable[..., Any] = setting.get()
     return hook
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Return gunicorn's arguments, parsed, as a namespace. Ends the process when they cannot be."""
+    # A new parser: that of an app reads a configuration file too.
+    parsed, _ = GunicornsConfig().parser().parse_known_args(list(arguments))
+    return parsed
+
+
+def load(arguments: Sequence[str]) -> tuple[Config, str]:
+    """Load a configuration as `gunicorn ARGUMENTS` does, its file included. Ends the process as a start does.
+
+    Returns it, and the app as it is named there: `module:app`, or "".
+    """
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    sys.argv = ["gunicorn", *arguments]
+    app = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn")
+    cfg = app.cfg
+    assert cfg is not None
+    loaded: Config = cfg
+    return loaded, getattr(app, "app_uri", None) or ""
 
 
 def knows(setting: str) -> bool:

@@ -42,7 +42,8 @@ def adapt(worker: Any, process: Process) -> None:
 def defer_nothing_once_closed(worker: Any) -> None:
     """Have a queue that is closed take no more calls.
 
-    Its pipe's number stays known to it (gthread.py:195), and may be another file's when it is woken once more.
+    Its pipe's number stays known to it (test_queue_of_calls_keeps_the_numbers_of_its_pipe), and may be another file's
+    when it is woken once more.
     """
     queue = getattr(worker, "method_queue", None)
     if queue is None:
@@ -60,7 +61,7 @@ def close_beside_the_loop(worker: Any, process: Process) -> None:
     """Have a connection whose last reply was sent closed beside the worker's loop.
 
     A lame duck's replies are all the last ones, and 26 and later wait in that loop for each client to close
-    (gthread.py:563).
+    (test_gthread_counts_a_connection_out_before_it_closes_it).
     """
     closing = ClosingConnections()
     if hasattr(util, "close_graceful"):
@@ -92,7 +93,8 @@ def _replace_graceful_close(closing: ClosingConnections) -> None:
             util.close(conn.sock)
 
     # Not only close_graceful(): close() makes the socket blocking first, which fails for one that handle_request() has
-    # closed (gthread.py:797), and the connection is then counted out twice (gthread.py:565).
+    # closed (test_gthread_closes_a_connection_whose_reply_has_failed_in_its_thread), and the connection is then counted
+    # out twice (test_gthread_counts_a_connection_out_before_it_closes_it).
     replace(_Connection, "close", close)
     replace(util, "close_graceful", lambda sock, *_, **__: closing.add(sock))
 
@@ -123,9 +125,9 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
 def give_up_silent_connections(worker: Any, process: Process) -> None:
     """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
 
-    From 25 on a new connection holds a thread for five seconds (gthread.py:584), and is then kept for as long as
-    `keepalive`; only those that have had a request are cut short when the worker is to end (gthread.py:467). 23 gives
-    them no thread, and up to its end no limit.
+    From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
+    and is then kept for as long as `keepalive`; only those that have had a request are cut short when the worker is to
+    end (test_gthread_caps_only_kept_connections_when_it_ends). 23 gives them no thread, and up to its end no limit.
     """
     if not hasattr(worker, "murder_pending"):
         return

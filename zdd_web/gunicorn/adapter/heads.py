@@ -13,7 +13,8 @@ from zdd_web.gunicorn.adapter.patches import replace
 
 def note_heads(protocol: Any) -> None:
     """Have connections of gunicorn's `ASGIProtocol` note whether a head was begun; its C parser cannot be asked."""
-    # What is pipelined is fed again by 26 and later, and not received again (protocol.py:1445).
+    # What is pipelined is fed again by 26 and later, and not received again:
+    # test_asgi_protocol_parses_where_data_arrives.
     feed = "_feed_callback_parser" if hasattr(protocol, "_feed_callback_parser") else "data_received"
     feed_parser = getattr(protocol, feed)
     headers_complete, message_complete = protocol._on_headers_complete, protocol._on_message_complete
@@ -42,7 +43,8 @@ def note_heads(protocol: Any) -> None:
 def gunicorn_reads_a_head(connection: Any) -> bool:
     """Tell whether a connection of `ASGIProtocol` has a part of a head, and keep it past gunicorn's `keepalive`.
 
-    gunicorn's timer for an idle connection runs on while a head arrives (protocol.py:1347).
+    gunicorn's timer for an idle connection runs on while a head arrives:
+    test_asgi_closes_an_idle_connection_by_a_timer.
     """
     ready = connection._request_ready
     # None in HTTP/2, and set from the end of a head to the end of its reply.

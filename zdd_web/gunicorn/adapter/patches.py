@@ -229,6 +229,17 @@ def check(*modules: str, rows: Iterable[Patch] = PATCHES, version: str = INSTALL
             _check(row, version)
 
 
+def check_values(target: object, rows: Iterable[Patch] = PATCHES, version: str = INSTALLED) -> None:
+    """Raise `SettingsError` if an object of gunicorn's lacks a value that is written to it.
+
+    An arbiter has all of them when `on_starting` is called: most are set by its constructor, and not on the class.
+    """
+    owners = [f"{base.__module__}.{base.__qualname__}" for base in type(target).__mro__]
+    for row in rows:
+        if not row.takes and row.owner in owners and row.exists_in(version) and not hasattr(target, row.name):
+            raise SettingsError(f"gunicorn {version} has no {row.label}, which zdd_web writes ({row.why}): {_remedy()}")
+
+
 def _check(row: Patch, version: str) -> None:
     owner: Any = sys.modules[row.module]
     if row.owner != row.module:

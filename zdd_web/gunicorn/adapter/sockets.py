@@ -93,6 +93,12 @@ def bind_listener(server: ArbiterFacade, address: Any, *, shared: bool = False) 
     return listener
 
 
+def take_stock_inheritance() -> list[int]:
+    """Take the descriptors that a gunicorn without zdd_web hands to its successor."""
+    text = os.environ.pop("GUNICORN_FD", "")
+    return [int(fd) for fd in text.split(",") if fd]
+
+
 def _unmade(kind: Any, server: ArbiterFacade, address: Any) -> Any:
     # gunicorn's constructor listens at once: what is done here is the rest of it.
     listener = kind.__new__(kind)

@@ -30,15 +30,18 @@ class _AmongListeners(ClosingConnections):
     """What a sync worker waits for together with its listeners."""
 
     def accept(self) -> Any:
-        """With several listeners gunicorn accepts from whatever is readable (sync.py:97)."""
+        """Find nothing: with several listeners gunicorn accepts from each one that is readable.
+
+        See tests/contract: test_sync_accepts_from_each_readable_listener.
+        """
         raise BlockingIOError(errno.EAGAIN, "not a listener")
 
 
 def close_beside_requests(worker: Any, process: Process) -> None:
     """Have the worker go on with the next request while a client has not closed its connection yet.
 
-    26 and later wait for that, up to two seconds after each reply (sync.py:166), at all times; earlier ones close at
-    once, at all times.
+    26 and later wait for that, up to two seconds after each reply (test_sync_closes_gracefully_from_26_on), at all
+    times; earlier ones close at once, at all times.
     """
     if not hasattr(util, "close_graceful"):
         return

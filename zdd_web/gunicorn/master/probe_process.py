@@ -32,8 +32,9 @@ from typing import Any, NoReturn
 from zdd_web import log
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import ListenerError, SettingsError
-from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, change_user, set_process_title
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
+from zdd_web.gunicorn.adapter.ownership import change_user, set_process_title
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening

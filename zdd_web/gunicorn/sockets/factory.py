@@ -17,8 +17,14 @@ from typing import Any
 from zdd_web import log
 from zdd_web.board import MOST_LISTENERS, Header
 from zdd_web.errors import ListenerError, UpgradeError
-from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, take_stock_inheritance
-from zdd_web.gunicorn.adapter.sockets import adopt_listener, bind_listener, check_certificates, create_listener
+from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
+from zdd_web.gunicorn.adapter.sockets import (
+    adopt_listener,
+    bind_listener,
+    check_certificates,
+    create_listener,
+    take_stock_inheritance,
+)
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.listener import LEAST_QUEUES, Listener, how_many
 from zdd_web.listeners import socket_file

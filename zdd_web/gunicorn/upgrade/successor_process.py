@@ -379,9 +379,10 @@ def _exec(
         if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
             # systemd's watchdog is the main process's, which this one is to be.
             environ["WATCHDOG_PID"] = str(os.getpid())
-        # For a release without install(): gunicorn reads the second as numbers before it binds (arbiter.py:201), and
-        # ends there. It would unlink a live Unix socket otherwise, and serve ungated. With install(), the second also
-        # keeps --daemon from detaching again (util.py:526). Both are taken out before gunicorn looks.
+        # For a release without install(): gunicorn reads the second as numbers before it binds
+        # (test_successor_reads_numbers_from_gunicorn_fd), and ends there. It would unlink a live Unix socket otherwise,
+        # and serve ungated. With install(), the second also keeps --daemon from detaching again
+        # (test_daemon_does_not_detach_where_gunicorn_fd_is_set). Both are taken out before gunicorn looks.
         environ["GUNICORN_PID"] = str(inheritance.predecessor)
         environ["GUNICORN_FD"] = "inherited-by-zdd_web"
         os.chdir(launch.directory)

@@ -20,8 +20,6 @@ A child that was forked past Python (by an extension in C) runs none of this. Th
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 import signal
 import threading
@@ -30,9 +28,7 @@ from typing import Any
 
 from zdd_web.board import Slot
 from zdd_web.gunicorn.adapter.worker import HANDLERS
-
-#: The same on Linux, macOS and the BSDs; Python's mmap module does not have it.
-MAP_FIXED = 0x10
+from zdd_web.system import memory
 
 #: What a child of this worker is to do first; None in a process that is not a worker, such as the child itself.
 _leave: Callable[[], None] | None = None
@@ -74,7 +70,7 @@ def attach(worker: Any, slot: Slot, listeners: Iterable[int], stop_accepting: Ca
     def leave() -> None:
         reset_handlers()
         size = slot.words.itemsize
-        write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
+        memory.write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
         worker.replace("notify", lambda: None)
         close_copies(inodes)
         stop_accepting()
@@ -116,26 +112,6 @@ def reset_handlers() -> None:
         signal.signal(sig, signal.SIG_DFL)
     # It wakes the worker's loop, and asyncio would take the child's signals for the worker's own.
     signal.set_wakeup_fd(-1)
-
-
-def write_to_a_copy(memory: memoryview, start: int, size: int) -> None:
-    """Have what this process writes to a range of shared memory go to private pages from now on.
-
-    The addresses stay, because closures that run on every request hold the memory itself.
-    """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + start
-    first = address - address % mmap.PAGESIZE
-    length = -(-(address + size - first) // mmap.PAGESIZE) * mmap.PAGESIZE
-    content = ctypes.string_at(first, length)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    )  # fmt: skip
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    if libc.mmap(first, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != first:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    ctypes.memmove(first, content, length)
 
 
 def close_copies(inodes: Mapping[int, int]) -> None:

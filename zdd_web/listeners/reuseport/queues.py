@@ -59,7 +59,8 @@ class Queues:
         self.family = self.FAMILY = sockets[0].family
         self.type, self.proto = sockets[0].type, sockets[0].proto
         for each in sockets:
-            # gunicorn makes them inheritable, for a successor (sock.py:55).
+            # gunicorn makes them inheritable, for a successor:
+            # test_constructor_of_a_socket_listens_and_makes_it_inheritable.
             each.set_inheritable(False)
 
     @property
