@@ -53,7 +53,7 @@ def test_what_has_arrived_travels_with_a_connection(ends: Pair, connection: Pair
 
 
 def test_addresses_of_all_families_travel(ends: Pair, connection: Pair) -> None:
-    for server in ("/run/app.sock", "", ("::1", 8000, 0, 0)):
+    for server in ("/run/app.sock", "/run/" + "\udcff" * 100, "", b"\0abstract\xff", ("::1", 8000, 0, 0)):
         assert send(ends[0], connection[0].fileno(), HANDED._replace(server=server))
         received = receive(ends[1])
         assert received is not None
@@ -135,7 +135,9 @@ RIGHT = b'{"left": 1, "requests": 0, "server": ""}'
         b'{"left": true, "requests": 0, "server": ""}',
         b'{"left": 1, "requests": 0.5, "server": ""}',
         b'{"left": 1, "requests": 0, "server": {}}',
-        RIGHT[:-1] + b" " * 600 + b"}",
+        RIGHT[:-1] + b', "abstract": "x"}',
+        RIGHT[:-1] + b', "abstract": 7}',
+        RIGHT[:-1] + b" " * 2100 + b"}",
     ],
 )
 def test_a_message_that_no_worker_sends_is_refused_and_its_descriptor_closed(

@@ -373,3 +373,33 @@ def test_a_hostile_message_is_refused_and_what_is_behind_it_taken(make: Callable
     leaving.leave()
     leaving.kept.give_some()
     assert serving.kept.take_some() == 1
+
+
+def test_an_error_while_connections_are_given_ends_the_handing_over_and_nothing_else(
+    make: Callable[..., Worker],
+) -> None:
+    leaving = make()
+    leaving.store.connect(2)
+    leaving.leave()
+    leaving.store.describe = lambda connection: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    hand_over = leaving.kept.leaving(lambda: None, None)
+    assert hand_over is not None and hand_over.over()
+    assert leaving.kept.are_to_close() and len(leaving.store.kept) == 2
+
+
+def test_an_error_with_one_connection_does_not_keep_the_others_from_being_taken(make: Callable[..., Worker]) -> None:
+    leaving, serving = make(), make()
+    leaving.store.connect(2)
+    leaving.leave()
+    leaving.kept.give_some()
+    keep, left = serving.store.keep, [1]
+
+    def fail_once(connection: socket.socket, handed: Handed) -> None:
+        if left.pop(0) if left else 0:
+            connection.close()
+            raise RuntimeError
+        keep(connection, handed)
+
+    serving.store.keep = fail_once  # type: ignore[method-assign]
+    assert serving.kept.take_some() == 2
+    assert len(serving.store.kept) == 1

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import selectors
 import socket
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -298,3 +300,62 @@ def test_uvicorn_connection_goes_on_where_it_is_received(protocol: Any) -> None:
         await second.settle()
 
     asyncio.run(asyncio.wait_for(play(), PATIENCE))
+
+
+# -- gevent
+
+GEVENT = """
+import gevent
+from gevent import socket
+from types import SimpleNamespace
+from gunicorn import http
+from gunicorn.config import Config
+from zdd_web.gunicorn.adapter.kept_gevent import GeventConnections
+
+def handle(listener, client, address):
+    parser = http.get_parser(worker.cfg, client, address)
+    while True:
+        request = None
+        with worker.timeout_ctx():
+            request = next(parser)
+        if not request:
+            return client.close()
+        client.sendall(b"ok")
+
+worker = SimpleNamespace(cfg=Config(), handle=handle)
+worker.cfg.set("keepalive", 50)
+store = GeventConnections(worker, SimpleNamespace(count_closed=lambda: None))
+store.enter(lambda listener: "name")
+read = http.unreader.SocketUnreader.chunk
+
+def chunk(self, *arguments):
+    data = read(self, *arguments)
+    store.note_reading()
+    return data
+
+http.unreader.SocketUnreader.chunk = chunk
+server, client = socket.socketpair()
+gevent.spawn(worker.handle, None, server, "")
+
+def seen(*sent):
+    for data in sent:
+        client.sendall(data)
+        gevent.sleep(0.05)
+    return [store.describe(each)[1].requests for each in store.in_loop(store.idle)]
+
+print(seen(), seen(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n"))
+print(seen(b"POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 4\\r\\n\\r\\nbody"))
+print(seen(b"POST / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 4\\r\\n\\r\\nbo"), seen(b"dy"))
+print(seen(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\nGET"), seen(b" / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n"))
+(each,) = store.idle()
+store.in_loop(lambda: store.forget(each))
+gevent.sleep(0.05)
+print(store.idle(), client.recv(100)[-2:], client.recv(100))
+"""
+
+
+def test_gevent_connection_is_idle_between_two_whole_requests_alone() -> None:
+    pytest.importorskip("gevent")
+    # A process of its own: gunicorn's parser is changed.
+    done = subprocess.run([sys.executable, "-c", GEVENT], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["[0] [1]", "[2]", "[] [3]", "[] [5]", "[] b'ok' b''"], done.stderr

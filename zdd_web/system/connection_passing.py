@@ -22,8 +22,8 @@ import struct
 import termios
 from typing import Any, NamedTuple
 
-#: Bytes of a message beside the descriptor; what is longer is not one of ours.
-MOST_BYTES = 512
+#: Bytes of a message beside the descriptor; what is longer is not one of ours. A path of 108 bytes is spelled in JSON.
+MOST_BYTES = 2048
 
 #: Asked of the kernel, which gives less: about a hundred connections for each 100 kB.
 BUFFER_BYTES = 1 << 20
@@ -95,7 +95,11 @@ def send(end: socket.socket, fd: int, handed: Handed) -> bool:
     >>> for each in (give, take, client, received):
     ...     each.close()
     """
-    data = json.dumps({"left": handed.left, "requests": handed.requests, "server": handed.server}).encode()
+    fields = {"left": handed.left, "requests": handed.requests, "server": handed.server}
+    if isinstance(handed.server, bytes):
+        # An abstract address.
+        fields |= {"server": "", "abstract": handed.server.hex()}
+    data = json.dumps(fields).encode()
     try:
         end.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))], socket.MSG_DONTWAIT)
     except OSError as error:
@@ -150,9 +154,11 @@ def _handed(data: bytes) -> Handed:
         left, requests, server = fields["left"], fields["requests"], fields["server"]
         # bool is an int; NaN is not at least 0.
         right = type(left) in (int, float) and 0 <= left <= 1e9 and type(requests) is int and 0 <= requests < 1 << 60
-        if right and isinstance(server, (str, list)):
+        if abstract := fields.get("abstract", ""):
+            server = bytes.fromhex(abstract)
+        if right and isinstance(server, (str, list, bytes)):
             return Handed(float(left), requests, tuple(server) if isinstance(server, list) else server)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise MessageError(f"not a message about a connection: {data[:80]!r}")
 

@@ -71,8 +71,6 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
         if connection is not None:
             connection.waits += 1
             connection.idle = self
-            # It came with the request before.
-            self.is_reading = connection.parser is not None and bool(connection.parser.unreader.buf.getvalue())
         super().__enter__()
         return self
 
@@ -132,6 +130,8 @@ class GeventConnections:
                 connection.parser = parser
                 if connection.before:
                     parser.req_count = connection.before
+                if hasattr(parser, "finish_body"):
+                    parser.finish_body = _noting_the_rest(parser, connection)
             return parser
 
         replace(worker, "handle", handle_and_note)
@@ -226,6 +226,19 @@ class GeventConnections:
                 self._watcher.stop()
                 self._watcher.close()
             self._watcher = None
+
+
+def _noting_the_rest(parser: Any, connection: GeventConnection) -> Callable[..., Any]:
+    finish = parser.finish_body
+
+    def finish_and_note(*arguments: Any, **options: Any) -> Any:
+        """What is left when the body before is discarded, and only that, belongs to the next request."""
+        is_finished = finish(*arguments, **options)
+        if connection.idle is not None:
+            connection.idle.is_reading = bool(parser.unreader.buf.getvalue())
+        return is_finished
+
+    return finish_and_note
 
 
 class _Named:

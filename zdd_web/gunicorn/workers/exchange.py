@@ -213,7 +213,11 @@ class KeptConnections:
             connection, handed = found
             self._slot.received += 1
             taken += 1
-            self.store.keep(connection, handed)
+            try:
+                self.store.keep(connection, handed)
+            except Exception:
+                # An exception in the loop would end the worker, and all that it serves.
+                log.emit("internal.error", logging.ERROR, where="exchange", exc_info=True)
         return taken
 
     def is_exchange_empty(self) -> bool:
@@ -242,19 +246,20 @@ class KeptConnections:
     def give_some(self) -> bool:
         """Send what is idle into the exchange, `GIVEN_AT_ONCE` at most; tell whether none that is idle is left."""
         assert self.store is not None and self._exchange.give is not None
-        idle = self.store.idle()
-        for connection in idle[:GIVEN_AT_ONCE]:
-            fd, handed = self.store.describe(connection)
-            try:
+        try:
+            idle = self.store.idle()
+            for connection in idle[:GIVEN_AT_ONCE]:
+                fd, handed = self.store.describe(connection)
                 if not connection_passing.send(self._exchange.give, fd, handed):
                     return False
-            except OSError as error:
-                log.emit("internal.error", logging.ERROR, where="exchange", error=str(error))
-                self._gave_up = True
-                return False
-            self._slot.handed_over += 1
-            self._lay_since = time.monotonic()
-            self.store.forget(connection)
+                self._slot.handed_over += 1
+                self._lay_since = time.monotonic()
+                self.store.forget(connection)
+        except Exception:
+            # What is left is served, and closed, here.
+            log.emit("internal.error", logging.ERROR, where="exchange", exc_info=True)
+            self._gave_up = True
+            return False
         return len(idle) <= GIVEN_AT_ONCE
 
     def is_taken(self) -> bool:
