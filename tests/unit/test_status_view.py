@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tests.unit.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import main, screen, watch
+from zdd_web.cli import frameworks, main, screen, watch
 from zdd_web.cli.status_view import Shown, lines_of
 from zdd_web.cli.times import Now
 from zdd_web.lifecycle import Phase
@@ -243,6 +243,15 @@ def test_help_is_whole_in_80_columns(command: str | None) -> None:
     assert max(map(len, lines)) <= 80
     # click ends what is too long for its place so.
     assert [line for line in lines if line.endswith("...") and not line.startswith("Usage: ")] == []
+
+
+def test_help_of_a_framework_s_command_is_whole() -> None:
+    def check() -> None:
+        """Look at the settings of the app and run, once, the checks that it has registered with zdd_web."""
+
+    done = CliRunner().invoke(frameworks.group(check), ["--help"], terminal_width=80)
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "registered with zdd_web." in " ".join(done.output.split())
 
 
 def test_man_page_is_that_of_the_commands() -> None:

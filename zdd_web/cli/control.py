@@ -130,7 +130,7 @@ def upgrade(
 
     The master ends every upgrade within its UPGRADE_TIMEOUT, one way or the other; one that stands still itself is
     waited for until `STANDS_STILL`, and asked to begin nothing when it runs again. At the first of `interrupts` it is
-    asked to cancel, and `on_interrupt` is told whether it can be. Raises `BoardError` when the service runs another
+    asked to cancel, and `on_interrupt` gets whether it can be. Raises `BoardError` when the service runs another
     version of zdd_web.
     """
     # Held from now on: it outlives its master.
@@ -313,18 +313,18 @@ def drain(
     retiring = [each for each in line_of(generation) if each.pid != generation.pid and _retires(each)]
     everyone = (generation, *retiring)
     leftovers = [Leftovers(each.board) for each in everyone]
-    counted, said = interrupts or Interrupts(), False
+    counted, shown = interrupts or Interrupts(), False
 
     def look() -> None:
-        nonlocal said
+        nonlocal shown
         for one in everyone:
             one.refresh()
         for each in leftovers:
             each.look()
         if counted.count > 1:
             raise Left
-        if counted.count and not said:
-            said = True
+        if counted.count and not shown:
+            shown = True
             on_interrupt()
 
     look()

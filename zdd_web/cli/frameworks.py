@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 
 from zdd_web import checks
+from zdd_web.cli import WholeHelp
 from zdd_web.cli.cancel import cancel
 from zdd_web.cli.drain import drain
 from zdd_web.cli.output import cell, say
@@ -17,7 +18,7 @@ from zdd_web.cli.upgrade import upgrade
 def group(check: Callable[..., None], *options: click.Option) -> click.Group:
     """Return `status`, `upgrade`, `cancel`, `drain` and the framework's own `check`."""
     own = click.Command("check", callback=check, params=list(options), help=check.__doc__)
-    return click.Group("zdd", commands=[status, upgrade, cancel, drain, own], help="Deploy and look at this service.")
+    return WholeHelp("zdd", commands=[status, upgrade, cancel, drain, own], help="Deploy and look at this service.")
 
 
 def switch(name: str, text: str) -> click.Option:

@@ -1,4 +1,4 @@
-"""`flask zdd status|upgrade|drain|check`: `zdd-web` where one has `flask` at hand. Only `check` loads the app."""
+"""`flask zdd status|upgrade|cancel|drain|check`: `zdd-web` where one has `flask`. Only `check` loads the app."""
 
 from __future__ import annotations
 

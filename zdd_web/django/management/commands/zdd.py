@@ -1,4 +1,4 @@
-"""`manage.py zdd status|upgrade|drain|check`: `zdd-web` where one has `manage.py` at hand.
+"""`manage.py zdd status|upgrade|cancel|drain|check`: `zdd-web` where one has `manage.py` at hand.
 
     manage.py zdd upgrade --name shop
 
@@ -44,12 +44,12 @@ def _text(message: CheckMessage) -> str:
 class Command(BaseCommand):
     """See the module's text."""
 
-    help = "Deploy and look at this service: status, upgrade, drain, check. Each has --help."
+    help = "Deploy and look at this service: status, upgrade, cancel, drain, check. Each has --help."
     requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Leave everything to the commands."""
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="status|upgrade|drain|check ...")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="status|upgrade|cancel|drain|check ...")
 
     def handle(self, *args: Any, arguments: list[str], **options: Any) -> None:
         """Run one; SystemExit with its status when that is not 0."""
