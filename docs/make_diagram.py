@@ -1,6 +1,6 @@
 """The state diagram of docs/reference/phases.md, drawn from the table that the code itself goes by.
 
-`python docs/make_diagram.py` prints it; tests/unit/test_docs.py holds the page to it.
+`python docs/make_diagram.py` prints it; tests/pure/test_docs.py holds the page to it.
 """
 
 from __future__ import annotations
