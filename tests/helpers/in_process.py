@@ -7,17 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import settings as hypothesis_settings
 
 from zdd_web import process, waitgroup
 from zdd_web.board import Board
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 from zdd_web.system import pauses
-
-# How long an example takes says something about the machine, not about the code.
-hypothesis_settings.register_profile("unit", deadline=None)
-hypothesis_settings.load_profile("unit")
 
 
 def descriptors() -> set[tuple[int, str]]:

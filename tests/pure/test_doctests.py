@@ -24,13 +24,14 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_of_a_module_do_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # An example may make this process one of zdd_web's; it is taken back.
-    monkeypatch.setattr(process, "_current", None)
-    monkeypatch.setattr(hooks, "state", None)
-    monkeypatch.setattr(registry, "shared", registry.Registry())
-    module = importlib.import_module(name)
-    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert results.failed == 0
-    assert (results.attempted > 0) is (">>> " in inspect.getsource(module))
+def test_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MODULES:
+        with monkeypatch.context() as patch:
+            # An example may make this process one of zdd_web's; it is taken back.
+            patch.setattr(process, "_current", None)
+            patch.setattr(hooks, "state", None)
+            patch.setattr(registry, "shared", registry.Registry())
+            module = importlib.import_module(name)
+            results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+        assert results.failed == 0, f"{name}: an example prints something else; see above"
+        assert (results.attempted > 0) is (">>> " in inspect.getsource(module)), f"{name}: no example was found"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pure.test_settings import IMPOSSIBLE, NAMES, VALUES, WRONG_TYPE
+from tests.pure.test_settings import NAMES, ONE_OF_EACH, ONE_OF_EACH_TYPE, VALUES
 from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn import settings_sources
@@ -40,7 +40,7 @@ def django(module: str = "mysite.settings", **values: Any) -> FrameworkSettings:
 # -- one dictionary
 
 
-@pytest.mark.parametrize(("key", "value", "remedy"), IMPOSSIBLE + WRONG_TYPE)
+@pytest.mark.parametrize(("key", "value", "remedy"), ONE_OF_EACH + ONE_OF_EACH_TYPE)
 def test_value_that_cannot_work_is_refused(key: str, value: Any, remedy: str) -> None:
     with pytest.raises(SettingsError) as caught:
         FrameworkSettings.read(PLACE, {key.upper(): value})
