@@ -15,7 +15,6 @@ TESTS = Path(__file__).resolve().parents[1]
 #: Directory below tests/ -> its markers. The more specific ones come first.
 TIERS = {
     "pure": ("fast",),
-    "typing": ("fast",),
     "os": ("os",),
     "processes/smoke": ("smoke", "processes"),
     "processes/long": ("long",),
@@ -39,7 +38,7 @@ def markers_of(path: Path) -> tuple[str, ...]:
     >>> markers_of(TESTS / "elsewhere" / "test_new.py")
     Traceback (most recent call last):
     ...
-    LookupError: elsewhere/test_new.py is in none of the tiers pure, typing, os, ...: see tests/helpers/tiers.py
+    LookupError: elsewhere/test_new.py is in none of the tiers pure, os, ..., processes: see tests/helpers/tiers.py
     """
     inside = path.relative_to(TESTS)
     for directory, markers in TIERS.items():

@@ -291,9 +291,12 @@ class Service:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @contextlib.contextmanager
-    def under_load(self, clients: int = 16, *, may_lose: bool = False) -> Iterator[LoadThread]:
-        """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`."""
-        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, 0.02, 20.0))
+    def under_load(self, clients: int = 16, *, may_lose: bool = False, pause: float = 0.02) -> Iterator[LoadThread]:
+        """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`.
+
+        Each client rests for `pause` seconds after an answer.
+        """
+        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, pause, 20.0))
         with load:
             answered_from(load, 50)
             yield load
