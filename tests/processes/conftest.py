@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.casting import CLASSES, PLAYS_ALL, VARIABLE, is_left_out
+from tests.helpers.casting import CLASSES, PLAYS_ALL, is_left_out
 from tests.processes.harness import Service
 
 
@@ -14,8 +15,9 @@ from tests.processes.harness import Service
 def no_strange_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is the tests' own from every master that they start: pytest-django's settings module would be read."""
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
-    # To a service it would be an unknown setting. Not taken out at import: xdist's workers have it from the controller.
-    monkeypatch.delenv(VARIABLE, raising=False)
+    # To a service they would be unknown settings. Not taken out at import: xdist's workers have them from the controller.
+    for name in [name for name in os.environ if name.startswith("ZDD_WEB_TEST_")]:
+        monkeypatch.delenv(name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
