@@ -15,7 +15,7 @@ from tests.processes.harness import Service
 def no_strange_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is the tests' own from every master that they start: pytest-django's settings module would be read."""
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
-    # To a service they would be unknown settings. Not taken out at import: xdist's workers have them from the controller.
+    # Services know no such settings. Not taken out at import: xdist's workers have them from the controller.
     for name in [name for name in os.environ if name.startswith("ZDD_WEB_TEST_")]:
         monkeypatch.delenv(name)
 
