@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md",
          *sorted(ROOT.glob("example_*/README.md")), *sorted(DOCS.rglob("*.md"))]  # fmt: skip
+#: These name settings of the tests, too.
+FOR_CONTRIBUTORS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 REFERENCE = DOCS / "reference"
 
 
@@ -117,12 +119,12 @@ def test_every_command_and_option_is_documented() -> None:
                 assert parameter.opts[0] in page, f"{name}: {parameter.opts[0]}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
+@pytest.mark.parametrize("page", PAGES + FOR_CONTRIBUTORS, ids=ids)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
+@pytest.mark.parametrize("page", PAGES + FOR_CONTRIBUTORS, ids=ids)
 def test_lines_are_at_most_120_characters(page: Path) -> None:
     assert [line for line in text_of(page) if len(line) > 120] == []
