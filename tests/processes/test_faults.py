@@ -755,7 +755,10 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
-    "the control socket": ("__import__('zdd_web.gunicorn.adapter.compat').gunicorn.compat", "resume_control_server"),
+    "the control socket": (
+        "__import__('zdd_web.gunicorn.adapter.compat').gunicorn.adapter.compat",
+        "resume_control_server",
+    ),
     "systemd": ("master.notifier", "take_back"),
 }
 
