@@ -756,7 +756,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": (
-        "__import__('zdd_web.gunicorn.adapter.compat').gunicorn.adapter.compat",
+        "__import__('sys').modules['zdd_web.gunicorn.adapter.compat']",
         "resume_control_server",
     ),
     "systemd": ("master.notifier", "take_back"),
