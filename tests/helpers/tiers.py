@@ -35,16 +35,15 @@ def markers_of(path: Path) -> tuple[str, ...]:
 
     >>> markers_of(TESTS / "processes" / "smoke" / "test_promises.py")
     ('smoke', 'processes')
-    >>> markers_of(TESTS / "elsewhere" / "test_new.py")
-    Traceback (most recent call last):
-    ...
-    LookupError: elsewhere/test_new.py is in none of the tiers pure, os, ..., processes: see tests/helpers/tiers.py
+
+    Raises:
+        pytest.UsageError: no tier has that directory.
     """
     inside = path.relative_to(TESTS)
     for directory, markers in TIERS.items():
         if inside.is_relative_to(directory):
             return markers
-    raise LookupError(f"{inside} is in none of the tiers {', '.join(TIERS)}: see tests/helpers/tiers.py")
+    raise pytest.UsageError(f"{inside} is in none of the tiers {', '.join(TIERS)}: see tests/helpers/tiers.py")
 
 
 def is_asked_for(markers: tuple[str, ...], expression: str) -> bool:

@@ -23,6 +23,11 @@ def test_every_test_file_is_in_a_tier_that_is_described() -> None:
         assert set(tiers.markers_of(path)) <= set(tiers.MEANING), path
 
 
+def test_file_in_no_tier_ends_the_run_with_what_to_do() -> None:
+    with pytest.raises(pytest.UsageError, match=r"^elsewhere/test_new\.py is in none of the tiers pure, os, .*: see"):
+        tiers.markers_of(tiers.TESTS / "elsewhere" / "test_new.py")
+
+
 def test_smoke_has_a_scene_for_each_promise_and_mode() -> None:
     text = "".join(path.read_text() for path in (tiers.TESTS / "processes/smoke").glob("test_*.py"))
     assert 12 <= text.count("\ndef test_") <= 15
