@@ -162,7 +162,7 @@ class Header(Record):
     successor_trouble_whole = Text(LEAST_WORDS, 2048)
     #: Why the request with that `upgrade_number` was refused: a word of its own, since `upgrade_reason` and
     #: `upgrade_state` tell how an upgrade goes that is under way meanwhile. Masters of earlier versions write neither.
-    refused_number = Word(198)
+    refused_number = Word(217)
     refused_reason = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 1024)
     WORDS = refused_reason.index + 2 + refused_reason.size // WORD
 
