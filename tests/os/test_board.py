@@ -496,16 +496,3 @@ def test_whatever_stands_in_a_slot_a_snapshot_can_be_taken(numbers: list[int], d
     slot.error = "the master's own words"
     del slot
     board.close()
-
-
-@pytest.mark.parametrize("record", [Header, Slot])
-def test_no_two_fields_share_a_word(record: type[Header] | type[Slot]) -> None:
-    taken: dict[int, str] = {}
-    for name, field in vars(record).items():
-        if not isinstance(field, (Word, Text, Choice)):
-            continue
-        length = 2 + field.size // 8 if isinstance(field, Text) else 1
-        for word in range(field.index, field.index + length):
-            assert taken.setdefault(word, name) == name, f"word {word}: {name} and {taken[word]}"
-    assert len(taken) > 20
-    assert max(taken) < record.WORDS
