@@ -447,7 +447,7 @@ def test_peers_that_say_nothing_or_nonsense_cost_nothing(make_service, old: Serv
             with connected(old) as peer:
                 peer.send(said)
                 assert peer.recv(10) == b""  # closed
-                old.wait_for(r"event=takeover\.rejected .*is no request", number)
+                old.wait_for(r"event=takeover\.rejected .*is not a request", number)
         with connected(old) as peer:
             # Descriptors that nobody has asked for.
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]).tobytes())

@@ -54,5 +54,5 @@ def report(serious: Iterable[str], others: Iterable[str] = ()) -> None:
         say(f"{'error' if each.critical else 'warning'}: check {each.name!r}: {cell(wrong[each.name])}", err=True)
     if failed:
         raise SystemExit(1)
-    # Nothing that was asked is no proof of anything.
+    # An app without checks proves nothing.
     say("nothing serious was found" if checks.count() else "nothing serious was found; the app has no checks")

@@ -328,7 +328,7 @@ def on_exit(server: Any) -> None:
     assert state is not None and state.master is not None
     try:
         hook = _user_hook("on_exit")
-        # One that was given up before it was in office has nothing to end: the generation before it serves.
+        # A generation that was given up before it was active has nothing to end: the generation before it serves.
         if hook is not None and not state.master.generation.awaits_promotion:
             hook(server)
     finally:

@@ -63,7 +63,7 @@ def reopening(handler: Callable[..., None]) -> Callable[..., None]:
     attempt = guarded("log files", handler)
 
     def handle(*arguments: object) -> None:
-        # Each step on its own: what the first or the last cannot do is no reason to keep the old files.
+        # Each step on its own: what the first or the last cannot do must not keep the old files open.
         before = guarded("log files", log_files.opened)()
         attempt(*arguments)
         if before is not None:

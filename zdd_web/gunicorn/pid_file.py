@@ -55,7 +55,7 @@ class PidFile:
         path = os.path.join(directory, f".{name}.zdd_web")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        # Exclusive: in a directory that others can write to, the name may be somebody's link by now.
+        # Exclusive: in a directory that others can write to, the name may be a link by now.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             os.fchmod(fd, 0o644)

@@ -189,7 +189,7 @@ async def _connect(target: Target) -> _Connection:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, target.address)
         if sock.getsockname() == sock.getpeername():
-            # Nobody listens, and the kernel picked that very port for our end: TCP connects it to itself.
+            # No process listens, and the kernel picked that very port for our end: TCP connects it to itself.
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
     except BaseException:
         sock.close()

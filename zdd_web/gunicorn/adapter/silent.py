@@ -2,7 +2,7 @@
 
 gunicorn reads from them in the thread that is to serve the request. While the service serves this stays as it is (a
 sync worker is ended by gunicorn's `timeout`, a gthread worker gives the thread back after five seconds); a worker that
-is leaving, and a lame duck, do not wait that long for a request that nobody has begun.
+is leaving, and a lame duck, do not wait that long for a request that no client has begun.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Launch:
 
         environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
         command = tuple(moved(word) for word in self.command)
-        # Words as they were written; the environment by what is there, since nobody has asked for each of its values.
+        # Words as they were written; the environment by what is there, since each of its values was not asked for.
         environ, left = release.move_environ(environ, old, release_dir)
         there = dataclasses.replace(self, directory=release_dir, command=command, environ=environ, left=left)
         return there._following_the_symlink()

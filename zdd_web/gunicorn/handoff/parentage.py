@@ -50,7 +50,7 @@ class Parentage:
     #: ... and listens for MAINPID
     notify: bool = False
     through: tuple[str, ...] = ()
-    #: everything ends with PID 1, which is no init that is known to stay
+    #: everything ends with PID 1, which is not an init that is known to stay
     container: bool = False
     #: another process has forked it, and has ended: its parent does not wait for it
     adopted: bool = False

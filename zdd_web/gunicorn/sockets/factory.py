@@ -1,7 +1,7 @@
-"""How the listeners of a generation come to be: made at a first start, or adopted from whoever was before.
+"""How the listeners of a generation come to be: made at a first start, or adopted from the predecessor.
 
 What is inherited is recognised by name and address (listeners/matching.py). What a configuration adds is bound at once
-and listens when the gate opens: before that nobody accepts from it.
+and listens when the gate opens: before that no worker accepts from it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ListenerFactory:
         try:
             yield
         except BaseException:
-            # Nobody has heard of them.
+            # No process knows of them yet.
             for path in made():
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -79,7 +79,7 @@ class ListenerFactory:
     def _make(self, activated: Sequence[sd_listen_fds.Activated]) -> None:
         server = self._server
         if activated:
-            # Nobody's to unlink, nor to close for good.
+            # Not ours to unlink, nor to close for good.
             server.mark_sockets_as_systemds()
             for each in activated:
                 if each.role == "app":
@@ -117,8 +117,8 @@ class ListenerFactory:
             return adopt_listener(self._server, fd)
         except OSError as error:
             raise ListenerError(
-                f"bind = {bind!r}: descriptor {fd} is no listening socket ({error.strerror}): whoever starts gunicorn "
-                f"must leave it open under this number"
+                f"bind = {bind!r}: descriptor {fd} is not a listening socket ({error.strerror}): the program that "
+                f"starts gunicorn must leave it open under this number"
             ) from None
 
     def _add(self, bind: str, address: Address, sock: Any, slot: int = 0) -> Listener:

@@ -6,12 +6,12 @@ A port has a pool of sockets, all bound before the first fork (listeners/queues.
 there are workers. They stand in the kernel's group in the order in which they began to listen. SIGTTIN has one more
 listen, at the end. SIGTTOU takes the last one away: new connections are steered to the others, the handshakes that were
 under way are waited for, the workers empty its queue, and then it is shut down; nothing moves in the group. Nothing of
-this is done while somebody else is on the port, whose place it would change: every worker accepts from every queue, so
+this is done while another master is on the port, whose place it would change: every worker accepts from every queue, so
 that any number of them will do.
 
-Two masters may be on a port. When the elder leaves, each close of its sockets moves the last of the group into the
-hole: the younger one's stand in another order from then on (`reuseport.turned`). It knows which, if the elder has left
-as we do, and that it has by the program that whoever leaves so leaves behind. Where the order is not known no queue is
+Two masters may be on a port. When the earlier one leaves, each close of its sockets moves the last of the group into
+the hole: those of the later one stand in another order from then on (`bpf.turned`). It knows which, if the earlier one
+has left as we do, and that it has by the program that a master leaves behind. Where the order is not known no queue is
 closed any more.
 """
 
@@ -81,7 +81,7 @@ class Listener:
 
     @property
     def is_lent(self) -> bool:
-        """Whether somebody outside the service has it too: it is not ours to shut."""
+        """Whether a process outside the service has it too: it is not ours to shut."""
         return self.bind.startswith(("fd://", "systemd:"))
 
     @property
@@ -122,7 +122,7 @@ class Listener:
         self.set_admission(Admission.OPEN)
 
     def stop_listening(self) -> None:
-        """End its queue, whoever else has a copy of it; it stays bound."""
+        """End its queue for every process that has a copy of it; it stays bound."""
         self.socket.shutdown(socket.SHUT_RD)
         self.listens = False
         self.set_admission(Admission.BOUND)
@@ -164,7 +164,7 @@ class Port:
             else:
                 each.set_admission(Admission.BOUND)
         self._closing: Steering | None = None
-        self._farewell: PortDrain | None = None
+        self._port_drain: PortDrain | None = None
         self._looked_at = clock.NEVER
 
     def in_order(self) -> list[Listener]:
@@ -193,7 +193,7 @@ class Port:
             bpf.let_the_kernel_choose(self._order[0].socket)
 
     def _listen(self, each: Listener) -> None:
-        # Watched first: a queue that nobody watches would keep its clients waiting.
+        # Watched first: a queue that is not watched would keep its clients waiting.
         fd = each.socket.fileno()
         self._epoll.register(fd, select.EPOLLIN)
         try:
@@ -230,7 +230,7 @@ class Port:
         self._say_that_it_changes(wanted)
         while wanted > len(self._order):
             self._listen(next(each for each in self.members if each not in self._order))
-        # Somebody who was here may have left his behind.
+        # A master that was here may have left its program behind.
         bpf.let_the_kernel_choose(self._order[0].socket)
         self._looked_at = clock.NEVER
 
@@ -246,7 +246,7 @@ class Port:
     def _follow_closing(self, closing: Steering) -> None:
         last = self._order[-1]
         if closing.is_settled() and is_empty([last.socket]):
-            # Nobody waits for it any more when it is no listener any more.
+            # Nothing waits for it once it does not listen any more.
             self._epoll.unregister(last.socket.fileno())
             self._order.pop()
             self._closing = None
@@ -276,7 +276,7 @@ class Port:
         left = self._elders - there
         if not left:
             return
-        # Where somebody has come since, he has taken the program away.
+        # Another master that has come since has detached the program.
         orderly = bool(there) or bpf.let_the_kernel_choose(self._order[0].socket)
         if left == self._elders and orderly:
             self._order = bpf.turned(self._order, len(left))
@@ -288,23 +288,23 @@ class Port:
 
     @property
     def is_left_to_others(self) -> bool:
-        """Whether new connections go to somebody else."""
-        return self._farewell is not None
+        """Whether new connections go to another master."""
+        return self._port_drain is not None
 
     def leave_to_others(self, neighbours: Iterable[PeerGeneration]) -> None:
-        """Steer new connections to whoever else is on the port, if somebody stays. Raises OSError."""
+        """Steer new connections to the other masters on the port, if one of them stays. Raises OSError."""
         self.hold()
         others = self._others(neighbours)
         if others is None:
             return
-        self._farewell = PortDrain(self.number, [each.socket for each in self._order], others)
+        self._port_drain = PortDrain(self.number, [each.socket for each in self._order], others)
         for each in self._order:
             each.set_admission(Admission.STEERED)
         log.emit("listener.steered", port=self.number, listeners=len(self._order), others=others.count,
                  migrates="yes" if bpf.migrates() else "no")  # fmt: skip
 
     def others_stay(self, neighbours: Iterable[PeerGeneration]) -> bool:
-        """Tell whether somebody whom new connections go to is there for good. Raises OSError."""
+        """Tell whether a master that new connections go to is there for good. Raises OSError."""
         return self._others(neighbours) is not None
 
     def _others(self, neighbours: Iterable[PeerGeneration]) -> Others | None:
@@ -316,18 +316,18 @@ class Port:
 
     def follow_farewell(self) -> None:
         """Say on the board when nothing is under way to ours any more. Raises OSError."""
-        if self._farewell is not None and self._farewell.is_settled():
+        if self._port_drain is not None and self._port_drain.is_settled():
             for each in self._order:
                 each.record.settled = 1
 
     def stop_steering(self) -> None:
         """Have new connections come here as well again."""
-        if self._farewell is not None:
-            self._farewell = None
+        if self._port_drain is not None:
+            self._port_drain = None
             bpf.let_the_kernel_choose(self._order[0].socket)
 
     def close(self, close: Callable[[Listener], None]) -> None:
         """Close those that leave others alone by `close(listener)`, so that no connection meets one on its way out."""
-        if self._farewell is not None:
-            order, farewell, self._farewell = self._order, self._farewell, None
-            farewell.close(lambda index: close(order[index]))
+        if self._port_drain is not None:
+            order, port_drain, self._port_drain = self._order, self._port_drain, None
+            port_drain.close(lambda index: close(order[index]))

@@ -4,12 +4,12 @@ A mode (`LISTENER`) decides how they come to be and go, and nothing else:
 
     fd          one socket for each bind, which all workers share
     reuseport   as many as there are workers, with SO_REUSEPORT (listener.py). The master holds them all: none closes
-                when a worker does, and every worker accepts from all, so that nobody waits behind a busy one
+                when a worker does, and every worker accepts from all, so that no connection waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
 A successor inherits them, with what each is called (factory.py). Those that it does not want are drained by the
-predecessor: nobody new is let in, its workers accept what waits, and when the last of them accepts no more they are
-closed.
+predecessor: no new connection is let in, its workers accept what waits, and when the last of them accepts no more they
+are closed.
 
 Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
 to the other (listeners/reuseport/drain.py), and holds its sockets until they are empty and its workers have left.
@@ -128,7 +128,7 @@ class ListenerManager:
         return sorted({each.path for each in ours} - reached)
 
     def open(self) -> None:
-        """Listen on what was only bound so far, now that somebody is about to accept. Raises OSError."""
+        """Listen on what was only bound so far, now that workers are about to accept. Raises OSError."""
         for port in self._ports:
             port.open(self._server.num_workers)
         guarded("listeners", self._name_others)()
@@ -190,7 +190,7 @@ class ListenerManager:
             port.fit(workers)
 
     def hold(self) -> None:
-        """Let their number be as it is: somebody else uses them too, or will."""
+        """Let their number be as it is: another process uses them too, or will."""
         for port in self._ports:
             port.hold()
 
@@ -266,7 +266,7 @@ class ListenerManager:
             allow_new_connections(each.socket, backlog)
 
     def keep(self, *, but_added: bool) -> None:
-        """Leave the queues to somebody else, who serves or will; `but_added`: shut those that nobody else has."""
+        """Leave the queues to another generation; `but_added`: shut those that only this one has."""
         self.hold()
         self._header.blocked_since = clock.now_ns()
         for each in self._all:
@@ -276,7 +276,7 @@ class ListenerManager:
                 each.set_admission(Admission.HANDED_OFF)
 
     def shut(self) -> None:
-        """Let nobody new in, for good: the service stops."""
+        """Let no new connection in, for good: the service stops."""
         # First of all: what fails below is not tried at each turn.
         self._header.blocked_since = clock.now_ns()
         self._leave_ports_to_others(self._ports)
@@ -295,7 +295,7 @@ class ListenerManager:
 
     def _leave_ports_to_others(self, ports: Iterable[Port]) -> None:
         self._looked_at = clock.now_ns()
-        # Where nobody can be seen, or steered to, this is the last one.
+        # Where no other listener can be seen, or steered to, this is the last one.
         neighbours = (guarded("listeners", _neighbours)() or []) if self._ports else []
         for port in ports:
             guarded("listeners", port.leave_to_others)(neighbours)
@@ -319,7 +319,7 @@ class ListenerManager:
             if any(each.stops for each in neighbours):
                 for port in left:
                     if not port.others_stay(neighbours):
-                        # Whoever came to a queue of ours once it is empty would be reset.
+                        # A connection that came to a queue of ours once it is empty would be reset.
                         port.stop_steering()
                         for each in port.members:
                             self._shut_alone(each)
@@ -327,7 +327,7 @@ class ListenerManager:
             port.follow_farewell()
 
     def close(self, *, for_good: bool) -> None:
-        """Close what this master still holds of them; `for_good` when nobody is to use them any more."""
+        """Close what this master still holds of them; `for_good` when no process is to use them any more."""
         for port in self._ports:
             port.close(partial(self._close, for_good=for_good))
         for each in self._all:
@@ -336,12 +336,12 @@ class ListenerManager:
 
     def _close(self, each: Listener, *, for_good: bool) -> None:
         if for_good:
-            # A file that is left behind is in nobody's way; the other listeners are still to be closed.
+            # A file that is left behind does no harm; the other listeners are still to be closed.
             with contextlib.suppress(OSError):
                 each.unlink()
         if for_good and self._shares and each.is_open and each.listens:
-            # Whoever still has a copy, such as a child of the app's, would keep those waiting whom the kernel sends
-            # there, beside the next master on the port.
+            # A process that still has a copy, such as a child of the app's, would keep clients waiting
+            # that the kernel sends there, beside the next master on the port.
             with contextlib.suppress(OSError):
                 each.stop_listening()
         # gunicorn's own sets `sock` to None, and does nothing the second time.

@@ -293,7 +293,7 @@ class UpgradeCoordinator:
             self._identity.hand_over(upgrade.pid, workers=workers, is_child=upgrade.is_child)
         except Exception as error:
             # Each step once: tried again at every tick, an error that lasts would hold the upgrade for ever.
-            self._fail(upgrade, f"the office cannot be handed over: {type(error).__name__}: {error}")
+            self._fail(upgrade, f"the identity cannot be handed over: {type(error).__name__}: {error}")
             self._identity.take_back()
             return
         self._header.successor_pid = upgrade.pid

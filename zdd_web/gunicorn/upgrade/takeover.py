@@ -177,7 +177,7 @@ class TakeoverListener:
             end.close()
             return True
         except ValueError:
-            self._reject(end, who, "what it said is no request")
+            self._reject(end, who, "what it sent is not a request")
             return True
         if fields is None:
             if clock.passed(waiting.deadline):
@@ -186,7 +186,7 @@ class TakeoverListener:
             return False
         told, name = fields.get("pid"), fields.get("name")
         if fields.get("kind") != "takeover" or not isinstance(told, int) or not 0 < told < 1 << 31:
-            self._reject(end, who, "what it said is no request")
+            self._reject(end, who, "what it sent is not a request")
             return True
         self._admit(end, who, told, str(name))
         return True

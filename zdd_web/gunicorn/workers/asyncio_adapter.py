@@ -43,7 +43,7 @@ TURN = 0.1
 LAST_LOOKS, LOOK_AGAIN = 0.5, 0.02
 
 #: How long a client may take to answer to the end of its websocket or HTTP/2 connection, seconds; as in gunicorn.
-FAREWELL = 5.0
+CLOSE_WITHIN = 5.0
 
 
 class AsyncioAdapter(WorkerAdapter):
@@ -349,7 +349,7 @@ class AsgiAdapter(AsyncioAdapter):
                 self.store.close_idle(connection)
             unsent = any(transport.get_write_buffer_size() for transport in transports)
             is_open = not all(transport.is_closing() for transport in transports)
-            if not unsent and not (is_open and time.monotonic() - since < FAREWELL):
+            if not unsent and not (is_open and time.monotonic() - since < CLOSE_WITHIN):
                 break
             await asyncio.sleep(TURN)
 

@@ -43,12 +43,12 @@ class ExitedWorker:
 
     @property
     def ended(self) -> str:
-        """How it ended, in words; "" when nobody saw it."""
+        """How it ended, as a text; "" when it was not seen."""
         return "" if self.status is None else proc.describe(self.status)
 
     @property
     def exit_status(self) -> int:
-        """Its exit status; 0 when a signal ended it or nobody saw it."""
+        """Its exit status; 0 when a signal ended it or its end was not seen."""
         return os.waitstatus_to_exitcode(self.status) if self.status is not None and os.WIFEXITED(self.status) else 0
 
     @property
