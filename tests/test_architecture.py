@@ -26,6 +26,10 @@ MAY_USE = {
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
     "board": {"errors", "lifecycle", "system"},
+    # What a release is called, and what was done to a service: both sides, the master and the commands, need them.
+    "release": set(),
+    "history": set(),
+    "deploy_request": {"errors", "system"},
     "lookup": {"board", "errors", "lifecycle", "system"},
     "waitgroup": {"errors", "log"},
     "checks": {"errors", "log", "board", "health", "settings", "system", "waitgroup"},
@@ -46,12 +50,14 @@ MAY_USE = {
     "gunicorn": {
         "errors", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process", "probe_server",
         "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system", "watch",
+        "release", "history", "deploy_request",
     },
     "metrics": {"board", "health", "lifecycle", "system"},
     "service": {"errors", "lookup", "system"},
     "keeper": {"errors", "lifecycle", "log", "board", "service", "system"},
     "cli": {
         "checks", "errors", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn", "__init__",
+        "release", "history", "deploy_request",
     },
     "__init__": set(),
 }  # fmt: skip

@@ -62,6 +62,8 @@ class Snapshot:
     upgrades_failed: int
     workers: tuple[WorkerView, ...]
     listeners: tuple[ListenerView, ...]
+    #: Which code it runs, see release.py.
+    release: str = ""
 
     @property
     def in_flight(self) -> int:

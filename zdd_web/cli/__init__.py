@@ -17,12 +17,13 @@ import click
 from tabulate import tabulate
 
 import zdd_web
-from zdd_web import service
+from zdd_web import release, service
 from zdd_web.board import Snapshot, UpgradeState, WorkerView
-from zdd_web.cli import follow, stop
+from zdd_web.cli import deploys, follow, history, rollback, stop
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.output import cell, say, show
 from zdd_web.cli.rehearse.command import rehearse
+from zdd_web.deploy_request import DeployRequest
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import user
@@ -106,14 +107,23 @@ def _whose(generation: service.Generation) -> str:
 
 @main.command()
 @_which_service
-def upgrade(which: Which) -> None:
+@click.option("--to", metavar="DIR", type=click.Path(exists=True, file_okay=False, resolve_path=True),
+              help="Start the next generation from this release's directory.")  # fmt: skip
+def upgrade(which: Which, to: str | None) -> None:
     """Replace the running code with what is on disk; status 0 only when the new generation serves."""
+    _deploy(which, None if to is None else DeployRequest(to=to))
+
+
+def _deploy(which: Which, request: DeployRequest | None) -> None:
     generation = which.find()
     say(_title(generation))
-    with _another_version():
+    with _another_version(), deploys.asking(generation, request) as asked:
         result = follow.upgrade(generation, lambda snapshot: say(f"  {_PROGRESS[snapshot.upgrade_state]}"))
+        note = asked.note if result.ok else ""
     if result.ok:
         say(f"generation {result.generation} serves, after {result.seconds:.1f} s")
+        if note:
+            say(f"note: {cell(note)}", err=True)
         return
     say(f"upgrade {cell(result.reason)}", err=True)
     lines = result.log.splitlines()[-LOG_LINES:]
@@ -240,7 +250,18 @@ def _shown(which: Which) -> list[service.Generation]:
 
 
 def _generation_table(snapshots: list[Snapshot], owners: list[int]) -> str:
-    columns = ["service", "generation", "phase", "for", "master", "workers", "in flight", "tasks", "last upgrade"]
+    columns = [
+        "service",
+        "generation",
+        "release",
+        "phase",
+        "for",
+        "master",
+        "workers",
+        "in flight",
+        "tasks",
+        "last upgrade",
+    ]
     rows = [list(_generation_row(snapshot)) for snapshot in snapshots]
     if any(owner != os.geteuid() for owner in owners):
         at = columns.index("workers")
@@ -257,6 +278,7 @@ def _generation_row(snapshot: Snapshot) -> tuple[object, ...]:
     return (
         cell(snapshot.name),
         snapshot.generation,
+        cell(release.short(snapshot.release)),
         f"{snapshot.phase.label}, stalled" if _stalled_for(snapshot) else snapshot.phase.label,
         _age(snapshot.phase_since),
         snapshot.master_pid,
@@ -328,3 +350,5 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
 
 
 main.add_command(rehearse)
+history.add_to(main, _which_service)
+rollback.add_to(main, _which_service, _deploy)

@@ -55,6 +55,7 @@ class Settings:
     parent_stays: bool = False
     takeover: bool = False
     takeover_socket: str = ""
+    release: str = ""
     release_dir: str = ""
     env_file: str = ""
     liveness_path: str = "/livez"

@@ -190,6 +190,13 @@ def _name(value: object) -> str:
     return value
 
 
+def _release(value: object) -> str:
+    # It becomes part of log lines, of a label of the metrics, and of a table.
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]{0,100}", value):
+        raise ValueError("must be at most 100 printable ASCII characters without a space, or empty for what is found")
+    return value
+
+
 #: Each returns what the value becomes, and raises ValueError with what it must be.
 NORMALISE: dict[str, Callable[[object], Any]] = {
     "listener": _listener,
@@ -221,4 +228,5 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "log_probes": _switch,
     "generation_header": _header,
     "name": _name,
+    "release": _release,
 }

@@ -58,8 +58,10 @@ def named(pid: int, prefix: str) -> list[tuple[int, str]]:
     return found
 
 
-def open_named(directory: int, number: int, prefix: str) -> int:
-    """Open what a process has as descriptor `number`, to read, if it is a memfd whose name begins with `prefix`.
+def open_named(directory: int, number: int, prefix: str, access: int = os.O_RDONLY) -> int:
+    """Open what a process has as descriptor `number`, if it is a memfd whose name begins with `prefix`.
+
+    To read, unless `access` is another of os.O_RDONLY, O_WRONLY and O_RDWR.
 
     Raises `NotAMemfd` with what it is instead, and OSError when it is closed, or this user may not look.
     """
@@ -74,7 +76,7 @@ def open_named(directory: int, number: int, prefix: str) -> int:
         found = os.fstat(pinned)
         if not stat.S_ISREG(found.st_mode) or found.st_dev != device:
             raise NotAMemfd("it has the name of a memfd and is not one")
-        return os.open(f"/proc/self/fd/{pinned}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{pinned}", access | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(pinned)
 

@@ -39,6 +39,9 @@ ENV = HANDOVER
 #: A message is a few hundred bytes; a reason may quote a traceback's last line. What is longer arrives cut, as garbage.
 MESSAGE_BYTES = 16_384
 
+#: What a process that is no child is sent beside the listeners and the boot log, if there is such a thing.
+_SENT = ("board", "probe", "history")
+
 #: How many messages are read at a time: a peer that sends without end must not hold up the other's loop.
 MOST_AT_A_TIME = 64
 #: More than the kernel's buffer holds of the smallest: all that a peer that has ended can have left.
@@ -168,6 +171,9 @@ class Inheritance:
     stderr_pipes: tuple[int, ...] = ()
     #: The descriptors that the first master was started with; None when the predecessor's version does not tell.
     passed_on: tuple[int, ...] | None = None
+    #: The predecessor's history, and which releases there were before, for one that is forked (upgrade/deploys.py).
+    history: int = -1
+    lineage: int = -1
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -176,7 +182,7 @@ class Inheritance:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All descriptors that the exec must leave open."""
-        optional = [fd for fd in (self.board, self.probe) if fd >= 0]
+        optional = [fd for fd in (self.board, self.probe, self.history, self.lineage) if fd >= 0]
         return (self.channel, self.boot_log, self.stderr, *self.listeners, *optional, *self.stderr_pipes)
 
     @classmethod
@@ -215,7 +221,7 @@ class Inheritance:
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
         """Return what a process that is no child is sent: fields, and descriptors in an order that these tell."""
-        names = ["boot_log", *(name for name in ("board", "probe") if getattr(self, name) >= 0)]
+        names = ["boot_log", *(name for name in _SENT if getattr(self, name) >= 0)]
         fields = {**dataclasses.asdict(self), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]
 
@@ -230,10 +236,10 @@ class Inheritance:
         try:
             names = [str(name) for name in fields["descriptors"]]
             named = dict(zip(names, descriptors, strict=False))
-            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in ("board", "probe")}}
+            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in _SENT}}
             own: dict[str, Any] = {"channel": channel, "predecessor": predecessor, "predecessor_start": start}
             # It has a stderr, and was started with descriptors, of its own; the numbers sent are the other process's.
-            own |= {"taken": True, "stderr_pipes": (), "passed_on": None}
+            own |= {"taken": True, "stderr_pipes": (), "passed_on": None, "lineage": -1}
             return cls._read({**fields, **given, **own, "stderr": -1, "listeners": descriptors[len(names) :]})
         except (ValueError, TypeError, KeyError) as error:
             raise UpgradeError(

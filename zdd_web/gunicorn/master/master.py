@@ -49,6 +49,7 @@ from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.accession import PredecessorLink
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
+from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once
@@ -93,9 +94,10 @@ class Master:
         self.roster = Roster(server, self.board)
         self.predecessor_link = PredecessorLink(inherited, server, self.board) if inherited else None
         self._inherited_as_kept = inherited.kept if inherited else False
+        self.deploys = Deploys(self.header, launch, server.cfg.chdir, settings.release, inherited)
         self.notifier = SystemdNotifier(self, inherited)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
-        self.coordinator = UpgradeCoordinator(self, launch, inherited)
+        self.coordinator = UpgradeCoordinator(self, inherited)
         self.takeover = TakeoverListener(self)
         self.reload = Reload(self)
         self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
@@ -159,7 +161,8 @@ class Master:
         self.header.workers_wanted = server.num_workers
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=self.settings.listener,
                  grace_period=self.settings.grace_period, drain_delay=self.settings.drain_delay,
-                 kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name)  # fmt: skip
+                 kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name,
+                 release=self.deploys.label)  # fmt: skip
 
     def _interval(self) -> float:
         if self.phase is Phase.SERVING and self._settled():
@@ -199,6 +202,7 @@ class Master:
             raise
         # Whatever may go wrong below, a lame duck ends.
         self.stop.follow()
+        guarded("history", self.deploys.follow)(is_active=not self.awaits_promotion)
         self.coordinator.follow()
         if self.predecessor_link is None or self.predecessor_link.is_active or self.predecessor_link.alone:
             # The predecessor does it until then.
@@ -300,7 +304,9 @@ class Master:
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()
         self.header.reload_number += 1
-        guarded("probe port", lambda: self.probes.renew(settings_sources.settle(self.server.cfg)))()
+        settings = settings_sources.settle(self.server.cfg)
+        guarded("release", self.deploys.identify)(settings.release)
+        guarded("probe port", self.probes.renew)(settings)
 
     # -- what a person asks of it
 
@@ -457,6 +463,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.coordinator.after_fork()
+        self.deploys.after_fork()
         self.reload.after_fork()
         self.stderr_relay.after_fork()
         self.takeover.after_fork()

@@ -115,6 +115,7 @@ class Reload:
     def __init__(self, master: Master) -> None:
         self._master, self._server = master, master.server
         self.proof: Proof | None = None
+        self._began = clock.NEVER
 
     def after_fork(self) -> None:
         """Close, in a worker, the pipe of a proof: whoever has it could make the master's reads block."""
@@ -130,6 +131,7 @@ class Reload:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
         if self._master.coordinator.forwards(signal.SIGHUP):
             return
+        self._began = clock.now_ns()
         if self._server.cfg.preload_app:
             # The app is imported in this process, and a module is imported once.
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
@@ -178,7 +180,8 @@ class Reload:
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
         self._master.reloaded()
-        log.emit("reload.done", workers=self._server.num_workers)
+        self._note("done")
+        log.emit("reload.done", workers=self._server.num_workers, release=self._master.deploys.label)
 
     def cancel(self) -> None:
         """End a proof under way, because the service is being stopped."""
@@ -186,9 +189,14 @@ class Reload:
             self.proof.end()
             self.proof.close()
             self.proof = None
+            self._note("cancelled", "the service was stopped")
             guarded("systemd", self._master.notifier.reload_ended)("the service was stopped")
 
+    def _note(self, outcome: str, reason: str = "") -> None:
+        guarded("history", self._master.deploys.reloaded)(outcome, clock.since(self._began), reason)
+
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
+        self._note("failed" if level == logging.ERROR else "refused", reason)
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 

@@ -92,7 +92,8 @@ class PredecessorLink:
             self._asked = True
             # Before anybody can have an answer of this generation.
             log.emit("upgrade.ready", pid=os.getpid(), workers=ready,
-                     seconds=clock.since(self._board.header.started_at))  # fmt: skip
+                     seconds=clock.since(self._board.header.started_at),
+                     release=self._board.header.release)  # fmt: skip
             self._channel.send("ready", workers=ready)
         return self._told or self.alone
 

@@ -63,9 +63,10 @@ def _successor_health(board: Board) -> tuple[int, str]:
 class UpgradeCoordinator:
     """What this master knows of its successor, if there is one."""
 
-    def __init__(self, master: Master, launch: Launch, inherited: Inheritance | None) -> None:
-        self._master, self._launch = master, launch
+    def __init__(self, master: Master, inherited: Inheritance | None) -> None:
+        self._master = master
         self._server, self._header, self._settings = master.server, master.header, master.settings
+        self._deploys = master.deploys
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         env_file = self._settings.env_file
         self._env_at_start = read_env_file(env_file) if env_file else {}
@@ -93,6 +94,7 @@ class UpgradeCoordinator:
             self._when_active = True
             return
         try:
+            self._deploys.begin()
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
@@ -100,12 +102,15 @@ class UpgradeCoordinator:
             self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
         except (ZddError, OSError) as error:
             self._close_unused_pipe()
+            guarded("history", self._deploys.ended)("refused", str(error))
             self._outcome(UpgradeState.REFUSED, str(error))
             self._header.upgrades_refused += 1
             self._header.upgrade_number += 1
             guarded("systemd", master.notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
+        finally:
+            self._deploys.close_lineage()
         self.upgrade.hint = first_boot(self._header)
         guarded("systemd", master.notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
@@ -113,7 +118,8 @@ class UpgradeCoordinator:
         self._outcome(UpgradeState.BOOTING, "")
         self._header.upgrade_number += 1
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
-                  command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
+                  command=" ".join(masking.command(launch.command)), directory=launch.directory,
+                  release=self._deploys.next_label)  # fmt: skip
 
     def admit(self, end: socket.socket, who: fd_passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -123,9 +129,10 @@ class UpgradeCoordinator:
                     f"this is the service {self._header.name!r}, and that one {name!r}: give each its TAKEOVER_SOCKET, "
                     f"or the same NAME if they are one"
                 )
+            self._deploys.begin("takeover")
             self._refuse_unless_possible(forks=False)
             boot_log = self._new_boot_log()
-            inheritance = self._inheritance(boot_log)
+            inheritance = self._inheritance(boot_log, forks=False)
             self.upgrade = ExternalSuccessor.send_handoff(
                 end, who, told, inheritance, boot_log, self._settings.upgrade_timeout, self._settings.commit_window
             )
@@ -136,13 +143,14 @@ class UpgradeCoordinator:
             end.close()
             self._header.upgrades_refused += 1
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
+            guarded("history", self._deploys.ended)("refused", str(error))
             return
         self.upgrade.hint = first_boot(self._header)
         self._outcome(UpgradeState.BOOTING, "")
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
 
-    def _inheritance(self, boot_log: BootLog) -> Inheritance:
+    def _inheritance(self, boot_log: BootLog, *, forks: bool = True) -> Inheritance:
         """Return what a successor is given, all but its end of the channel. Raises OSError."""
         master = self._master
         probe, probe_bind = master.probes.inheritance
@@ -159,6 +167,7 @@ class UpgradeCoordinator:
             board=master.board.fd,
             probe=probe,
             probe_bind=probe_bind,
+            **self._deploys.hand_on(forks=forks),
         )
 
     def _new_boot_log(self) -> BootLog:
@@ -199,8 +208,8 @@ class UpgradeCoordinator:
                 raise UpgradeError(obstacle)
 
     def _next_launch(self) -> Launch:
-        launch = self._launch.following(self._settings.release_dir)
-        if self._settings.env_file:
+        launch = self._deploys.next_launch(self._settings.release_dir)
+        if self._settings.env_file and not self._deploys.goes_back:
             launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
         obstacle = launch.obstacle()
         if obstacle:
@@ -274,11 +283,13 @@ class UpgradeCoordinator:
         except OSError as error:
             self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
             return
-        log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
+        log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds,
+                 release=self._deploys.next_label)  # fmt: skip
         self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
+        label = self._deploys.label_of(upgrade.board)
         self._end(upgrade, now=upgrade.stage is Stage.BOOTING, reason=reason)
         self._identity.discard()
         self._identity.forget_attempt(upgrade.pid)
@@ -289,8 +300,10 @@ class UpgradeCoordinator:
             stdio.write_stderr(said)
         self._header.upgrades_failed += 1
         guarded("systemd", self._master.notifier.upgrade_ended)("failed", reason)
+        guarded("history", self._deploys.ended)("failed", reason, label)
         self._outcome(UpgradeState.FAILED, reason)
-        log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
+        log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason,
+                 release=label)  # fmt: skip
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
         board = None
@@ -330,16 +343,20 @@ class UpgradeCoordinator:
             return
         self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
+        label = self._deploys.label_of(upgrade.board)
+        # The successor reads it when it is told that it is active.
+        guarded("history", self._deploys.ended)("done", label=label)
         # First of all: the successor offers itself there when it hears that it is in office.
         guarded("takeover", self._master.takeover.close)()
         upgrade.promote_successor()
         if upgrade.dropped:
             guarded("listeners", self._master.listening.drop)(upgrade.dropped)
         self._master.release_predecessor()
-        log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
+        log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds, release=label)
         self._master.move(Event.SUCCEEDED, successor=upgrade.pid)
 
     def _return_to_office(self, upgrade: Upgrade, reason: str) -> None:
+        guarded("history", self._deploys.ended)("lost", reason, self._deploys.label_of(upgrade.board))
         if upgrade.board is not None:
             guarded("metrics", metrics.take_back)(self._master.board, upgrade.board)
         self._end(upgrade, now=False, reason=reason)
@@ -408,6 +425,7 @@ class UpgradeCoordinator:
         self._identity.discard()
         self._forget_successor()
         guarded("systemd", self._master.notifier.upgrade_ended)("was cancelled", reason)
+        guarded("history", self._deploys.ended)("cancelled", reason)
         self._outcome(UpgradeState.FAILED, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
