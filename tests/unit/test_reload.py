@@ -34,6 +34,7 @@ def a_master(**changed: Any) -> Any:
         "roster": SimpleNamespace(room=1),
         "listening": SimpleNamespace(unreachable_paths=list),
         "refused": refused,
+        "deploys": SimpleNamespace(reloaded=lambda *outcome: None),
     }
     return SimpleNamespace(**{**values, **changed})
 
