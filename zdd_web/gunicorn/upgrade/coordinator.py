@@ -284,7 +284,7 @@ class UpgradeCoordinator:
             self._fail(upgrade, f"the pid file {self._server.pidfile.fname} cannot be replaced: {error.strerror}")
             return
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds,
-                 release=self._deploys.next_label)  # fmt: skip
+                 release=self._deploys.label_of(upgrade.board))  # fmt: skip
         self._outcome(UpgradeState.COMMITTING, "")
         upgrade.go()
 
