@@ -1,4 +1,4 @@
-"""What a command asks of a master beyond the signal itself: `upgrade --to DIR` and `rollback`.
+"""What a command asks of a master beyond the signal itself: `upgrade --to DIR`, `upgrade --watch`, `rollback`.
 
 A signal carries nothing. So each master has a memfd of a page, the request box, whose descriptor stands on its board.
 A command writes what it wants into it, sends SIGUSR2, and follows the upgrade as always; a SIGUSR2 without a request is
@@ -32,26 +32,39 @@ MEMFD_NAME = "zdd_web-request"
 SIZE = 8 * mmap.PAGESIZE
 LONGEST_PATH = 4095
 
+#: A day, as for any setting in seconds.
+LONGEST_WATCH = 86_400.0
+
 F_ADD_SEALS, _SEAL, _SHRINK, _GROW = 1033, 0x1, 0x2, 0x4
 
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """`to` is the directory to start from; "" with `back`, to go back to the release that served before."""
+    """`to` is the directory to start from, "" for the usual one; with `back`, that of the release that served before.
+
+    `watch` is for how long both generations are to serve, in seconds, and `max_errors` by how much the share of errors
+    of the new one may exceed that of the old one, from 0 to 1; None for what the settings say.
+    """
 
     to: str = ""
     back: bool = False
+    watch: float | None = None
+    max_errors: float | None = None
 
     def encode(self) -> bytes:
         """Return it as it stands in the box."""
-        return json.dumps({"kind": "rollback"} if self.back else {"kind": "to", "directory": self.to}).encode()
+        if self.back:
+            return json.dumps({"kind": "rollback"}).encode()
+        kind = {"kind": "to", "directory": self.to} if self.to else {"kind": "upgrade"}
+        options = {"watch": self.watch, "max_errors": self.max_errors}
+        return json.dumps(kind | {name: value for name, value in options.items() if value is not None}).encode()
 
     @classmethod
     def decode(cls, text: bytes) -> DeployRequest:
         """Read it. Raises `UpgradeError` for what is not a request, or asks for what cannot be.
 
         >>> DeployRequest.decode(b'{"kind": "to", "directory": "/srv/shop/releases/7"}')
-        DeployRequest(to='/srv/shop/releases/7', back=False)
+        DeployRequest(to='/srv/shop/releases/7', back=False, watch=None, max_errors=None)
         """
         try:
             fields = json.loads(text)
@@ -60,13 +73,25 @@ class DeployRequest:
             raise UpgradeError("what was asked of this master is not a request: use `zdd-web` of its version") from None
         if kind == "rollback":
             return cls(back=True)
-        if kind != "to":
+        if kind not in ("to", "upgrade"):
             raise UpgradeError(f"this version knows no request {kind!r}: use `zdd-web` of the running version")
+        watch = _number("--watch", fields.get("watch"), most=LONGEST_WATCH)
+        max_errors = _number("--max-errors", fields.get("max_errors"), most=1.0)
+        if kind == "upgrade":
+            return cls(watch=watch, max_errors=max_errors)
         if not isinstance(directory, str) or not os.path.isabs(directory) or "\0" in directory:
             raise UpgradeError(f"--to {directory!r}: must be an absolute path")
         if len(os.fsencode(directory)) > LONGEST_PATH:
             raise UpgradeError(f"--to: a path of more than {LONGEST_PATH} bytes")
-        return cls(to=os.path.normpath(directory))
+        return cls(to=os.path.normpath(directory), watch=watch, max_errors=max_errors)
+
+
+def _number(option: str, value: object, *, most: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise UpgradeError(f"{option} {value!r}: must be from 0 to {most:g}")
+    return float(value)
 
 
 class RequestBox:

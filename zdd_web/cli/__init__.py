@@ -109,9 +109,14 @@ def _whose(generation: service.Generation) -> str:
 @_which_service
 @click.option("--to", metavar="DIR", type=click.Path(exists=True, file_okay=False, resolve_path=True),
               help="Start the next generation from this release's directory.")  # fmt: skip
-def upgrade(which: Which, to: str | None) -> None:
+@click.option("--watch", metavar="SECONDS", type=click.FloatRange(0, 86_400),
+              help="Have both generations serve for so long; take back one that does worse.")  # fmt: skip
+@click.option("--max-errors", metavar="SHARE", callback=deploys.share,
+              help="Of replies with status 500 or above, beyond those of the old one: 0.01 or 1%.")  # fmt: skip
+def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None) -> None:
     """Replace the running code with what is on disk; status 0 only when the new generation serves."""
-    _deploy(which, None if to is None else DeployRequest(to=to))
+    plain = to is None and watch is None and max_errors is None
+    _deploy(which, None if plain else DeployRequest(to=to or "", watch=watch, max_errors=max_errors))
 
 
 def _deploy(which: Which, request: DeployRequest | None) -> None:

@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import click
+
 from zdd_web import deploy_request, history
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.deploy_request import DeployRequest
 from zdd_web.errors import UpgradeError
 from zdd_web.history import Entry
 from zdd_web.service import Generation
+from zdd_web.settings.values import NORMALISE
 from zdd_web.system import document
 
 ANOTHER_VERSION = "the running version of zdd_web {what}: upgrade it (`zdd-web upgrade`), and the next generation does"
@@ -36,6 +39,17 @@ def _open(generation: Generation) -> int:
         return generation.open_memfd(number, history.MEMFD_NAME)
     except OSError as error:
         raise CannotHelp(f"the history of process {generation.pid} cannot be read: {error}") from None
+
+
+def share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Read a share of requests, as the setting MAX_ERRORS does; for click."""
+    if value is None:
+        return None
+    try:
+        found: float = NORMALISE["max_errors"](value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return found
 
 
 class Asked:

@@ -27,10 +27,11 @@ from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
 from zdd_web.gunicorn.termination_message import first_boot
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
+from zdd_web.gunicorn.upgrade.error_watch import ErrorWatch
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.orphans import Orphans
-from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade
+from zdd_web.gunicorn.upgrade.successor_process import Stage, Upgrade, Verdict
 from zdd_web.health import Probe, Status, examine
 from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.probes import look
@@ -82,6 +83,7 @@ class UpgradeCoordinator:
         self._boot_log: BootLog | None = None
         self._identity = ServiceIdentity(master.server, master.notifier)
         self._when_active = False
+        self._watch: ErrorWatch | None = None
         self._line: Line | None = None
 
     def request(self) -> None:
@@ -98,6 +100,7 @@ class UpgradeCoordinator:
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
+            window = max(window, self._deploys.watch(self._settings)[0])
             inheritance = self._inheritance(boot_log)
             self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._pre_exec)
         except (ZddError, OSError) as error:
@@ -246,7 +249,7 @@ class UpgradeCoordinator:
         if upgrade.board is not None:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
-        verdict = upgrade.poll()
+        verdict = upgrade.poll() or self._compare(upgrade)
         if upgrade.released and upgrade.stage is Stage.IN_OFFICE:
             # This master will not serve again, and who still holds a listener keeps clients waiting in its queue.
             self._master.listening.close(for_good=False)
@@ -257,9 +260,18 @@ class UpgradeCoordinator:
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
+            self._watch = None
             self._commit(upgrade)
         elif upgrade.stage is Stage.IN_OFFICE:
             self.follow_last_accepts()
+
+    def _compare(self, upgrade: Upgrade) -> Verdict | None:
+        """Return the verdict of a watch (`upgrade --watch`), None while nothing is against the new generation."""
+        watch = self._watch
+        if watch is None or upgrade.stage is not Stage.COMMITTING or upgrade.board is None:
+            return None
+        reason = watch.judge(is_over=upgrade.committed)
+        return Verdict(ready=False, reason=reason) if reason else None
 
     def _speak_for(self, successor: Board) -> None:
         self._header.successor_phase, self._header.successor_trouble = _successor_health(successor)
@@ -286,6 +298,9 @@ class UpgradeCoordinator:
         log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds,
                  release=self._deploys.label_of(upgrade.board))  # fmt: skip
         self._outcome(UpgradeState.COMMITTING, "")
+        seconds, allowed = self._deploys.watch(self._settings)
+        if seconds and upgrade.is_child and upgrade.board is not None:
+            self._watch = ErrorWatch(self._master.board, upgrade.board, allowed)
         upgrade.go()
 
     def _fail(self, upgrade: Upgrade, reason: str) -> None:
@@ -328,7 +343,7 @@ class UpgradeCoordinator:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.upgrade = self._line = None
+        self.upgrade = self._line = self._watch = None
         self._server.reexec_pid = 0
         self._header.successor_pid = self._header.successor_phase = 0
 

@@ -22,7 +22,7 @@ from zdd_web.gunicorn.handoff.handover import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.handoff.lineage import Lineage
 from zdd_web.history import Entry
-from zdd_web.settings import ENV_PREFIX
+from zdd_web.settings import ENV_PREFIX, Settings
 from zdd_web.system import clock, document
 from zdd_web.system.document import Document
 
@@ -113,6 +113,15 @@ class Deploys:
         """Whether the upgrade under way starts an earlier release again, with its environment as it was."""
         return self._attempt.kind == "rollback"
 
+    def watch(self, settings: Settings) -> tuple[float, float]:
+        """Return for how long the next generation is watched, seconds, and how many more errors it may have."""
+        request = self._attempt.request or DeployRequest()
+        if self.goes_back:
+            # The one that serves is what it is taken back from: nothing to be measured by.
+            return 0.0, 1.0
+        seconds = settings.watch if request.watch is None else request.watch
+        return seconds, settings.max_errors if request.max_errors is None else request.max_errors
+
     @property
     def next_label(self) -> str:
         """What the release is called that the upgrade under way starts, as far as this process can tell."""
@@ -123,7 +132,7 @@ class Deploys:
         attempt, request = self._attempt, self._attempt.request
         usual = self.lineage.configured or self.own
         symlink = release_dir or usual.named
-        if request is None:
+        if request is None or not (request.to or request.back):
             launch = usual.launch.following(release_dir)
             attempt.directory = os.path.realpath(symlink)
             attempt.lineage = self.lineage.after_deploy(self.own, attempt.directory, follows=True)
