@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
-from tests.processes.harness import PATIENCE, Service, until
+from tests.processes.harness import PATIENCE, Held, Service, until
 from zdd_web import history
 
 
@@ -85,9 +86,6 @@ def test_history_is_not_lost_with_a_master_that_is_killed_before_the_handover(ma
 
 def test_lost_successor_is_noted_by_the_one_that_serves_again(make_service):
     service = make_service().start()
-    held = None
-    from tests.processes.harness import Held
-
     held = Held(service)
     service.upgrade()
     new = service.pid
@@ -121,7 +119,7 @@ def test_takeover_is_noted_and_brings_the_history_along(make_service, tmp_path):
 
 
 def test_nothing_is_leaked_and_nothing_is_left_open(make_service):
-    service = make_service(workers=1).start()
+    service = make_service(workers=1, probe_bind="127.0.0.1:0").start()
 
     def memfds(pid: int) -> list[str]:
         links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
@@ -134,4 +132,7 @@ def test_nothing_is_leaked_and_nothing_is_left_open(make_service):
     expected = [f"/memfd:{history.MEMFD_NAME}", "/memfd:zdd_web-request"]
     until(f"{expected}, and not {memfds(service.pid)}", lambda: memfds(service.pid) == expected, service)
     (worker,) = service.snapshot().workers
-    assert memfds(worker.pid) == []
+    for pid in (worker.pid, service.is_active().board.header.probe_pid):
+        assert memfds(pid) == []
+        # Nor what it could write to without a descriptor.
+        assert "zdd_web-" not in Path(f"/proc/{pid}/maps").read_text()

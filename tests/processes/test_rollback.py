@@ -82,6 +82,11 @@ def test_rollback_has_the_environment_as_it_was(releases):
     assert found["COLOUR"] == "blue"
     assert found["AGENT"] == f"{releases.path('r1')}/lib"
     assert service.snapshot().release == str(releases.path("r1").resolve())
+    # The next upgrade goes by the file again: what it does not have any more is gone, wherever it came from.
+    env_file.write_text("OTHER=1\n")
+    service.upgrade()
+    found = told(service, 4)["environ"]
+    assert (found.get("COLOUR"), found["OTHER"]) == (None, "1")
 
 
 def test_rollback_of_a_release_that_is_gone_is_refused(releases):

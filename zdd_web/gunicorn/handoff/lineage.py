@@ -44,6 +44,8 @@ class Release:
     label: str = ""
     #: The program, by a path whose directory has no symlinks: `venv` may be one too, and lead elsewhere by now.
     program: str = ""
+    #: The variables that ENV_FILE had given it: an upgrade takes out those that the file does not have any more.
+    from_env_file: tuple[str, ...] = ()
 
     def started_from(self, directory: str) -> Launch:
         """Return the launch moved to another directory, which holds a release as `real` does."""
@@ -166,7 +168,9 @@ def _release(fields: dict[str, Any]) -> Release:
     launch = fields["launch"]
     for name in ("command", "descriptors", "left"):
         launch[name] = tuple(launch[name])
-    return Release(**{**_known(Release, fields), "launch": Launch(**_known(Launch, launch))})
+    found = _known(Release, fields)
+    variables = tuple(found.get("from_env_file", ()))
+    return Release(**{**found, "launch": Launch(**_known(Launch, launch)), "from_env_file": variables})
 
 
 def _known(kind: type[Any], fields: dict[str, Any]) -> dict[str, Any]:

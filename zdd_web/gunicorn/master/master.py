@@ -106,7 +106,9 @@ class Master:
         self.listening = ListenerManager(server, self.board, settings, inherited)
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
-        self.probes = ProbePort(server, self.board, settings, inherited, self.listening.probe_socket)
+        self.probes = ProbePort(
+            server, self.board, settings, inherited, self.listening.probe_socket, forget=self.deploys.after_fork
+        )
         if inherited is None:
             # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
             self.probes.start(None)

@@ -70,7 +70,7 @@ class UpgradeCoordinator:
         self._deploys = master.deploys
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         env_file = self._settings.env_file
-        self._env_at_start = read_env_file(env_file) if env_file else {}
+        self._deploys.note_env_file(read_env_file(env_file) if env_file else ())
         self.upgrade: Upgrade | None = None
         #: A successor that was told to stop, together with this generation, when it had requests in hand already.
         self.cancelled: Upgrade | None = None
@@ -99,6 +99,7 @@ class UpgradeCoordinator:
             self._deploys.begin()
             self._refuse_unless_possible()
             launch, boot_log = self._next_launch(), self._new_boot_log()
+            self._deploys.started()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
             window = max(window, self._deploys.watch(self._settings)[0])
             inheritance = self._inheritance(boot_log)
@@ -134,6 +135,7 @@ class UpgradeCoordinator:
                 )
             self._deploys.begin("takeover")
             self._refuse_unless_possible(forks=False)
+            self._deploys.started()
             boot_log = self._new_boot_log()
             inheritance = self._inheritance(boot_log, forks=False)
             self.upgrade = ExternalSuccessor.send_handoff(
@@ -212,8 +214,8 @@ class UpgradeCoordinator:
 
     def _next_launch(self) -> Launch:
         launch = self._deploys.next_launch(self._settings.release_dir)
-        if self._settings.env_file and not self._deploys.goes_back:
-            launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
+        if self._settings.env_file:
+            launch = self._deploys.refreshed(launch, read_env_file(self._settings.env_file))
         obstacle = launch.obstacle()
         if obstacle:
             raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")

@@ -8,8 +8,10 @@ it in a memfd of its own. So at each time one process writes, the active master,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +56,8 @@ class Deploys:
         self.own = lineage.find(launch, chdir)
         self._code = os.path.realpath(chdir)
         self.lineage = Lineage()
-        self._attempt = _Attempt("deploy")
+        #: What was asked for last, and what is under way: what is refused meanwhile must not take its place.
+        self._asked = self._attempt = _Attempt("deploy")
         self._lineage: Document | None = None
         self._inherited = -1
         self._kind = "start" if inherited is None else "takeover" if inherited.taken else "deploy"
@@ -102,21 +105,32 @@ class Deploys:
 
     def begin(self, kind: str = "deploy") -> None:
         """An upgrade was asked for; take what was asked of it. Raises `UpgradeError`, OSError."""
-        self._attempt = _Attempt(kind)
+        self._asked = _Attempt(kind)
         if kind == "deploy":
-            request = self._attempt.request = self._box.take()
+            request = self._asked.request = self._box.take()
             if request is not None and request.back:
-                self._attempt.kind = "rollback"
+                self._asked.kind = "rollback"
 
-    @property
-    def goes_back(self) -> bool:
-        """Whether the upgrade under way starts an earlier release again, with its environment as it was."""
-        return self._attempt.kind == "rollback"
+    def started(self) -> None:
+        """What was asked for is possible, and under way from now on."""
+        self._attempt = self._asked
+
+    def note_env_file(self, variables: Iterable[str]) -> None:
+        """Note which variables ENV_FILE has given to this generation."""
+        self.own = dataclasses.replace(self.own, from_env_file=tuple(variables))
+
+    def refreshed(self, launch: Launch, variables: dict[str, str]) -> Launch:
+        """Return the next generation's launch with what ENV_FILE says now; as it was, if that goes back."""
+        if self._asked.kind == "rollback":
+            return launch
+        request = self._asked.request
+        base = self.own if request is not None and request.to else self.lineage.configured or self.own
+        return launch.refreshed(dict.fromkeys(base.from_env_file, ""), variables)
 
     def watch(self, settings: Settings) -> tuple[float, float]:
         """Return for how long the next generation is watched, seconds, and how many more errors it may have."""
         request = self._attempt.request or DeployRequest()
-        if self.goes_back:
+        if request.back:
             # The one that serves is what it is taken back from: nothing to be measured by.
             return 0.0, 1.0
         seconds = settings.watch if request.watch is None else request.watch
@@ -129,7 +143,7 @@ class Deploys:
 
     def next_launch(self, release_dir: str) -> Launch:
         """Return the launch of the next generation; `release_dir` is RELEASE_DIR. Raises `UpgradeError`."""
-        attempt, request = self._attempt, self._attempt.request
+        attempt, request = self._asked, self._asked.request
         usual = self.lineage.configured or self.own
         symlink = release_dir or usual.named
         if request is None or not (request.to or request.back):
@@ -169,7 +183,7 @@ class Deploys:
         if not forks or not hasattr(os, "memfd_create"):
             # Another unit has started it, with a command line and an environment that it will be started by again.
             return {"history": self._document.fd}
-        text = self._attempt.lineage.encode()
+        text = self._asked.lineage.encode()
         self._lineage = Document(_LINEAGE_NAME, len(text))
         self._lineage.write(text)
         return {"history": self._document.fd, "lineage": self._lineage.fd}
@@ -187,7 +201,7 @@ class Deploys:
 
     def ended(self, outcome: str, reason: str = "", label: str = "") -> None:
         """Note how the upgrade ended; `label` is what the successor calls its release."""
-        attempt = self._attempt
+        attempt = self._asked if outcome == "refused" else self._attempt
         self._append(
             Entry(
                 # What was lost was done before, at the time that an earlier entry has.
