@@ -157,8 +157,8 @@ class Header(Record):
     LEAST_WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
     #: The names of all checks of a successor, and more: see `successor_trouble`.
     successor_trouble_whole = Text(LEAST_WORDS, 2048)
-    #: Which code this generation runs: see `release`.
-    _release = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 256)
+    #: Which code this generation runs: see `release`. Some words between the two are left to texts of other parts.
+    _release = Text(LEAST_WORDS + 1024, 256)
     WORDS = _release.index + 2 + _release.size // WORD
 
     @property
