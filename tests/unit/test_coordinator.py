@@ -16,6 +16,7 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.channel import Channel
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
+from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.states import Successor
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import Phase
@@ -37,7 +38,7 @@ class Scene:
         self.coordinator = UpgradeCoordinator(
             server,
             self.generation,
-            launch,
+            Deploys(self.header, launch, "/", "", None),
             None,
             self.listening,
             self.notifier,
