@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("tests", "example_django", "example_flask", "docs", "benchmarks", "README.md", "setup.cfg")
+NEEDED = (
+    "tests", "example_django", "example_flask", "docs", "benchmarks", "README.md", "SECURITY.md", "CONTRIBUTING.md",
+    "CHANGELOG.md", "setup.cfg", "tox.ini",
+)  # fmt: skip
 
 
 def main(directory: str, *arguments: str) -> int:

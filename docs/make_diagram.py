@@ -1,6 +1,6 @@
 """The state diagrams of the pages, drawn from the tables that the code itself goes by.
 
-`python docs/make_diagram.py` prints them; tests/unit/test_docs.py holds the pages to them.
+`python docs/make_diagram.py` prints them; tests/pure/test_docs.py holds the pages to them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state diagram of a worker in docs/explanation/how-a-worker-ends.md, drawn from the table that the code goes by.
 
-`python docs/make_worker_diagram.py` prints it; tests/unit/test_exit_states.py holds the page to it.
+`python docs/make_worker_diagram.py` prints it; tests/pure/test_exit_states.py holds the page to it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,43 @@
 from __future__ import annotations
 
+import compileall
+import os
+from pathlib import Path
+
+import hypothesis
 import pytest
+
+import zdd_web
+from tests.helpers.casting import description
+from tests.helpers.skips import AllowedSkips
+from tests.helpers.tiers import Tiers
+
+# How long an example takes says something about the machine, not about the code.
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=100)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+hypothesis.settings.load_profile(PROFILE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--allowed-skips", type=str, help="fail on a skip whose reason is not in this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Tiers(config), "zdd_web_tiers")
+    if not hasattr(config, "workerinput"):
+        # Services write no bytecode, and compiling the package took each of their starts 0.2 s of CPU.
+        compileall.compile_dir(os.path.dirname(zdd_web.__file__), quiet=2)
+    if allowed := config.getoption("allowed_skips"):
+        config.pluginmanager.register(AllowedSkips(Path(allowed)), "zdd_web_allowed_skips")
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        "tiers: -m fast, os, smoke, processes; all of them without -m; -m long for what takes minutes",
+        f"hypothesis profile: {PROFILE} (HYPOTHESIS_PROFILE=dev|ci)",
+        *description(),
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A Django project in one file: the settings, the urlconf and the views that tests/unit/test_django.py asks."""
+"""A Django project in one file: the settings, the urlconf and the views that tests/pure/test_django.py asks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.casting import CLASSES, PLAYS_ALL, is_left_out
 from tests.processes.harness import Service
 
 
@@ -15,38 +15,18 @@ from tests.processes.harness import Service
 def no_strange_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is the tests' own from every master that they start: pytest-django's settings module would be read."""
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
-    # To a service it would be an unknown setting. Not taken out at import: xdist's workers have it from the controller.
-    monkeypatch.delenv("ZDD_WEB_TEST_CLASSES", raising=False)
-
-
-#: A scene is played by one of each of these, whichever falls to its name; by every one where ZDD_WEB_TEST_CLASSES=all
-#: asks for it, and always in the test of the upgrade itself. All of them do not fit into fifteen minutes on two cores.
-CLASSES = ("sync", "gthread")
-LOOPS = ("gevent", "asgi", "uvicorn_worker.UvicornWorker")
-ALWAYS_ALL = "test_upgrade.py"
-PLAYS_ALL = os.environ.get("ZDD_WEB_TEST_CLASSES") == "all"
+    # Services know no such settings. Not taken out at import: xdist's workers have them from the controller.
+    for name in [name for name in os.environ if name.startswith("ZDD_WEB_TEST_")]:
+        monkeypatch.delenv(name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the other classes out."""
+    """Leave the worker classes out that do not play a scene; see tests/helpers/casting.py."""
     if PLAYS_ALL:
         return
-    left_out = [item for item in items if _is_the_others(item)]
+    left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
-
-
-def _is_the_others(item: pytest.Item) -> bool:
-    chosen = getattr(item, "callspec", None)
-    mine = chosen.params.get("worker_class") if chosen is not None else None
-    family = next((each for each in (CLASSES, LOOPS) if mine in each), ())
-    if not family or item.path.name == ALWAYS_ALL:
-        return False
-    if any("worker_class" in mark.args[0] for mark in item.iter_markers("parametrize")):
-        return False  # the test has chosen itself
-    rest = {name: value for name, value in chosen.params.items() if name != "worker_class"}  # type: ignore[union-attr]
-    name = f"{item.path.name} {getattr(item, 'originalname', item.name)} {sorted(map(str, rest.items()))}"
-    return family[zlib.crc32(name.encode()) % len(family)] != mine
 
 
 @pytest.fixture(params=CLASSES)

@@ -1,9 +1,10 @@
 """A real systemd, as PID 1 of namespaces of its own, for tests.
 
 It boots in half a second from the machine's own systemd, over a copy-on-write view of the machine's files: what is
-written inside vanishes with it. Inside, /tmp, /run and /dev are its own; nothing of the machine's is bound but the
-directory that a test gives it. /tmp is never among them, since a booting systemd empties it, and the units that would
-are masked as well. The network is the machine's, so that a test's clients reach the services.
+written inside vanishes with it. Inside, /tmp, /run and /dev are its own. Of the machine's, only the directory that a
+test shares is bound so that it can be written to; a checkout or a virtualenv below /tmp or /run is bound read-only,
+for a booting systemd empties both (and the units that would are masked as well). The network is the machine's, so that
+a test's clients reach the services.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from zdd_web.system import proc
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: What is not the machine's inside.
-HIDDEN = ("/tmp/", "/run/", "/dev/")
+#: Directories that are not the machine's inside: what is needed of them is bound there read-only.
+HIDDEN = ("/tmp/", "/run/")
 
 PROGRAMS = ("unshare", "nsenter", "mount", "pivot_root")
 
@@ -117,9 +118,9 @@ def describe_bind_error() -> str:
         return f"no {', '.join(missing)}"
     if not SYSTEMD.exists():
         return f"no {SYSTEMD}"
-    hidden = [where for where in _needed() if where.startswith(HIDDEN)]
-    if hidden:
-        return f"{hidden[0]} is where the inside has a directory of its own"
+    devices = [where for where in _needed() if where.startswith("/dev/")]
+    if devices:
+        return f"{devices[0]} is below /dev, which the inside has of its own"
     return "" if cgroup2() is not None else "no cgroup2 that can be written to"
 
 
@@ -197,14 +198,18 @@ def _needed() -> set[str]:
 
 
 def _mounts_apart() -> list[str]:
-    """Return the mounts of these, other than that of the root directory, which is there anyway; all in another tree."""
+    """Return what to bind read-only so that all that is needed is seen inside."""
     if str(TREE) != "/":
         return sorted(_needed())
+    hidden = {each for each in _needed() if each.startswith(HIDDEN)}
+    # What lies on the root directory's mount is there anyway.
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     apart = {
-        where for where in mounts if where != "/" and any(f"{each}/".startswith(f"{where}/") for each in _needed())
+        where
+        for where in mounts
+        if where not in ("/", "/tmp", "/run") and any(f"{each}/".startswith(f"{where}/") for each in _needed() - hidden)
     }
-    return sorted(apart)
+    return sorted(apart | hidden)
 
 
 def _wait_until_booted(box: Box, console: Path) -> Box:

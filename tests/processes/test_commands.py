@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.masters import NOBODY_UID, Masters
 from tests.processes.harness import Held, Service
-from tests.unit.masters import NOBODY_UID, Masters
 from zdd_web.system import proc
 
 ROOT = Path(__file__).parents[2]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from http.client import HTTPException
 
 import pytest
+
+from tests.processes.harness import Service
 
 #: The Nth worker is told to leave in the Nth line of gunicorn's that it runs.
 TERM_AT_A_LINE = """
@@ -40,18 +41,13 @@ def post_worker_init(worker):
     sys.settrace(trace)
 """
 
-#: Of a worker's loop, from its first; they begin and end a request. `ZDD_WEB_TEST_LINES=2000` sees some more.
-#: Taken out of the environment: a service takes it for a setting that does not exist, and does not start.
-LINES = int(os.environ.pop("ZDD_WEB_TEST_LINES", "0"))
 
-
-@pytest.mark.parametrize(("worker_class", "lines"), [("sync", 260), ("gthread", 160)])
-def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, worker_class: str, lines: int):
-    service = make_service(worker_class, workers=1)
+def told_to_leave_at_each_line(service: Service, lines: int) -> None:
+    """Have a worker leave at each of so many lines of its loop; no request may be lost."""
     service.configure(TERM_AT_A_LINE).start()
-    turn, until = service.directory / "turn", time.monotonic() + 300
+    turn, until = service.directory / "turn", time.monotonic() + max(300, lines)
     lost = []
-    while int(turn.read_text()) <= (LINES or lines):
+    while int(turn.read_text()) <= lines:
         assert time.monotonic() < until
         line = int(turn.read_text())
         try:
@@ -63,3 +59,9 @@ def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, 
     assert lost == []
     assert not service.matches("Traceback")
     service.stop()
+
+
+#: The first lines of the loop begin and end a request. tests/processes/long has 2,000 of each.
+@pytest.mark.parametrize(("worker_class", "lines"), [("sync", 260), ("gthread", 160)])
+def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, worker_class: str, lines: int):
+    told_to_leave_at_each_line(make_service(worker_class, workers=1), lines)

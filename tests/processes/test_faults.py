@@ -62,28 +62,28 @@ AT_IMPORT = {
 }
 
 
-@pytest.mark.parametrize("fault", AT_IMPORT)
-def test_an_app_that_ends_at_import_costs_nothing(service: Service, fault: str):
-    statement, reasons, shows = AT_IMPORT[fault]
+@pytest.mark.parametrize("faults", [list(AT_IMPORT)[:4], list(AT_IMPORT)[4:]], ids=["exceptions", "ends"])
+def test_an_app_that_ends_at_import_costs_nothing(service: Service, faults: list[str]):
     configure(service).start()
-    service.deploy("2", at_import=statement)
     with on_trial(service) as trial:
-        trial.fails(*reasons, shows=tuple(shows))
-        trial.cost_nothing()
+        for fault in faults:
+            statement, reasons, shows = AT_IMPORT[fault]
+            service.deploy("2", at_import=statement)
+            trial.fails(*reasons, shows=tuple(shows))
+            trial.cost_nothing()
         trial.recovers()
 
 
-@pytest.mark.parametrize("fault", ["ImportError", "sys.exit(0)", "os._exit(0)", "segfault"])
-def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_service, fault: str):
-    statement, reasons, _ = AT_IMPORT[fault]
+def test_an_app_that_ends_at_import_in_a_preloading_master_costs_nothing(make_service):
     service = make_service("gthread")
     service.arguments = ["--preload"]
     configure(service).start()
-    service.deploy("2", at_import=statement)
-    said = {"sys.exit(0)": "exit status 0", "os._exit(0)": "exit status 0"}.get(fault, reasons[0])
     with on_trial(service) as trial:
-        trial.fails(said)
-        trial.cost_nothing()
+        for fault in ("ImportError", "sys.exit(0)", "os._exit(0)", "segfault"):
+            statement, reasons, _ = AT_IMPORT[fault]
+            service.deploy("2", at_import=statement)
+            trial.fails({"sys.exit(0)": "exit status 0", "os._exit(0)": "exit status 0"}.get(fault, reasons[0]))
+            trial.cost_nothing()
         trial.recovers()
 
 
@@ -103,14 +103,15 @@ IN_CONFIGURATION = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", IN_CONFIGURATION)
-def test_a_configuration_that_fails_costs_nothing(make_service, fault: str):
-    text, reason = IN_CONFIGURATION[fault]
+@pytest.mark.parametrize("faults", [list(IN_CONFIGURATION)[:5], list(IN_CONFIGURATION)[5:]], ids=["file", "hooks"])
+def test_a_configuration_that_fails_costs_nothing(make_service, faults: list[str]):
     service = configure(make_service("sync")).start()
-    service.write_conf(text + CONF)
     with on_trial(service) as trial:
-        trial.fails(reason)
-        trial.cost_nothing()
+        for fault in faults:
+            text, reason = IN_CONFIGURATION[fault]
+            service.write_conf(text + CONF)
+            trial.fails(reason)
+            trial.cost_nothing()
         configure(service)
         trial.recovers()
 
@@ -173,16 +174,15 @@ WARM_UPS = {
 }
 
 
-@pytest.mark.parametrize("fault", WARM_UPS)
-def test_a_warm_up_that_fails_costs_nothing(service: Service, fault: str):
-    statement, reason = WARM_UPS[fault]
+def test_a_warm_up_that_fails_costs_nothing(service: Service):
     configure(service).start()
-    service.deploy("2")
-    warm(service, statement)
     configure(service, warmup=["/warm"])
     with on_trial(service) as trial:
-        trial.fails(reason)
-        trial.cost_nothing()
+        for statement, reason in WARM_UPS.values():
+            service.deploy("2")
+            warm(service, statement)
+            trial.fails(reason)
+            trial.cost_nothing()
         trial.recovers()
 
 
@@ -755,7 +755,7 @@ def test_an_error_of_ours_is_logged_and_the_service_goes_on(service: Service, wh
 AFTER_THE_LOSS = {
     "the pid file": ("server.pidfile", "create"),
     "the control socket": (
-        "__import__('zdd_web.gunicorn.adapter.control_socket').gunicorn.adapter.control_socket",
+        "__import__('sys').modules['zdd_web.gunicorn.adapter.control_socket']",
         "resume",
     ),
     "systemd": ("master.notifier", "take_back"),

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.processes.conftest import PLAYS_ALL
+from tests.helpers.casting import PLAYS_ALL
 from tests.processes.harness import (
     WORKER_CLASSES,
     Held,

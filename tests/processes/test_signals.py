@@ -186,7 +186,7 @@ PHASES: dict[str, Callable[[Service], Scene]] = {
     "`serving`": started,
     "`serving`, its successor boots": lambda service: upgrading(service, held_at="import"),
     "`serving`, in the commit window": lambda service: upgrading(service, held_at="commit"),
-    "`serving`, not yet in office": lambda service: swapped(upgrading(service, held_at="commit")),
+    "`serving`, not yet active": lambda service: swapped(upgrading(service, held_at="commit")),
     "`lame_duck`": lame_duck,
     "`draining`": draining,
     "`retiring`": retiring,
@@ -413,7 +413,7 @@ OUTCOMES: dict[str, Callable[[Scene, signal.Signals], None]] = {
     "gets a deadline": gets_a_deadline,
     "reloads": reloads,
     "upgrades": upgrades,
-    "upgrades once in office": upgrades_once_in_office,
+    "upgrades once active": upgrades_once_in_office,
     "reopens logs": reopens_logs,
     "one more": one_more,
     "one less": one_less,
@@ -421,14 +421,14 @@ OUTCOMES: dict[str, Callable[[Scene, signal.Signals], None]] = {
 
 #: Outcomes that leave somebody serving: nobody may lose a request meanwhile.
 HARMLESS = {
-    "refused", "no effect", "ends; the old one serves", "reloads", "upgrades", "upgrades once in office",
+    "refused", "no effect", "ends; the old one serves", "reloads", "upgrades", "upgrades once active",
     "reopens logs", "one more", "one less",
 }  # fmt: skip
 
 
 def cuts(cell: Cell) -> bool:
     """Whether requests of a generation that accepts are cut off by what the signal means."""
-    return cell.phase == "`serving`, not yet in office" and cell.signal in ("INT", "QUIT")
+    return cell.phase == "`serving`, not yet active" and cell.signal in ("INT", "QUIT")
 
 
 # -- the cells

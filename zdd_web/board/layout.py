@@ -117,8 +117,6 @@ class Header(Record):
     #: The master's descriptors of its history (history.py) and of its request box (deploy_request.py); 0 for none.
     history_fd = Word(29)
     request_fd = Word(30)
-    #: The request that was refused last, by its `upgrade_number`; see `refused_reason`.
-    refused_number = Word(31)
     name = Text(32, 128)
     #: How many slots were ever used: no reader needs to look at those behind.
     slots_used = Word(50)
@@ -165,8 +163,9 @@ class Header(Record):
     LEAST_WORDS = LISTENERS_AT + MOST_LISTENERS * ListenerRecord.WORDS
     #: The names of all checks of a successor, and more: see `successor_trouble`.
     successor_trouble_whole = Text(LEAST_WORDS, 2048)
-    #: Why the request `refused_number` was refused: a word of its own, since `upgrade_reason` and
+    #: Why the request with that `upgrade_number` was refused: a word of its own, since `upgrade_reason` and
     #: `upgrade_state` tell how an upgrade goes that is under way meanwhile. Masters of earlier versions write neither.
+    refused_number = Word(217)
     refused_reason = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 1024)
     #: Which code this generation runs: see `release`. Some words before it are left to texts of other parts.
     _release = Text(LEAST_WORDS + 1024, 256)

@@ -168,12 +168,16 @@ def place(function: Callable[[], Any]) -> str:
 
 def remember() -> Callable[[], None]:
     """Return what takes the shared checks back to how they are now, and forgets those of apps made since; for tests."""
-    known, apps = dict(shared._checks), set(_all)
+    with _all_lock:
+        known, apps = dict(shared._checks), set(_all)
 
     def restore() -> None:
         shared._checks = known
-        for registry in set(_all) - apps:
-            registry._checks.clear()
+        with _all_lock:
+            since = set(_all) - apps
+        for registry in since:
+            registry.clear()
+        # Where no app was made since, nothing else has noted that the shared ones are others.
         _changed()
 
     return restore

@@ -182,7 +182,7 @@ class AsgiConnections(AsyncioConnections):
         return protocol._keepalive_handle
 
     def requests(self, protocol: Any) -> int:
-        """See `AsyncioConnections`: the one that is waited for is counted already (protocol.py:1341)."""
+        """See `AsyncioConnections`: the one that is waited for is counted already."""
         return max(0, int(protocol.req_count) - 1)
 
     def before_made(self, protocol: Any, requests: int) -> None:
@@ -196,7 +196,7 @@ class AsgiConnections(AsyncioConnections):
         protocol._keepalive_handle = self.loop.call_later(left, protocol._keepalive_timeout)
 
     def let_go(self, protocol: Any) -> None:
-        """See `AsyncioConnections`: `_closed` keeps it from shutting the connection down (protocol.py:2317)."""
+        """See `AsyncioConnections`: `_closed` keeps it from shutting the connection down."""
         protocol._closed = True
         protocol._cancel_keepalive_timer()
         # The task that waits for a request ends.

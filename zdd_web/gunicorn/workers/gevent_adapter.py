@@ -176,7 +176,7 @@ class GeventAdapter(WorkerAdapter):
             gevent.sleep(kept.pause() or self.interval)
 
     def _turn_often(self) -> None:
-        # The loop's own turns are a second apart (ggevent.py:85).
+        # The loop's own turns are a second apart (test_gevent_looks_once_a_second).
         while self.runtime.is_finishing:
             gevent.sleep(TURN)
             self.worker.notify()

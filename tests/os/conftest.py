@@ -1,0 +1,7 @@
+"""Tests with real pipes, forks, sockets and threads, without a server."""
+
+from __future__ import annotations
+
+from tests.helpers.in_process import nothing_is_left_behind, service
+
+__all__ = ["nothing_is_left_behind", "service"]

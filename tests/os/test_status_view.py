@@ -1,0 +1,293 @@
+"""What `status` and its live board show fits a terminal of 80 columns, breaks no word, and cuts no reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from tests.helpers.masters import Masters
+from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
+from zdd_web.cli import frameworks, main, screen, watch
+from zdd_web.cli.status_view import Shown, lines_of
+from zdd_web.cli.times import Now
+from zdd_web.lifecycle import Phase
+from zdd_web.service import Generation
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+SECOND = 1_000_000_000
+NOW = Now(monotonic=400_000 * SECOND, wall=1_900_000_000.0)
+CAUSE = "cannot import name 'basket' from 'shop.models' (/srv/shop/releases/2026-11-28/shop/models.py)"
+REASON = f"worker 4194300 ended before it served: exit status 3; ImportError: {CAUSE}, the migration is missing"
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.private("shop")
+    yield board
+    board.close()
+
+
+def worker(
+    pid: int, state: WorkerState = WorkerState.SERVING, *, retiring: bool = False, error: str = ""
+) -> WorkerView:
+    return WorkerView(
+        pid=pid, start=1, age=1, state=state, retiring=retiring, in_flight=9_999, requests=99_999_999, tasks=999,
+        error=error,
+    )  # fmt: skip
+
+
+def shown(board: Board, *, since: int = 0, ticked: int = 0, **changes: object) -> Shown:
+    """A generation with the longest of everything; `since` and `ticked` are seconds ago."""
+    plain = dataclasses.replace(
+        board.snapshot(),
+        name="shop",
+        generation=3,
+        master_pid=4194301,
+        workers_wanted=512,
+        phase_since=NOW.monotonic - since * SECOND,
+        tick_at=NOW.monotonic - ticked * SECOND,
+        workers=(
+            worker(4194302, retiring=True, state=WorkerState.LEAVING),
+            worker(4194303, WorkerState.BOOTING, error="waiting for the first result of check 'database-replica-2'"),
+        ),
+        listeners=(ListenerView("http://127.0.0.1:8000", 2048, 2048, 99_999_999),),
+    )
+    return Shown(Generation(4194301, board), dataclasses.replace(plain, **changes))
+
+
+def text(lines: object) -> list[str]:
+    return [line.plain for line in lines]  # type: ignore[attr-defined]
+
+
+FAILED = {"upgrade_state": UpgradeState.FAILED, "upgrade_reason": REASON, "upgrade_since": NOW.monotonic - 90 * SECOND}
+
+
+@pytest.mark.parametrize("since", [3, 3_599, 86_399, 300_000])
+@pytest.mark.parametrize("ticked", [0, 1_000])
+def test_status_fits_80_columns_and_breaks_no_word(board: Board, since: int, ticked: int) -> None:
+    line = [
+        shown(board, since=since, ticked=ticked, generation=2, phase=Phase.RETIRING, **FAILED),
+        shown(board, since=since, ticked=ticked, phase=Phase.SERVING),
+    ]
+    lines = text(lines_of(line, NOW, 80))
+    assert [each for each in lines if len(each) > 80] == []
+    words = " ".join(lines).split()
+    for word in REASON.split():
+        assert word in words
+    # The reason is whole, in its order.
+    assert REASON in " ".join(" ".join(lines).split())
+
+
+def test_status_says_since_when_and_that_a_master_hangs(board: Board) -> None:
+    lines = text(lines_of([shown(board, since=3_725, ticked=60, phase=Phase.SERVING)], NOW, 80))
+    row = next(line for line in lines if "serving, hangs" in line)
+    assert "1 h 2 min" in row
+    assert NOW.clock(NOW.monotonic - 3_725 * SECOND) in row
+    assert "hangs" not in "\n".join(text(lines_of([shown(board, phase=Phase.SERVING)], NOW, 80)))
+
+
+def test_lines_for_programs_are_not_wrapped(board: Board) -> None:
+    lines = text(lines_of([shown(board, phase=Phase.SERVING, **FAILED)], NOW, None))
+    assert [line for line in lines if REASON in line] != []
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("generations", [1, 2, 3])
+def test_live_board_shows_generations_side_by_side(board: Board, width: int, generations: int) -> None:
+    line = [shown(board, generation=number, phase=Phase.SERVING, **FAILED) for number in range(1, generations + 1)]
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None)
+    console.print(watch.board([line], NOW, console))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    beside = next(each for each in lines if "generation 1: serving" in each)
+    assert beside.count("generation") == min(generations, width // watch.LEAST_WIDTH)
+    assert REASON in " ".join(" ".join(lines).split())
+    # What a worker that boots waits for is whole, too.
+    assert "database-replica-2" in file.getvalue()
+
+
+def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
+    slot = board.slot(0)
+    slot.order.taken, slot.tasks, slot.oldest_task, slot.checks = 1, 1, NOW.monotonic - 75 * SECOND, 2
+    for index, (name, result, message) in enumerate([("db", 1, ""), ("cache", 2, "no \x1b[31mroute")]):
+        record = slot.check(index)
+        record.name, record.result, record.message = name, result, message
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
+    assert "oldest background task: 1 min 15 s" in file.getvalue()
+    assert "check db: passed" in file.getvalue()
+    assert "check cache: failed: no \\x1b[31mroute" in file.getvalue()
+
+
+# -- the terminal
+
+
+@pytest.fixture
+def masters() -> Iterator[Masters]:
+    masters = Masters()
+    yield masters
+    masters.stop()
+
+
+def on_a_terminal(*arguments: str, **environ: str) -> str:
+    """Run `zdd-web` on a terminal of 80 columns."""
+    here, there = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "zdd_web", *arguments], stdin=there, stdout=there, stderr=there, timeout=60,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environ}, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(there)
+    found = b""
+    with os.fdopen(here, "rb", buffering=0) as reader:
+        # At its end a terminal is an error to read (EIO), and no end of file.
+        while True:
+            try:
+                found += reader.read(65_536)
+            except OSError:
+                return found.decode()
+
+
+def test_colour_is_for_terminals_that_have_it(masters: Masters) -> None:
+    name = f"unit-{os.getpid()}-colour"
+    masters.start(name)
+    assert "\x1b[" in on_a_terminal("status", "--name", name)
+    assert "\x1b" not in on_a_terminal("status", "--name", name, NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal("status", "--name", name, TERM="dumb")
+    assert "\x1b" not in CliRunner().invoke(main, ["status", "--name", name]).output
+
+
+def test_an_error_on_a_terminal_breaks_no_word() -> None:
+    name = "no-such-service-" + "x" * 40
+    lines = on_a_terminal("upgrade", "--name", name).split("\r\n")
+    assert max(map(len, lines)) <= 80
+    assert f"'{name}':" in " ".join(lines).split()
+
+
+def test_live_board_needs_a_terminal() -> None:
+    result = CliRunner().invoke(main, ["status", "--watch"])
+    assert (result.exit_code, "--watch needs a terminal" in result.output) == (2, True)
+    assert CliRunner().invoke(main, ["status", "--watch", "--json"]).exit_code == 2
+
+
+# -- for programs
+
+
+def schema() -> dict[str, object]:
+    found: dict[str, object] = json.loads((resources.files("zdd_web.cli") / "schema" / "status.json").read_text())
+    return found
+
+
+def test_json_is_what_its_schema_says_and_no_key_is_left_out(masters: Masters) -> None:
+    name = f"unit-{os.getpid()}-schema"
+    masters.chain(name, Phase.RETIRING, Phase.SERVING)
+    found = json.loads(CliRunner().invoke(main, ["status", "--name", name, "--json"]).output)
+    jsonschema.validate(found, schema(), format_checker=jsonschema.FormatChecker())
+    described = schema()["$defs"]["generation"]["properties"]  # type: ignore[index]
+    assert set(found["generations"][0]) == set(described)
+    assert set(found["generations"][0]["workers"][0]) == set(schema()["$defs"]["worker"]["properties"])  # type: ignore[index]
+
+
+def test_schema_refuses_what_is_not_one() -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    said = [error.message for error in validator.iter_errors({"format": 1, "generations": [{"phase": "asleep"}]})]
+    assert any("'asleep' is not one of" in each for each in said)
+    assert "'uid' is a required property" in said
+    with pytest.raises(jsonschema.ValidationError, match="1 was expected"):
+        jsonschema.validate({"format": 2, "generations": []}, schema())
+
+
+def test_schema_knows_every_phase_and_state() -> None:
+    described = schema()["$defs"]["generation"]["properties"]  # type: ignore[index]
+    assert described["phase"]["enum"] == [phase.label for phase in Phase]
+    assert described["upgrade_state"]["enum"] == [state.name.lower() for state in UpgradeState]
+    states = schema()["$defs"]["worker"]["properties"]["state"]["enum"]  # type: ignore[index]
+    assert states == [state.label for state in WorkerState]
+
+
+def test_wall_clock_times_are_beside_the_others(masters: Masters) -> None:
+    name = f"unit-{os.getpid()}-times"
+    masters.start(name)
+    (generation,) = json.loads(CliRunner().invoke(main, ["status", "--name", name, "--json"]).output)["generations"]
+    assert generation["times"]["ready_at"] is None
+    assert generation["times"]["tick_at"].endswith("Z")
+    assert set(generation["times"]) == {key for key in generation if key.endswith(("_at", "_since", "deadline"))}
+
+
+# -- what is found without a service
+
+
+@pytest.mark.parametrize("command", [None, *main.commands])
+def test_help_is_whole_in_80_columns(command: str | None) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    done = CliRunner().invoke(main, arguments, terminal_width=80)
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    # click ends what is too long for its place so.
+    assert [line for line in lines if line.endswith("...") and not line.startswith("Usage: ")] == []
+
+
+def test_help_of_a_framework_s_command_is_whole() -> None:
+    def check() -> None:
+        """Look at the settings of the app and run, once, the checks that it has registered with zdd_web."""
+
+    done = CliRunner().invoke(frameworks.group(check), ["--help"], terminal_width=80)
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "registered with zdd_web." in " ".join(done.output.split())
+
+
+def test_man_page_is_that_of_the_commands() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "zdd-web.1"
+    done = CliRunner().invoke(main, ["man"])
+    assert done.exit_code == 0
+    assert page.read_text() == done.output, f"renew it: zdd-web man > {page}"
+    for name in main.commands:
+        assert f".SS {name}\n" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "completed"), [("zdd-web up", 1, "upgrade"), ("zdd-web ca", 1, "cancel")]
+)
+def test_shell_completes_commands(words: str, position: int, completed: str) -> None:
+    assert completion(words, position) == [f"plain,{completed}"]
+
+
+def test_shell_completes_names_of_services(masters: Masters) -> None:
+    name = f"unit-{os.getpid()}-complete"
+    masters.start(name)
+    assert completion(f"zdd-web status --name {name[:-3]}", 3) == [f"plain,{name}"]
+
+
+def completion(words: str, position: int) -> list[str]:
+    script = "from zdd_web.cli import main; main(prog_name='zdd-web')"
+    environ = {**os.environ, "_ZDD_WEB_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60)
+    return done.stdout.split()
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "zdd_web", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("zdd-web, version ")
+
+
+def test_words_longer_than_the_screen_are_not_broken() -> None:
+    lines = screen.paragraph(f"short {'x' * 100} short", 80)
+    assert [line.plain for line in lines] == ["  short", f"  {'x' * 100}", "  short"]

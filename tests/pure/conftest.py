@@ -1,0 +1,7 @@
+"""Tests of decisions and documents: no fork, no socket, no process."""
+
+from __future__ import annotations
+
+from tests.helpers.in_process import nothing_is_left_behind, service
+
+__all__ = ["nothing_is_left_behind", "service"]

@@ -1,0 +1,157 @@
+"""What an app asks about its own process: on a board of the master's, and without any gunicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import zdd_web
+from tests.helpers.threads import at_once
+from zdd_web import process, waitgroup
+from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.lifecycle import Phase
+from zdd_web.process import Process
+from zdd_web.settings import Settings
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
+    # What a worker does to this process is taken back.
+    monkeypatch.setattr(process, "_current", None)
+    monkeypatch.setattr(waitgroup, "observer", None)
+    board = Board.create("unit", slots=1)
+    yield board
+    process._current = waitgroup.observer = None
+    board.close()
+
+
+@pytest.fixture
+def slot(board: Board) -> Iterator[Slot]:
+    slot = board.claim(1)
+    yield slot
+    slot.words.release()
+    slot.order.words.release()
+
+
+@pytest.fixture
+def worker(board: Board, slot: Slot) -> Process:
+    return process.attach(board, slot, Settings())
+
+
+@pytest.mark.usefixtures("board")
+def test_process_without_gunicorn_serves_as_the_first_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZDD_WEB_HEALTH_PATH", "/up")
+    assert (zdd_web.phase(), zdd_web.generation()) == (Phase.SERVING, 1)
+    assert (zdd_web.draining(), zdd_web.deadline()) == (False, None)
+    assert process.current().settings == Settings(health_path="/up")
+    assert process.current() is process.current()
+
+
+@pytest.mark.usefixtures("board")
+def test_setting_that_cannot_work_is_an_error_without_gunicorn_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZDD_WEB_GRACE_PERIOD", "soon")
+    with pytest.raises(zdd_web.SettingsError, match="ZDD_WEB_GRACE_PERIOD=soon"):
+        zdd_web.phase()
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_phase_and_generation_are_the_boards(worker: Process, phase: Phase) -> None:
+    worker.board.header.phase, worker.board.header.generation = phase, 7
+    assert (zdd_web.phase(), zdd_web.generation()) == (phase, 7)
+
+
+@pytest.mark.parametrize(
+    ("phase", "retire", "leaving"),
+    [
+        (Phase.BOOTING, 0, False),
+        (Phase.SERVING, 0, False),
+        (Phase.SERVING, 1, True),
+        (Phase.LAME_DUCK, 0, True),
+        (Phase.DRAINING, 0, True),
+        (Phase.RETIRING, 0, True),
+        (Phase.STOPPED, 0, True),
+    ],
+)
+def test_worker_drains_with_its_generation_or_alone(worker: Process, phase: Phase, retire: int, leaving: bool) -> None:
+    assert worker.slot is not None
+    worker.board.header.phase, worker.slot.order.retire = phase, retire
+    assert zdd_web.draining() is leaving
+
+
+@pytest.mark.parametrize(
+    ("generations", "workers", "expected"),
+    [(0, 0, None), (5_000_000_000, 0, 5.0), (0, 7_000_000_000, 7.0), (5_000_000_000, 7_000_000_000, 5.0)],
+)
+def test_deadline_is_the_generations_before_the_workers_own(
+    worker: Process, generations: int, workers: int, expected: float | None
+) -> None:
+    assert worker.slot is not None
+    worker.board.header.deadline, worker.slot.order.retire_deadline = generations, workers
+    assert zdd_web.deadline() == expected
+
+
+def test_master_knows_its_generation_and_has_no_slot(board: Board) -> None:
+    process.attach(board, None, Settings())
+    board.header.phase = Phase.LAME_DUCK
+    assert (zdd_web.draining(), zdd_web.deadline()) == (True, None)
+    with waitgroup.background.track():
+        assert board.snapshot().tasks == 0
+
+
+def test_background_work_of_a_worker_stands_in_its_slot(worker: Process) -> None:
+    assert worker.slot is not None
+    with zdd_web.background.track("a"), waitgroup.WaitGroup("own").track("b"):
+        assert worker.slot.tasks == 2
+    assert worker.slot.tasks == 0
+
+
+def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Process) -> None:
+    assert worker.slot is not None
+    started, finished = worker.request_counters()
+
+    def serve() -> None:
+        for _ in range(500):
+            started()
+            finished()
+
+    at_once(8, serve)
+    started()
+    assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
+    finished()
+
+
+def test_worker_says_its_state_and_since_when(worker: Process) -> None:
+    assert worker.slot is not None
+    worker.set_state(WorkerState.READY)
+    assert worker.slot.state == WorkerState.READY
+    since = worker.slot.state_since
+    worker.set_state(WorkerState.SERVING)
+    assert worker.slot.state_since >= since > 0
+    assert worker.board.snapshot().workers[0].state is WorkerState.SERVING
+
+
+def test_drain_event_is_set_when_the_generation_leaves(board: Board, worker: Process) -> None:
+    event = zdd_web.drain_event()
+    assert (event.is_set(), event.wait(timeout=0)) == (False, False)
+    heard: list[bool] = []
+    waiting = threading.Thread(target=lambda: heard.append(event.wait(timeout=30)))
+    waiting.start()
+    board.header.phase = Phase.LAME_DUCK
+    waiting.join(30)
+    assert heard == [True]
+    asyncio.run(asyncio.wait_for(event.wait_async(), 30))
+
+
+def test_drain_event_wakes_asyncio_code(board: Board, worker: Process) -> None:
+    async def scene() -> bool:
+        waiting = asyncio.ensure_future(zdd_web.drain_event().wait_async())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        board.header.phase = Phase.DRAINING
+        await asyncio.wait_for(waiting, 30)
+        return True
+
+    assert asyncio.run(scene())
