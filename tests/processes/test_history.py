@@ -129,7 +129,7 @@ def test_nothing_is_leaked_and_nothing_is_left_open(make_service):
         service.upgrade()
         service.until_one_generation()
     # The inherited one is closed in the first turn after the handover. A mapping of Python's has a descriptor as well.
-    expected = [*[f"/memfd:{history.MEMFD_NAME}"] * 2, "/memfd:zdd_web-request"]
+    expected = ["/memfd:zdd_web-cancel", *[f"/memfd:{history.MEMFD_NAME}"] * 2, "/memfd:zdd_web-request"]
     until(f"{expected}, and not {memfds(service.pid)}", lambda: memfds(service.pid) == expected, service)
     (worker,) = service.snapshot().workers
     for pid in (worker.pid, service.is_active().board.header.probe_pid):
