@@ -113,7 +113,7 @@ class Collector:
     def __init__(self, board: Board, predecessor: Board | None = None) -> None:
         self._board, self._predecessor = board, predecessor
         self._seen = Totals()
-        #: Names of checks are for scrapers that may see details.
+        #: Names of checks, and of the release, are for scrapers that may see details.
         self.details = True
 
     def collect(self) -> Iterator[Metric]:
@@ -164,6 +164,8 @@ class Collector:
         yield gauge("last_drain_seconds", "How long the last generation took to leave.", total.last_drain / 1e9)
         if not self.details:
             return
+        if snapshot.release:
+            yield self._labelled("info", "Which code the generation runs.", "release", {snapshot.release: 1})
         yield self._labelled("check_passes", "1 for a check that passes in every worker, 0 otherwise.", "check",
                              self._checks())  # fmt: skip
 

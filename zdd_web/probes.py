@@ -45,6 +45,8 @@ def look(board: Board, *, lame_duck_ready: bool = False) -> Health:
         worker_timeout=limit / 1e9 if limit else None,
         master_stalled=stalled_for(phase, header.tick_at, now),
         lame_duck_ready=lame_duck_ready,
+        # A question to a generation that retires is about its successor, whose release is not known here.
+        release="" if phase is Phase.RETIRING else header.release,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,14 +12,17 @@ import pytest
 
 from tests.helpers.forks import spawn
 from tests.helpers.generations import a_generation
-from zdd_web.board import Board, UpgradeState
+from zdd_web import history
+from zdd_web.board import Board, UpgradeState, cancel_request
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.channel import Channel
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
+from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.states import Successor
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import Phase
+from zdd_web.system import document
 from zdd_web.system.boot_log import BootLog
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -30,14 +34,19 @@ class Scene:
     def __init__(self) -> None:
         self.generation: Generation = a_generation(Board.private())
         self.header = self.generation.header
-        server: Any = SimpleNamespace(pidfile=None, reexec_pid=0, cfg=SimpleNamespace(settings={}))
+        server: Any = SimpleNamespace(
+            pid_file=None,
+            has_dirty_apps=False,
+            set_successor=lambda pid: None,
+            resume_control_server=lambda: None,
+        )
         anything: Any = Anything()
         self.listening, self.notifier = anything, anything
-        launch = Launch("/", ("true",), {}, ())
+        self.deploys = Deploys(self.header, Launch("/", ("true",), {}, ()), "/", "", None)
         self.coordinator = UpgradeCoordinator(
             server,
             self.generation,
-            launch,
+            self.deploys,
             None,
             self.listening,
             self.notifier,
@@ -55,8 +64,21 @@ class Scene:
 
     def end(self) -> None:
         self.upgrade.end(now=True)
+        self.coordinator.upgrade = None
+        self.coordinator.after_fork()
+        self.deploys.after_fork()
         self.theirs.close()
         self.boot_log.close()
+
+    def ask_to_cancel(self) -> None:
+        """Ask as `zdd-web cancel` does."""
+        cancel_request.write(self.coordinator._cancel_request.fd, self.coordinator._number, os.getpid())
+
+    @property
+    def noted(self) -> list[tuple[str, str, str]]:
+        """What the history has, by kind, outcome and reason."""
+        entries = history.decode(document.read(self.deploys._document.fd))
+        return [(each.kind, each.outcome, each.reason) for each in entries]
 
 
 class Anything:
@@ -129,3 +151,24 @@ def test_stop_in_the_commit_window_keeps_the_successor_until_it_has_ended(scene:
     assert (scene.upgrade.state, scene.header.upgrade_state) == (Successor.STOPPING, UpgradeState.FAILED)
     assert not scene.coordinator.under_way
     assert list(scene.coordinator.leftovers) == [scene.upgrade]
+    assert scene.noted == [("deploy", "cancelled", "the service was stopped")]
+
+
+@pytest.mark.parametrize("kind", ["deploy", "takeover"])
+def test_cancelled_upgrade_is_an_entry_of_the_history(scene: Scene, kind: str) -> None:
+    scene.deploys.begin(kind)
+    scene.deploys.started()
+    scene.upgrade.state = Successor.BOOTING
+    scene.ask_to_cancel()
+    scene.coordinator.follow()
+    assert not scene.coordinator.under_way
+    assert scene.noted == [(kind, "cancelled", f"cancelled by process {os.getpid()} before it was ready")]
+
+
+def test_refused_request_leaves_the_history_of_the_upgrade_under_way_alone(scene: Scene) -> None:
+    scene.deploys.begin("takeover")
+    scene.deploys.started()
+    scene.coordinator.request()
+    scene.theirs.close()
+    scene.coordinator.follow()
+    assert [entry[:2] for entry in scene.noted] == [("deploy", "refused"), ("takeover", "failed")]

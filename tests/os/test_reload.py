@@ -40,6 +40,8 @@ def a_reload(*, has_room: bool = True) -> tuple[Reload, list[str]]:
         obstacle=lambda: "",
         has_room=lambda: has_room,
         done=lambda: None,
+        note=lambda outcome, seconds, reason: None,
+        release=lambda: "7",
     )
     return reload, refused
 

@@ -92,6 +92,21 @@ def test_status_fits_80_columns_and_breaks_no_word(board: Board, since: int, tic
     assert REASON in " ".join(" ".join(lines).split())
 
 
+def test_status_names_the_release_of_each_generation(board: Board) -> None:
+    line = [
+        shown(board, generation=2, phase=Phase.RETIRING, release="/srv/shop/releases/7@3f2a1b9c4d5e"),
+        shown(board, generation=3, phase=Phase.SERVING, release="2026.11.3"),
+        shown(board, generation=4, phase=Phase.SERVING),
+    ]
+    lines = text(lines_of(line, NOW, 80))
+    assert [each for each in lines if "release" in each] == [
+        "  release of generation 2: 7@3f2a1b9",
+        "  release of generation 3: 2026.11.3",
+    ]
+    longest = text(lines_of([shown(board, phase=Phase.SERVING, release="r" * 70)], NOW, 80))
+    assert [each for each in longest if len(each) > 80] == []
+
+
 def test_status_says_since_when_and_that_a_master_hangs(board: Board) -> None:
     lines = text(lines_of([shown(board, since=3_725, ticked=60, phase=Phase.SERVING)], NOW, 80))
     row = next(line for line in lines if "serving, hangs" in line)

@@ -103,6 +103,20 @@ def attacks():
             mmap.mmap(again, mmap.PAGESIZE)
         yield f"reopen {fd}", reopen
     yield "kill the master", lambda: os.kill(header.master_pid, 0)
+    for name in ("request", "history"):
+        number = getattr(header, f"{name}_fd")
+
+        def open_master(number=number):
+            os.open(f"/proc/{header.master_pid}/fd/{number}", os.O_RDWR)
+        yield f"open the {name} of the master", open_master
+
+        def have(name=name):
+            links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+            links = [os.readlink(link) for link in links if os.path.islink(link)]
+            maps = open("/proc/self/maps").read()
+            if not any(f"zdd_web-{name}" in text for text in (*links, maps)):
+                raise PermissionError(13, "it has none")
+        yield f"have the {name}", have
 
 def claim(what, argument):
     # What stands in its own slot, and can be anything.
@@ -185,6 +199,7 @@ def test_a_worker_can_write_its_own_slot_and_nothing_else(make_service):
     assert {name: outcomes[name] for name in stores} == dict.fromkeys(stores, -signal.SIGSEGV)
     assert len(stores) >= 12
     rest = {name: code for name, code in outcomes.items() if name not in stores}
+    assert {"open the request of the master", "have the request", "have the history"} <= set(rest)
     assert any(name.startswith("map ") for name in rest)
     refused = {errno.EPERM, errno.EACCES, errno.EIO, errno.EFAULT, errno.EBUSY}
     assert {name: code for name, code in rest.items() if code not in refused} == {}

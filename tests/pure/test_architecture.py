@@ -27,6 +27,10 @@ MAY_USE = {
     "settings": {"errors"},
     "health": {"lifecycle", "settings"},
     "board": {"errors", "lifecycle", "system"},
+    # What a release is called, and what was done to a service: both sides, the master and the commands, need them.
+    "release": set(),
+    "history": set(),
+    "deploy_request": {"errors", "system"},
     "lookup": {"board", "errors", "lifecycle", "system"},
     "waitgroup": {"errors", "log"},
     "checks": {"errors", "log", "board", "health", "settings", "system", "waitgroup"},
@@ -47,13 +51,14 @@ MAY_USE = {
     "gunicorn": {
         "errors", "log", "lifecycle", "settings", "board", "waitgroup", "listeners", "process", "probe_server",
         "access_log", "checks", "health", "metrics", "probes", "service", "keeper", "lookup", "system", "watch",
+        "release", "history", "deploy_request",
     },
     "metrics": {"board", "health", "lifecycle", "system"},
     "service": {"errors", "lookup", "system"},
     "keeper": {"errors", "lifecycle", "log", "board", "service", "system"},
     "cli": {
         "checks", "errors", "health", "lifecycle", "lookup", "settings", "system", "board", "service", "gunicorn",
-        "__init__",
+        "__init__", "release", "history", "deploy_request",
     },
     "__main__": {"cli"},
     # A plugin of pytest: no other part may need it. The rehearsal is a process of its own, so no use of cli.

@@ -114,6 +114,9 @@ class Header(Record):
     orders_at = Word(25)
     #: The user of the workers, plus one; 0 for unknown.
     worker_uid = Word(27)
+    #: The master's descriptors of its history (history.py) and of its request box (deploy_request.py); 0 for none.
+    history_fd = Word(29)
+    request_fd = Word(30)
     name = Text(32, 128)
     #: How many slots were ever used: no reader needs to look at those behind.
     slots_used = Word(50)
@@ -164,7 +167,20 @@ class Header(Record):
     #: `upgrade_state` tell how an upgrade goes that is under way meanwhile. Masters of earlier versions write neither.
     refused_number = Word(217)
     refused_reason = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 1024)
-    WORDS = refused_reason.index + 2 + refused_reason.size // WORD
+    #: Which code this generation runs: see `release`. Some words before it are left to texts of other parts.
+    _release = Text(LEAST_WORDS + 1024, 256)
+    WORDS = _release.index + 2 + _release.size // WORD
+
+    @property
+    def release(self) -> str:
+        """What this generation's release is called (release.py); "" on the board of a version that does not tell."""
+        # The header of an earlier version ends before it, and the orders begin.
+        has_it = (self.orders_at or self.slots_at) > Header._release.index
+        return self._release if has_it else ""
+
+    @release.setter
+    def release(self, value: str) -> None:
+        self._release = value
 
     @property
     def successor_trouble(self) -> str:

@@ -70,6 +70,8 @@ class Snapshot:
     connections_handed_over: int = 0
     connections_received: int = 0
     connections_closed_idle: int = 0
+    #: Which code it runs, see release.py.
+    release: str = ""
 
     @property
     def in_flight(self) -> int:

@@ -7,8 +7,10 @@ import click
 import zdd_web
 from zdd_web.cli.cancel import cancel as _cancel
 from zdd_web.cli.drain import drain as _drain
+from zdd_web.cli.history import history as _history
 from zdd_web.cli.man import man as _man
 from zdd_web.cli.rehearse.command import rehearse as _rehearse
+from zdd_web.cli.rollback import rollback as _rollback
 from zdd_web.cli.status import status as _status
 from zdd_web.cli.upgrade import upgrade as _upgrade
 
@@ -29,5 +31,5 @@ def main() -> None:
     """Deploy, look at and rehearse a gunicorn service with zdd_web."""
 
 
-for _each in (_upgrade, _cancel, _drain, _status, _rehearse, _man):
+for _each in (_upgrade, _rollback, _cancel, _drain, _status, _history, _rehearse, _man):
     main.add_command(_each)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from zdd_web import release
 from zdd_web.board import Snapshot, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import screen
 from zdd_web.cli.output import cell
@@ -57,6 +58,8 @@ def lines_of(line: Sequence[Shown], now: Now, width: int | None) -> list[Text]:
         title.append(f" ({user(owner)})", style=screen.BUSY)
     lines = [title, *generations(snapshots, now)]
     for snapshot in snapshots:
+        lines += release_of(snapshot, width)
+    for snapshot in snapshots:
         lines += upgrade_of(snapshot, now, width)
     lines += [Text(""), *workers(snapshots)]
     for worker in (worker for snapshot in snapshots for worker in snapshot.workers if worker.error):
@@ -93,6 +96,15 @@ def phase_of(snapshot: Snapshot, now: Now) -> Text:
     if stalled(snapshot, now):
         return Text(f"{snapshot.phase.label}, hangs", style=screen.BAD)
     return Text(snapshot.phase.label, style=PHASE_STYLES[snapshot.phase])
+
+
+def release_of(snapshot: Snapshot, width: int | None) -> list[Text]:
+    """Return which code a generation runs; nothing where its version of zdd_web does not tell."""
+    # Not a column: a RELEASE may have a hundred characters.
+    if not snapshot.release:
+        return []
+    text = f"release of generation {snapshot.generation}: {cell(release.short(snapshot.release))}"
+    return screen.paragraph(text, width)
 
 
 def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:

@@ -6,10 +6,11 @@ import sys
 
 import click
 
-from zdd_web.cli import control, screen
+from zdd_web.cli import control, deploys, screen
 from zdd_web.cli.options import Which, another_version, in_hand, title, which_service
 from zdd_web.cli.output import cell, say
 from zdd_web.cli.progress import Ticker, UpgradeProgress
+from zdd_web.deploy_request import DeployRequest
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
@@ -23,22 +24,32 @@ LEFT = 3
 
 @click.command()
 @which_service
-def upgrade(which: Which) -> None:
+@click.option("--to", metavar="DIR", type=click.Path(exists=True, file_okay=False, resolve_path=True),
+              help="Start the next generation from this release's directory.")  # fmt: skip
+@click.option("--watch", metavar="SECONDS", type=click.FloatRange(0, 86_400),
+              help="Have both generations serve for so long; take back one that does worse.")  # fmt: skip
+@click.option("--max-errors", metavar="SHARE", callback=deploys.share,
+              help="Of replies with status 500 or above, beyond those of the old one: 0.01 or 1%.")  # fmt: skip
+def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None) -> None:
     """Replace the running code with what is on disk.
 
     Status 0 only when the new generation serves; 1 when the old one goes on. Ctrl-C or SIGTERM cancels: the command
     waits and says what became of it. A second one leaves with status 3 and does not wait.
     """
-    deploy(which)
+    plain = to is None and watch is None and max_errors is None
+    deploy(which, None if plain else DeployRequest(to=to or "", watch=watch, max_errors=max_errors))
 
 
-def deploy(which: Which) -> None:
-    """Upgrade the service, show how it goes, and end with the command's exit status."""
+def deploy(which: Which, request: DeployRequest | None = None) -> None:
+    """Upgrade the service, show how it goes, and end with the command's exit status.
+
+    `request` is what is asked of the master beyond SIGUSR2.
+    """
     generation = which.find()
     say(title(generation))
     # To the end: one that comes when the outcome is known must not print that the command was aborted.
     with control.Interrupts() as interrupts:
-        with another_version(), Ticker() as ticker:
+        with another_version(), deploys.asking(generation, request) as asked_for, Ticker() as ticker:
 
             def interrupted(asked: bool) -> None:
                 ticker.step(
@@ -49,7 +60,10 @@ def deploy(which: Which) -> None:
 
             progress = UpgradeProgress(generation, ticker)
             result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
+            note = asked_for.note if result.ok else ""
         status = _report(generation, result)
+        if note:
+            say(f"note: {cell(note)}", err=True)
     sys.exit(status)
 
 

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from zdd_web import release
 from zdd_web.board import Board, Snapshot, UpgradeState
 from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
@@ -91,6 +92,8 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
         Text(f"master {snapshot.master_pid}, {len(snapshot.workers)} of {snapshot.workers_wanted} workers"),
         Text(f"{count(snapshot.in_flight, 'request')} in flight, {count(snapshot.tasks, 'background task')}"),
     ]
+    if snapshot.release:
+        lines.append(Text(f"release {cell(release.short(snapshot.release))}"))
     if snapshot.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING):
         lines.append(Text(f"upgrade: {snapshot.upgrade_state.name.lower()}", style=screen.BUSY))
     lines += _workers(snapshot)

@@ -53,6 +53,9 @@ SLOW_AFTER = 10.0
 
 MODULE = "DJANGO_SETTINGS_MODULE"
 
+#: A reload brings new code into the workers: what that is called changes with it. No worker acts on it.
+TAKEN_BY_A_RELOAD = frozenset({"release"})
+
 _installed: Mapping[str, Any] = {}
 _in_force: Sourced | None = None
 _settled = False
@@ -109,7 +112,7 @@ def refuse_changes(cfg: Config) -> None:
     for field in dataclasses.fields(Settings):
         name = field.name
         old, new = getattr(before.settings, name), getattr(after.settings, name)
-        if name not in APP_SETTINGS and old != new:
+        if name not in (*APP_SETTINGS, *TAKEN_BY_A_RELOAD) and old != new:
             raise NeedsUpgrade(
                 f"{name.upper()} changed from {spelled(old)} ({before.text(name)}) to {spelled(new)} "
                 f"({after.text(name)}): SIGHUP keeps the master and its settings; "
@@ -250,6 +253,8 @@ def join(master: Sourced, brought: Sequence[FrameworkSettings]) -> Settings:
         values = {name: getattr(Settings(), name) for name in APP_SETTINGS if _is_djangos(master, name)}
     for app in brought:
         for name, value in app.values.items():
+            if name in TAKEN_BY_A_RELOAD:
+                continue
             other = said_by.setdefault(name, app)
             if other.values[name] != value:
                 raise SettingsError(

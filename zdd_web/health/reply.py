@@ -111,6 +111,8 @@ def _text(probe: Probe, question: Question, health: Health, found: list[Finding]
     if not question.details or not (question.verbose or word != "ok"):
         return f"{word}\n"
     lines = [f"{each.status.value}{each.name} {each.text}{_since(each)}" for each in found]
+    if question.verbose and not question.only and health.release:
+        lines.append(f"{Status.OK.value}release {health.release}")
     unknown = _unknown(question, health, probe)
     lines += [f"warn: {name!r} was to be excluded and is not a check here" for name in unknown]
     if word == "ok":
@@ -138,6 +140,8 @@ def _json(probe: Probe, question: Question, health: Health, found: list[Finding]
             }
             for each in found
         ]
+        if health.release and not question.only:
+            said["release"] = health.release
         unknown = _unknown(question, health, probe)
         if unknown:
             said["warnings"] = [f"{name!r} was to be excluded and is not a check here" for name in unknown]

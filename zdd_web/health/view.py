@@ -73,6 +73,8 @@ class Health:
     master_stalled: float = 0.0
     #: The setting LAME_DUCK_READY.
     lame_duck_ready: bool = False
+    #: What the release is called that this generation runs.
+    release: str = ""
 
     @property
     def takes_requests(self) -> bool:

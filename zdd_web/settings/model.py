@@ -43,6 +43,8 @@ class Settings:
     systemd_names: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     upgrade_timeout: float = DEFAULT_UPGRADE_TIMEOUT
     commit_window: float = 1.0
+    watch: float = 0.0
+    max_errors: float = 0.01
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
     lame_duck_ready: bool = False
@@ -56,6 +58,7 @@ class Settings:
     parent_stays: bool = False
     takeover: bool = False
     takeover_socket: str = ""
+    release: str = ""
     release_dir: str = ""
     env_file: str = ""
     liveness_path: str = "/livez"

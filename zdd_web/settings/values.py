@@ -190,12 +190,35 @@ def _name(value: object) -> str:
     return value
 
 
+def _share(value: object) -> float:
+    text = value.strip() if isinstance(value, str) else value
+    percent = isinstance(text, str) and text.endswith("%")
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
+        raise ValueError("must be a share from 0 to 1, or from '0%' to '100%'")
+    try:
+        number = float(text.removesuffix("%")) / 100 if isinstance(text, str) and percent else float(text)
+    except (ValueError, OverflowError):
+        number = -1.0
+    if not 0 <= number <= 1:  # false for NaN as well
+        raise ValueError("must be a share from 0 to 1, or from '0%' to '100%'")
+    return number
+
+
+def _release(value: object) -> str:
+    # It becomes part of log lines, of a label of the metrics, and of a table.
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]{0,100}", value):
+        raise ValueError("must be at most 100 printable ASCII characters without a space, or empty for what is found")
+    return value
+
+
 #: Each returns what the value becomes, and raises ValueError with what it must be.
 NORMALISE: dict[str, Callable[[object], Any]] = {
     "listener": _listener,
     "systemd_names": _socket_names,
     "upgrade_timeout": _seconds(least=1),
     "commit_window": _seconds(least=0),
+    "watch": _seconds(least=0),
+    "max_errors": _share,
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
     "lame_duck_ready": _switch,
@@ -222,4 +245,5 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "log_probes": _switch,
     "generation_header": _header,
     "name": _name,
+    "release": _release,
 }

@@ -29,6 +29,7 @@ class Config(Protocol):
     address: Sequence[str | int | tuple[str, int]]
     backlog: int
     bind: Sequence[str]
+    chdir: str
     check_config: bool
     daemon: bool
     env: Mapping[str, str]

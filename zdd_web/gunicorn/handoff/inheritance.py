@@ -23,7 +23,10 @@ ENV = HANDOVER
 
 
 #: Descriptors that an inheritance may have, by their names in it.
-_OPTIONAL = ("board", "probe", "exchange_give", "exchange_take")
+_OPTIONAL = ("board", "probe", "exchange_give", "exchange_take", "history", "lineage")
+
+#: Those of them that a process which was not forked is sent too: not the lineage, which has environments in it.
+_SENT = tuple(name for name in _OPTIONAL if name != "lineage")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Inheritance:
     #: The ends of the pair by which kept connections travel (sockets/exchange.py): for sending, and for receiving.
     exchange_give: int = -1
     exchange_take: int = -1
+    #: The predecessor's history, and which releases there were before, for one that is forked (upgrade/deploys.py).
+    history: int = -1
+    lineage: int = -1
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
@@ -108,7 +114,7 @@ class Inheritance:
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
         """Return what a process that is not a child is sent: fields, and descriptors in an order that these tell."""
-        names = ["boot_log", *(name for name in _OPTIONAL if getattr(self, name) >= 0)]
+        names = ["boot_log", *(name for name in _SENT if getattr(self, name) >= 0)]
         fields = {**dataclasses.asdict(self), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]
 
@@ -123,10 +129,10 @@ class Inheritance:
         try:
             names = [str(name) for name in fields["descriptors"]]
             named = dict(zip(names, descriptors, strict=False))
-            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in _OPTIONAL}}
+            given = {"boot_log": named["boot_log"], **{name: named.get(name, -1) for name in _SENT}}
             own: dict[str, Any] = {"channel": channel, "predecessor": predecessor, "predecessor_start": start}
             # It has a stderr, and was started with descriptors, of its own; the numbers sent are the other process's.
-            own |= {"taken": True, "stderr_pipes": (), "passed_on": None}
+            own |= {"taken": True, "stderr_pipes": (), "passed_on": None, "lineage": -1}
             return cls._read({**fields, **given, **own, "stderr": -1, "listeners": descriptors[len(names) :]})
         except (ValueError, TypeError, KeyError) as error:
             raise UpgradeError(

@@ -53,6 +53,7 @@ from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.accession import PredecessorLink
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
+from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once
@@ -100,6 +101,7 @@ class Master:
         self.predecessor_link = PredecessorLink(inherited, server, self.board) if inherited else None
         self.generation.predecessor = self.predecessor_link
         self._inherited_as_kept = inherited.kept if inherited else False
+        self.deploys = Deploys(self.header, launch, server.cfg.chdir, settings.release, inherited)
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
         self.listening = ListenerManager(server, self.generation, inherited)
@@ -107,7 +109,7 @@ class Master:
         self.coordinator = UpgradeCoordinator(
             server,
             self.generation,
-            launch,
+            self.deploys,
             inherited,
             self.listening,
             self.notifier,
@@ -126,6 +128,8 @@ class Master:
             obstacle=self.not_now,
             has_room=lambda: bool(self.roster.room),
             done=self._reloaded,
+            note=self.deploys.reloaded,
+            release=lambda: self.deploys.label,
         )
         self.rotation = Rotation(self._reopen_logs, self._adjacent_generations)
         self.capacity = Capacity(server, self.header.slot_count, self.not_now)
@@ -162,7 +166,9 @@ class Master:
         )
         process.attach(self.board, None, settings)
         log.use_generation(self.header.generation)
-        self.probes = ProbePort(server, self.board, settings, inherited, self.listening.probe_socket)
+        self.probes = ProbePort(
+            server, self.board, settings, inherited, self.listening.probe_socket, forget=self.deploys.after_fork
+        )
         if inherited is None:
             # Before `preload_app` loads the app: this may take a minute, and probes are answered from now on.
             self.probes.start(None)
@@ -208,7 +214,8 @@ class Master:
         settings = self.generation.settings
         log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=settings.listener,
                  grace_period=settings.grace_period, drain_delay=settings.drain_delay,
-                 kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name)  # fmt: skip
+                 kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name,
+                 release=self.deploys.label)  # fmt: skip
 
     def _interval(self) -> float:
         if self.generation.phase is Phase.SERVING and self._settled():
@@ -250,6 +257,7 @@ class Master:
             raise
         # Whatever may go wrong below, a lame duck ends.
         self.stop.follow()
+        guarded("history", self.deploys.follow)(is_active=not self.generation.awaits_promotion)
         self.coordinator.follow()
         if self.predecessor_link is None or self.predecessor_link.is_active or self.predecessor_link.alone:
             # The predecessor does it until then.
@@ -313,7 +321,9 @@ class Master:
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()
         self.header.reload_number += 1
-        guarded("probe port", lambda: self.probes.renew(self.generation.settings))()
+        settings = self.generation.settings
+        guarded("release", self.deploys.identify)(settings.release)
+        guarded("probe port", self.probes.renew)(settings)
 
     # -- what a person asks of it
 
@@ -380,6 +390,7 @@ class Master:
         self.gate.keep_reader()
         self.probes.after_fork()
         self.coordinator.after_fork()
+        self.deploys.after_fork()
         self.reload.after_fork()
         self.stderr_relay.after_fork()
         self.takeover.after_fork()

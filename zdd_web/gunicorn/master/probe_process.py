@@ -140,12 +140,15 @@ class ProbePort:
         settings: Settings,
         inherited: Inheritance | None,
         activated: tuple[int, str] = (-1, ""),
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
         """Bind, or take what was inherited or what systemd has `activated` (descriptor and name; -1 for nothing).
 
-        Raises `SettingsError` or `ListenerError`.
+        `forget` unmaps, in the process that answers, memory that only the master may write. Raises `SettingsError` or
+        `ListenerError`.
         """
         self._server, self._board, self._header = server, board, board.header
+        self._forget = forget
         #: What the process knows; app settings may change at a reload.
         self.settings = settings
         self._bind = settings.probe_bind
@@ -345,6 +348,7 @@ class ProbePort:
         set_process_title(f"probes [{server.cfg.proc_name}]")
         # Here workers' code does not run, but what a client sends does arrive.
         self._board.restrict()
+        self._forget()
         keep = {0, 1, 2, self._listener.fileno(), *log.own_streams()}
         _close_fds_except(keep)
         # Here, since neither the master nor a worker shall load asyncio before gevent has patched what is below it.

@@ -123,16 +123,22 @@ class Reload:
         obstacle: Callable[[], str],
         has_room: Callable[[], bool],
         done: Callable[[], None],
+        note: Callable[[str, float, str], None],
+        release: Callable[[], str],
     ) -> None:
         """`forwards` sends a signal to the process that it is meant for, and returns False when that is this one.
 
         `obstacle` returns why no reload can begin now, or ""; `has_room`
         whether the board has a slot for one more worker. `done` is called when a new configuration is in force.
+        `note` takes the outcome, the seconds and the reason into the history; `release` returns what the release that
+        is in force is called.
         """
         self._server, self._generation = server, generation
         self._listening, self._notifier = listening, notifier
         self._forwards, self._obstacle, self._has_room, self._done = forwards, obstacle, has_room, done
+        self._history, self._release = note, release
         self.proof: Proof | None = None
+        self._began = clock.NEVER
 
     def after_fork(self) -> None:
         """Close, in a worker, the pipe of a proof: a process that has it could make the master's reads block."""
@@ -148,6 +154,7 @@ class Reload:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
         if self._forwards(signal.SIGHUP):
             return
+        self._began = clock.now_ns()
         if self._server.cfg.preload_app:
             # The app is imported in this process, and a module is imported once.
             reason = "preload_app: the master has loaded the app, and SIGHUP would start workers with that code again"
@@ -196,7 +203,8 @@ class Reload:
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
         self._done()
-        log.emit("reload.done", workers=self._server.num_workers)
+        self._note("done")
+        log.emit("reload.done", workers=self._server.num_workers, release=self._release())
 
     def cancel(self) -> None:
         """End a proof under way, because the service is being stopped."""
@@ -204,9 +212,14 @@ class Reload:
             self.proof.end()
             self.proof.close()
             self.proof = None
+            self._note("cancelled", "the service was stopped")
             guarded("systemd", self._notifier.reload_ended)("the service was stopped")
 
+    def _note(self, outcome: str, reason: str = "") -> None:
+        guarded("history", self._history)(outcome, clock.since(self._began), reason)
+
     def _refuse(self, level: int, reason: str, remedy: str) -> None:
+        self._note("failed" if level == logging.ERROR else "refused", reason)
         log.emit("refused", level, signal="HUP", reason=reason, remedy=remedy)
 
 

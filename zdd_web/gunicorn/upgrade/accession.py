@@ -101,7 +101,8 @@ class PredecessorLink:
             self._move(LinkEvent.READY)
             # Before any client can have an answer of this generation.
             log.emit("upgrade.ready", pid=os.getpid(), workers=ready,
-                     seconds=clock.since(self._board.header.started_at))  # fmt: skip
+                     seconds=clock.since(self._board.header.started_at),
+                     release=self._board.header.release)  # fmt: skip
             self._channel.send("ready", workers=ready)
         return self.state in (Link.SERVING, Link.ALONE_READY, Link.ACTIVE)
 

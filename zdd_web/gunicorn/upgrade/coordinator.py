@@ -27,10 +27,11 @@ from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.boot_progress import first_boot
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
+from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.error_watch import ErrorWatch
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.leftovers import Leftovers
@@ -46,7 +47,7 @@ from zdd_web.gunicorn.upgrade.states import (
     when,
 )
 from zdd_web.gunicorn.upgrade.successor_health import successor_health
-from zdd_web.gunicorn.upgrade.successor_process import Upgrade
+from zdd_web.gunicorn.upgrade.successor_process import Upgrade, Verdict
 from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.service import Line
 from zdd_web.settings import Settings
@@ -63,7 +64,7 @@ class UpgradeCoordinator:
         self,
         server: ArbiterFacade,
         generation: Generation,
-        launch: Launch,
+        deploys: Deploys,
         inherited: Inheritance | None,
         listening: ListenerManager,
         notifier: SystemdNotifier,
@@ -79,7 +80,7 @@ class UpgradeCoordinator:
         for takeovers.
         """
         self._server, self._generation, self._header = server, generation, generation.header
-        self._listening, self._notifier = listening, notifier
+        self._deploys, self._listening, self._notifier = deploys, listening, notifier
         self._all_leave, self._close_takeover = all_leave, close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         self.upgrade: Upgrade | None = None
@@ -89,7 +90,7 @@ class UpgradeCoordinator:
         self._preparation = Preparation(
             server,
             generation,
-            launch,
+            deploys,
             listening,
             self.ancestors,
             self.leftovers,
@@ -100,6 +101,7 @@ class UpgradeCoordinator:
         self._outcome = Outcome(self._header)
         self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
+        self._watch: ErrorWatch | None = None
         self._line: Line | None = None
         self._cancel_request = CancelRequest()
         #: Of the SIGUSR2 that has begun the upgrade under way.
@@ -118,21 +120,27 @@ class UpgradeCoordinator:
             self._when_active = True
             return
         try:
+            self._deploys.begin()
             self._refuse_another()
             self._refuse_if_cancelled()
             self._preparation.refuse_unless_possible()
             launch, boot_log = self._preparation.next_launch(), self._preparation.new_boot_log()
+            self._deploys.started()
             timeout, window = self._settings.upgrade_timeout, self._settings.commit_window
+            window = max(window, self._deploys.watch(self._settings)[0])
             inheritance = self._preparation.inheritance(boot_log)
             self.upgrade = Upgrade.begin(launch, inheritance, boot_log, timeout, window, self._preparation.pre_exec)
         except (ZddError, OSError) as error:
             if self.upgrade is None:
                 self._preparation.close_unused_pipe()
+            guarded("history", self._deploys.ended)("refused", str(error))
             self._outcome.refused(str(error), under_way=self.upgrade is not None)
             self._outcome.requested()
             guarded("systemd", self._notifier.refused)("upgrade", str(error))
             log.emit("refused", logging.WARNING, signal="USR2", reason=str(error))
             return
+        finally:
+            self._deploys.close_lineage()
         self.upgrade.hint = first_boot(self._header)
         guarded("systemd", self._notifier.upgrade_began)()
         # gunicorn reaps by this: an unknown child that exits with 3 or 4 ends the service before 26.
@@ -141,7 +149,8 @@ class UpgradeCoordinator:
         self._outcome.requested()
         self._number = self._header.upgrade_number
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
-                  command=" ".join(masking.command(launch.command)), directory=launch.directory,)  # fmt: skip
+                  command=" ".join(masking.command(launch.command)), directory=launch.directory,
+                  release=self._deploys.next_label)  # fmt: skip
 
     def _refuse_another(self) -> None:
         if self.upgrade is not None:
@@ -167,10 +176,12 @@ class UpgradeCoordinator:
                     f"this is the service {self._header.name!r}, and that one {name!r}: give each its TAKEOVER_SOCKET, "
                     f"or the same NAME if they are one"
                 )
+            self._deploys.begin("takeover")
             self._refuse_another()
             self._preparation.refuse_unless_possible(forks=False)
+            self._deploys.started()
             boot_log = self._preparation.new_boot_log()
-            inheritance = self._preparation.inheritance(boot_log)
+            inheritance = self._preparation.inheritance(boot_log, forks=False)
             self.upgrade = ExternalSuccessor.send_handoff(
                 end,
                 who,
@@ -188,6 +199,7 @@ class UpgradeCoordinator:
             end.close()
             self._header.upgrades_refused += 1
             log.emit("refused", logging.WARNING, request="takeover", peer=who.pid or told, reason=str(error))
+            guarded("history", self._deploys.ended)("refused", str(error))
             return
         self.upgrade.hint = first_boot(self._header)
         # It has no number of its own: a request for the last SIGUSR2 must not reach it.
@@ -213,7 +225,7 @@ class UpgradeCoordinator:
         if asked_by is not None:
             self._fail(upgrade, f"cancelled by process {asked_by} {when(upgrade.state)}", cancelled=True)
             return
-        verdict = upgrade.poll()
+        verdict = upgrade.poll() or self._compare(upgrade)
         if upgrade.state in RELEASED:
             # This master will not serve again, and a process that still holds a listener keeps clients waiting.
             self._listening.close(for_good=False)
@@ -224,9 +236,17 @@ class UpgradeCoordinator:
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
         elif upgrade.committed:
+            self._watch = None
             self._commit(upgrade)
         elif upgrade.state in HANDED_OVER:
             self.follow_last_accepts()
+
+    def _compare(self, upgrade: Upgrade) -> Verdict | None:
+        """Return the verdict of a watch (`upgrade --watch`), None while nothing is against the new generation."""
+        if self._watch is None or upgrade.state is not Successor.COMMITTING:
+            return None
+        reason = self._watch.judge(is_over=upgrade.committed)
+        return Verdict(ready=False, reason=reason) if reason else None
 
     def _speak_for(self, successor: Board) -> None:
         self._header.successor_phase, self._header.successor_trouble = successor_health(successor)
@@ -251,11 +271,16 @@ class UpgradeCoordinator:
         except OSError as error:
             self._fail(upgrade, f"the pid file {upgrade.pid_file} cannot be replaced: {error.strerror}")
             return
-        log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds)
+        log.emit("upgrade.ready", successor=upgrade.pid, workers=workers, seconds=upgrade.seconds,
+                 release=self._deploys.label_of(upgrade.board))  # fmt: skip
+        seconds, allowed = self._deploys.watch(self._settings)
+        if seconds and upgrade.is_child and upgrade.board is not None:
+            self._watch = ErrorWatch(self._generation.board, upgrade.board, allowed)
         upgrade.go()
         self._outcome.publish(upgrade)
 
     def _fail(self, upgrade: Upgrade, reason: str, *, cancelled: bool = False) -> None:
+        label = self._deploys.label_of(upgrade.board)
         self._end(upgrade, now=not upgrade.has_accepted, reason=reason)
         # Not before: if that raises, the next tick finds the same state and tries again.
         upgrade.move(SuccessorEvent.FAILED)
@@ -268,12 +293,15 @@ class UpgradeCoordinator:
             stdio.write_stderr(said)
         self._header.upgrades_failed += not cancelled
         guarded("systemd", self._notifier.upgrade_ended)("was cancelled" if cancelled else "failed", reason)
+        # Before the outcome is published: a command that sees it may ask for the history at once.
+        guarded("history", self._deploys.ended)("cancelled" if cancelled else "failed", reason, label)
         self._outcome.publish(upgrade, reason)
         if cancelled:
             log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, seconds=upgrade.seconds,
                      reason=reason)  # fmt: skip
             return
-        log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason)
+        log.emit("upgrade.failed", logging.ERROR, successor=upgrade.pid, seconds=upgrade.seconds, reason=reason,
+                 release=label)  # fmt: skip
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
         # As long as an old generation may take for the requests that it has accepted.
@@ -283,7 +311,7 @@ class UpgradeCoordinator:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.upgrade = self._line = None
+        self.upgrade = self._line = self._watch = None
         self._server.set_successor(0)
         self._header.successor_pid = self._header.successor_phase = 0
 
@@ -299,11 +327,14 @@ class UpgradeCoordinator:
         self._header.successor_pid = upgrade.pid
         self._header.successor_takes = upgrade.takes_connections
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
+        label = self._deploys.label_of(upgrade.board)
+        # The successor reads it when it is told that it is active.
+        guarded("history", self._deploys.ended)("done", label=label)
         # First of all: the successor listens there as soon as it is told that it is active.
         guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
         self._generation.release_predecessor()
-        log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds)
+        log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds, release=label)
         self._generation.move(Event.SUCCEEDED, successor=upgrade.pid)
 
     def drain_unwanted_listeners(self) -> None:
@@ -312,6 +343,7 @@ class UpgradeCoordinator:
             self._listening.drop(self.upgrade.dropped)
 
     def _serve_again(self, upgrade: Upgrade, reason: str) -> None:
+        guarded("history", self._deploys.ended)("lost", reason, self._deploys.label_of(upgrade.board))
         if upgrade.board is not None:
             guarded("metrics", metrics.take_back)(self._generation.board, upgrade.board)
         self._end(upgrade, now=False, reason=reason)
@@ -374,6 +406,7 @@ class UpgradeCoordinator:
             # It serves, and a signal to this process means this one alone: the successor has a pid of its own.
             self._commit(upgrade)
             return
+        label = self._deploys.label_of(upgrade.board)
         if upgrade.state is Successor.COMMITTING:
             # It has accepted requests: it stops as this generation does, which waits for it.
             self.leftovers.stop(upgrade, sig)
@@ -384,6 +417,7 @@ class UpgradeCoordinator:
         self._identity.discard()
         self._forget_successor()
         guarded("systemd", self._notifier.upgrade_ended)("was cancelled", reason)
+        guarded("history", self._deploys.ended)("cancelled", reason, label)
         self._outcome.publish(upgrade, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 

@@ -17,6 +17,7 @@ from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
+from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.leftovers import Leftovers
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
@@ -30,7 +31,7 @@ class Preparation:
         self,
         server: ArbiterFacade,
         generation: Generation,
-        launch: Launch,
+        deploys: Deploys,
         listening: ListenerManager,
         ancestors: Ancestors,
         leftovers: Leftovers,
@@ -44,20 +45,20 @@ class Preparation:
         `given` returns the fields of `Inheritance` that other roles know, `reloads` whether a reload is under way.
         """
         self._server, self._generation, self._header = server, generation, generation.header
-        self._launch, self._listening = launch, listening
+        self._deploys, self._listening = deploys, listening
         self.ancestors, self._leftovers = ancestors, leftovers
         self._was_started, self._given, self._reloads = was_started, given, reloads
         #: Of the last upgrade.
         self.boot_log: BootLog | None = None
         env_file = generation.settings.env_file
-        self._env_at_start = read_env_file(env_file) if env_file else {}
+        deploys.note_env_file(read_env_file(env_file) if env_file else ())
 
     @property
     def _settings(self) -> Settings:
         return self._generation.settings
 
-    def inheritance(self, boot_log: BootLog) -> Inheritance:
-        """Return what a successor is given, all but its end of the channel. Raises OSError."""
+    def inheritance(self, boot_log: BootLog, *, forks: bool = True) -> Inheritance:
+        """Return what a successor is given, all but its end of the channel; `forks` as below. Raises OSError."""
         given = self._given()
         pipes: tuple[int, ...] = given.pop("stderr_pipes")
         return Inheritance(
@@ -71,6 +72,7 @@ class Preparation:
             **self._listening.inheritance(),
             **given,
             board=self._generation.board.fd,
+            **self._deploys.hand_on(forks=forks),
         )
 
     def new_boot_log(self) -> BootLog:
@@ -113,9 +115,9 @@ class Preparation:
 
     def next_launch(self) -> Launch:
         """Return how the successor is started. Raises `UpgradeError`, or `SettingsError` for ENV_FILE."""
-        launch = self._launch.following(self._settings.release_dir)
+        launch = self._deploys.next_launch(self._settings.release_dir)
         if self._settings.env_file:
-            launch = launch.refreshed(self._env_at_start, read_env_file(self._settings.env_file))
+            launch = self._deploys.refreshed(launch, read_env_file(self._settings.env_file))
         obstacle = launch.obstacle()
         if obstacle:
             raise UpgradeError(f"{obstacle}: restore it, set RELEASE_DIR, or restart the service from where it is now")
