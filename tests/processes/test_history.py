@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.processes.harness import PATIENCE, Held, Service, until
+from tests.processes.test_interrupts import Command
 from zdd_web import history
 
 
@@ -56,6 +57,25 @@ def test_starts_deploys_and_reloads_are_noted_with_outcome_and_reason(make_servi
     assert all(each["directory"] == str(service.directory.resolve()) for each in found)
     assert all(0 < each["seconds"] < 60 for each in found)
     assert "release=2.0" in service.matches(r"event=upgrade\.committed")[-1]
+
+
+def test_upgrade_that_is_cancelled_is_noted_and_so_is_a_watch(make_service):
+    service = make_service(upgrade_timeout=60).start()
+    service.deploy("2", at_import="while not os.path.exists('go'): time.sleep(0.02)")
+    service.signal(signal.SIGUSR2)
+    service.wait_for(r"event=upgrade\.started")
+    assert service.run("cancel", "--name", service.name).returncode == 0
+    noted(service, ("start", "done", 1), ("deploy", "cancelled", 2))
+    assert "cancelled by process" in entries(service)[-1]["reason"]
+    (service.directory / "go").touch()
+    watch = Command(service, "upgrade", "--watch", "600")
+    watch.says("waiting for the commit window to end")
+    watch.interrupt()
+    assert "in the commit window" in watch.ends(1)
+    noted(service, ("start", "done", 1), ("deploy", "cancelled", 2), ("deploy", "cancelled", 2))
+    # Nothing of the watch is left: the next upgrade is a plain one.
+    service.upgrade()
+    assert kinds(service)[-1] == ("deploy", "done", 2)
 
 
 def test_release_that_is_found_is_the_directory_and_the_commit(make_service):
