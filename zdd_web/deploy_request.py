@@ -11,7 +11,7 @@ they are forked. Where workers run as the master's user there is no boundary (SE
 
 A command that dies between its two steps must not leave a request for the next `kill -USR2` to find. It holds a lock
 (flock) on the box for as long as it follows the upgrade, which the kernel releases with the process; a request whose
-lock nobody holds is void. Pids would not do: the command may be in another pid namespace. Two commands at a time
+lock is not held is void. Pids would not do: the command may be in another pid namespace. Two commands at a time
 exclude each other by the same lock.
 """
 

@@ -13,7 +13,6 @@ import pytest
 from zdd_web import waitgroup
 from zdd_web.board import Board
 from zdd_web.gunicorn import process_exit
-from zdd_web.gunicorn.workers import after_loop
 from zdd_web.gunicorn.workers.after_loop import AfterLoop
 from zdd_web.gunicorn.workers.exit_states import Event, State, StateMachine
 from zdd_web.lifecycle import Phase
@@ -44,7 +43,7 @@ class Worker:
         self.adapter = SimpleNamespace(
             has_cut=False, beat=lambda: None, interval=1.0, own_threads=set, frames=sys._current_frames
         )
-        gunicorns = SimpleNamespace(ppid=os.getppid() + orphaned)
+        gunicorns: Any = SimpleNamespace(ppid=os.getppid() + orphaned, lasting_heartbeat=lambda: lambda: None)
         process = Process(self.board, self.slot, Settings())
         self.end = AfterLoop(gunicorns, process, self.machine, cast("Any", self.adapter))
 
@@ -71,7 +70,6 @@ def test_what_was_cut_or_given_up_is_in_the_exit_status(monkeypatch: pytest.Monk
 
 
 def test_only_threads_that_were_waited_for_are_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(after_loop.compat, "lasting_heartbeat", lambda worker: lambda: None)
     monkeypatch.setattr(waitgroup, "close_all", lambda: None)
     monkeypatch.setattr(waitgroup, "run_drained_hooks", lambda until, beat: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)

@@ -29,8 +29,9 @@ class Scene:
         self.log = boot_log.create()
         self.signals: list[str] = []
         server: Any = SimpleNamespace(
-            master_pid=1,
-            pidfile=None,
+            predecessor_pid=1,
+            set_predecessor=lambda pid: setattr(server, "predecessor_pid", pid),
+            resume_control_server=lambda: None,
             kill_workers=lambda sig: self.signals.append("kill"),
             handle_term=lambda: self.signals.append("term"),
         )
@@ -61,7 +62,6 @@ class Scene:
 
 @pytest.fixture
 def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    monkeypatch.setattr(accession.compat, "resume_control_server", lambda server: None)
     scene = Scene()
     yield scene
     scene.end()
@@ -85,7 +85,7 @@ def test_it_asks_once_and_serves_when_it_is_told_to(scene: Scene) -> None:
     assert (scene.link.state, scene.link.is_active, scene.link.alone) == (Link.SERVING, False, False)
     scene.send("office")
     assert (scene.link.state, scene.link.is_active) == (Link.ACTIVE, True)
-    assert scene.server.master_pid == 0
+    assert scene.server.predecessor_pid == 0
 
 
 def test_both_messages_at_once_let_it_serve(scene: Scene) -> None:
@@ -98,7 +98,7 @@ def test_both_messages_at_once_let_it_serve(scene: Scene) -> None:
 def test_messages_that_its_state_does_not_know_are_ignored(scene: Scene) -> None:
     scene.send("go", "office", "nonsense")
     assert scene.link.state is Link.BOOTING
-    assert scene.server.master_pid == 1
+    assert scene.server.predecessor_pid == 1
 
 
 def test_one_that_is_rejected_while_it_boots_ends_with_its_workers(scene: Scene) -> None:

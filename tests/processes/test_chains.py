@@ -114,7 +114,7 @@ def test_an_upgrade_waits_for_background_work_of_the_old_generation(service: Ser
     configure(service).start()
     first = service.pid
     with service.under_load(clients=6):
-        assert service.get("/job?seconds=8").generation == 1
+        assert service.get("/job?seconds=16").generation == 1
         service.deploy("2")
         done = service.run("upgrade", "--name", service.name)
         assert done.returncode == 0

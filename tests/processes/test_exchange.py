@@ -155,8 +155,11 @@ def test_a_successor_that_does_not_take_connections_costs_no_request(make_servic
 
 def test_connections_that_have_sent_nothing_yet_are_handed_over_too(make_service: MakeService):
     service = keeping(make_service)
-    silent = [socket.create_connection(("127.0.0.1", service.port), PATIENCE) for _ in range(3)]
-    service.upgrade()
+    service.signal(signal.SIGUSR2)
+    # gunicorn itself closes such a connection after five seconds: not before the successor is ready.
+    service.wait_for(r"generation=1 event=upgrade\.ready")
+    silent = [socket.create_connection(("127.0.0.1", service.port), PATIENCE) for _ in range(6)]
+    service.wait_for(r"event=upgrade\.committed")
     service.until_one_generation()
     for each in silent:
         assert b" 200 " in ask(each)

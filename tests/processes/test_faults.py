@@ -42,8 +42,8 @@ from zdd_web.lifecycle import Phase
 
 SHORT_PATIENCE = (
     "import zdd_web.gunicorn.upgrade.successor_process as limits\n"
-    "assert limits.STALE_AFTER and limits.STALE_AFTER_OFFICE\n"
-    "limits.STALE_AFTER, limits.STALE_AFTER_OFFICE = 3.0, 4.0\n"
+    "assert limits.STALE_AFTER and limits.STALE_AFTER_HANDOVER\n"
+    "limits.STALE_AFTER, limits.STALE_AFTER_HANDOVER = 3.0, 4.0\n"
 )
 
 

@@ -60,6 +60,8 @@ def test_rotation_during_an_upgrade_reaches_both_generations(
     (service.directory / "may-import").touch()
     service.wait_for("generation=1 event=phase.retiring")
     until("an answer of generation 2", lambda: service.get("/early").generation == 2, service)
+    # The asgi worker writes its line after the reply.
+    until("its line", lambda: "/early" in access.read_text(), service)
     # While the old one has a request in hand: the pid file names the new one.
     second = rotate(service)
     seen = access.read_text

@@ -213,7 +213,7 @@ def test_a_master_whose_main_loop_has_stopped_is_reported_and_its_workers_serve_
     assert b"[!]master its main loop has not run for " in says(port, b"GET /readyz?verbose HTTP/1.0\r\n\r\n")
     said = one.run("status", "--pid", str(master))
     assert said.returncode == 1
-    assert "  serving, stalled  " in said.stdout
+    assert "  serving, hangs  " in said.stdout
     assert f"generation 1 (pid {master}): its main loop has not run for " in said.stderr
     programs = one.run("status", "--pid", str(master), "--json")
     assert (programs.returncode, json.loads(programs.stdout)["generations"][0]["stalled_for"] > 5) == (1, True)

@@ -171,7 +171,8 @@ def _upgrade(
         ours = snapshot.upgrade_number >= number
         if ours and header.refused_number == number:
             # The upgrade that is on the board is another command's.
-            return replace(none, reason=f"refused: {header.refused_reason}", serves_on=True, phase=snapshot.phase)
+            serves = snapshot.phase is Phase.SERVING
+            return replace(none, reason=f"refused: {header.refused_reason}", serves_on=serves, phase=snapshot.phase)
         if ours:
             progress(snapshot)
         if ours and snapshot.upgrade_state in ENDED:
