@@ -320,7 +320,8 @@ def test_broken_code_under_preload_fails_the_upgrade_with_reason_and_traceback(p
     service.deploy("2", at_import="raise ImportError('boom at import')")
     done = service.run("upgrade", "--name", service.name)
     assert done.returncode == 1
-    assert "ImportError: boom at import" in done.stderr.partition("log lines")[0]
+    # The reason stands last, at the bottom of the screen.
+    assert "ImportError: boom at import" in done.stderr.splitlines()[-1]
     assert "Traceback (most recent call last)" in done.stderr
     assert "app.py" in done.stderr
     assert service.get().version == "1"
