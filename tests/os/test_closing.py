@@ -307,7 +307,7 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
     monkeypatch.setattr(stock.ThreadWorker, "wait_for_and_dispatch_events", lambda worker, timeout: None)
     ours = process()
     worker = worker_of(stock.ThreadWorker, pending_conns=[SimpleNamespace(timeout=time.monotonic() + 75)])
-    gthread.give_up_silent_connections(worker, ours)
+    gthread.give_up_silent_connections(worker, ours, lambda: True)
     worker.murder_pending()
     ours.going = True
     worker.murder_pending()

@@ -285,7 +285,7 @@ def rest(neighbour: PeerGeneration) -> int | None:
         (["nowhere.database"], "there is no module 'nowhere'"),
         (["shop_checks.empty", "shop_checks.empty"], ""),
         ([("shop_checks.empty", {"intervall": 5})], "unexpected keyword|too many|intervall"),
-        (["json"], "must be a list|no dotted path"),
+        (["json"], "must be a list|neither a dotted path"),
         (["json.decoder"], "registers no check"),
     ],
 )

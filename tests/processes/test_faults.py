@@ -155,13 +155,13 @@ def warm(service: Service, statement: str) -> None:
 @pytest.mark.parametrize("where", HANGS)
 def test_a_generation_that_hangs_is_given_up_and_leaves_nobody(service: Service, where: str):
     at_import, before, settings, reason = HANGS[where]
-    configure(service, upgrade_timeout=5).start()
+    configure(service, upgrade_timeout=12).start()
     service.deploy("2", at_import=at_import)
     if "warmup" in settings:
         warm(service, "time.sleep(600)")
     configure(service, before, **settings)
     with on_trial(service) as trial:
-        trial.fails("UPGRADE_TIMEOUT = 5 s", reason)
+        trial.fails("UPGRADE_TIMEOUT = 12 s", reason)
         trial.cost_nothing()
         configure(service, warmup=[])
         trial.recovers()
@@ -232,7 +232,7 @@ CHECKS = {
 @pytest.mark.parametrize("fault", CHECKS)
 def test_a_readiness_check_that_never_passes_costs_nothing(service: Service, fault: str):
     statement, reason = CHECKS[fault]
-    configure(service, upgrade_timeout=5).start()
+    configure(service, upgrade_timeout=12).start()
     body = f"@zdd_web.check('database', timeout=0.5)\ndef database():\n    {statement}\n"
     service.deploy("2", at_import=body)
     with on_trial(service) as trial:
@@ -522,13 +522,13 @@ def test_a_descriptor_limit_after_a_failed_upgrade_does_not_forbid_upgrades_for_
 
 def test_a_generation_is_given_up_for_good_at_the_descriptor_limit(make_service):
     # Whoever cannot open /proc must not believe that the process it wants to kill is gone.
-    service = configure(make_service("sync"), upgrade_timeout=5).start()
+    service = configure(make_service("sync"), upgrade_timeout=12).start()
     service.deploy("2", at_import="while not os.path.exists('go'): time.sleep(0.05)")
     with on_trial(service) as trial:
         trial.begin()
         service.wait_for(r"generation=2 event=boot\.started")
         with descriptor_limit(trial.master, 0):
-            trial.fails("UPGRADE_TIMEOUT = 5 s")
+            trial.fails("UPGRADE_TIMEOUT = 12 s")
             (service.directory / "go").touch()
             trial.cost_nothing()
         trial.recovers()
@@ -731,8 +731,8 @@ INSIDE = {
     "manage_workers": ("master.roster", "repeat", signal.SIGWINCH),
     "reap_workers": ("master", "_gunicorn_reap", signal.SIGCHLD),
     "handle_term": ("master.stop", "_begin", signal.SIGTERM),
-    "handle_usr2": ("master.coordinator", "_refuse_unless_possible", signal.SIGUSR2),
-    "handle_hup": ("master", "not_now", signal.SIGHUP),
+    "handle_usr2": ("master.coordinator", "_refuse_another", signal.SIGUSR2),
+    "handle_hup": ("master.reload", "_obstacle", signal.SIGHUP),
 }
 
 

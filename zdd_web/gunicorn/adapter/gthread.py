@@ -30,13 +30,16 @@ def is_one(worker: Any) -> bool:
     return isinstance(worker, gthread.ThreadWorker)
 
 
-def adapt(worker: Any, process: Process) -> None:
-    """Change what a gthread worker does with its connections; leaves other workers as they are."""
+def adapt(worker: Any, process: Process, are_to_close: Callable[[], bool]) -> None:
+    """Change what a gthread worker does with its connections; leaves other workers as they are.
+
+    `are_to_close()` tells whether connections end with this worker, and do not go on in another.
+    """
     if is_one(worker):
         end_by_signal_alone(worker)
         defer_nothing_once_closed(worker)
         close_beside_the_loop(worker, process)
-        give_up_silent_connections(worker, process)
+        give_up_silent_connections(worker, process, are_to_close)
 
 
 def defer_nothing_once_closed(worker: Any) -> None:
@@ -122,7 +125,7 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
     replace(_Connection, "close", close)
 
 
-def give_up_silent_connections(worker: Any, process: Process) -> None:
+def give_up_silent_connections(worker: Any, process: Process, are_to_close: Callable[[], bool]) -> None:
     """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
 
     From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
@@ -143,7 +146,8 @@ def give_up_silent_connections(worker: Any, process: Process) -> None:
 
     def murder_pending_of_a_leaving_worker() -> None:
         nonlocal ends_at
-        if process.going and worker.pending_conns:
+        # A connection that is handed over keeps its time.
+        if process.going and worker.pending_conns and are_to_close():
             now = time.monotonic()
             ends_at = ends_at or now + QUIET
             for conn in worker.pending_conns:

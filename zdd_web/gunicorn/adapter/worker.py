@@ -101,7 +101,7 @@ class WorkerFacade:
         """
         _close_connections_when(are_to_close)
         self._remember_names()
-        gthread.adapt(self.raw, process)
+        gthread.adapt(self.raw, process, are_to_close)
         sync.adapt(self.raw, process)
 
     def handle_signals_in_python(self) -> None:
