@@ -366,6 +366,18 @@ def test_board_with_more_slots_than_memory_is_refused(memfd: int) -> None:
     Board.open(memfd).close()
 
 
+def test_slots_of_an_earlier_version_are_read_and_have_no_later_counters(memfd: int) -> None:
+    os.ftruncate(memfd, (Header.WORDS + 2 * Slot.LEAST_WORDS) * WORD)
+    os.pwrite(memfd, struct.pack("=5Q", MAGIC, LAYOUT, Header.WORDS, Slot.LEAST_WORDS, 2), 0)
+    # The first words of the next slot: a pid and a start.
+    os.pwrite(memfd, struct.pack("=3Q", 4711, 99, 1), (Header.WORDS + Slot.LEAST_WORDS) * WORD)
+    board = Board.open(memfd)
+    first = board.slot(0)
+    assert (first.handed_over, first.received, first.closed_idle) == (0, 0, 0)
+    assert board.slot(1).pid == 4711
+    board.close()
+
+
 def test_pipe_is_no_board() -> None:
     reader, writer = os.pipe()
     with pytest.raises(BoardError, match="too few for a board"):

@@ -20,10 +20,10 @@ from tests.processes.test_systemd_mode import free_port
 OLDER = Path(__file__).parents[1] / "data" / "zdd_web-0.1.0-py3-none-any.whl"
 THIS = Path(str(zdd_web.__file__)).parents[1]
 
-#: Which zdd_web a process has imported, in its log: `release=` with the directory that it is in.
+#: Which zdd_web a process has imported, in its log: `package=` with the directory that it is in.
 CONF = """
 import os, zdd_web
-print("release=" + os.path.realpath(os.path.dirname(os.path.dirname(zdd_web.__file__))), flush=True)
+print("package=" + os.path.realpath(os.path.dirname(os.path.dirname(zdd_web.__file__))), flush=True)
 """
 
 
@@ -72,7 +72,7 @@ def test_upgrades_to_and_from_an_older_release_lose_nothing(
             service.upgrade()
             answered_from(load, 20)
             assert service.get().generation == generation
-    releases = [line.removeprefix("release=") for line in service.matches("release=/")]
+    releases = [line.removeprefix("package=") for line in service.matches("package=/")]
     # Each generation reads its configuration once, in its master.
     assert releases == [str(each.resolve()) for each in (older, this, older, this, this)]
     service.stop(status=None)

@@ -168,7 +168,7 @@ class Board:
 
     def slot(self, index: int) -> Slot:
         """Return the slot with an index from 0."""
-        return Slot(self.memory, self._slot_at(index), self.order(index))
+        return Slot(self.memory, self._slot_at(index), self.order(index), self.header.slot_words)
 
     def order(self, index: int) -> Order:
         """Return the order to the worker that has the slot with that index."""

@@ -6,6 +6,7 @@ The numbers are interface between versions of zdd_web: append, never renumber.
 from __future__ import annotations
 
 import enum
+from typing import overload
 
 from zdd_web.board.record import WORD, Choice, Count, Record, Text, Word
 from zdd_web.errors import BoardError
@@ -233,6 +234,20 @@ class Order(Record):
     WORDS = 16
 
 
+class LaterCount(Count):
+    """A counter of a slot that boards of earlier versions have no word for: 0 there."""
+
+    @overload
+    def __get__(self, record: None, owner: type) -> Count: ...
+    @overload
+    def __get__(self, record: Record, owner: type) -> int: ...
+    def __get__(self, record: Record | None, owner: type) -> int | Count:
+        if record is None:
+            return self
+        assert isinstance(record, Slot)
+        return super().__get__(record, owner) if self.index < record.length else 0
+
+
 class Slot(Record):
     """A worker's words: claims, see the module's text. Times are monotonic nanoseconds."""
 
@@ -274,14 +289,15 @@ class Slot(Record):
     #: Kept connections that this worker has handed over, received, and closed while they were idle because it, or the
     #: service, ends. Behind the words of earlier versions, whose slots are whole pages and have room.
     LEAST_WORDS = ACCEPTS_AT + MOST_LISTENERS
-    handed_over = Count(LEAST_WORDS)
-    received = Count(LEAST_WORDS + 1)
-    closed_idle = Count(LEAST_WORDS + 2)
+    handed_over = LaterCount(LEAST_WORDS)
+    received = LaterCount(LEAST_WORDS + 1)
+    closed_idle = LaterCount(LEAST_WORDS + 2)
     WORDS = LEAST_WORDS + 8
 
-    def __init__(self, memory: memoryview, base: int, order: Order) -> None:
+    def __init__(self, memory: memoryview, base: int, order: Order, length: int = WORDS) -> None:
+        """`length` is that of the slots on this board, in words."""
         super().__init__(memory, base)
-        self.order = order
+        self.order, self.length = order, length
 
     @property
     def retire(self) -> int:
@@ -332,7 +348,7 @@ def shape(start: bytes, size: int) -> int:
         raise BoardError("this is not a board of zdd_web")
     # Another layout has at least the words that never move.
     ours = header.layout == LAYOUT
-    header_words, slot_words = (Header.LEAST_WORDS, Slot.WORDS) if ours else (Header.FIXED, Slot.start.index + 1)
+    header_words, slot_words = (Header.LEAST_WORDS, Slot.LEAST_WORDS) if ours else (Header.FIXED, Slot.start.index + 1)
     needed = (header.slots_at + header.slot_count * header.slot_words) * WORD
     if (
         header.slots_at < header_words
