@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
 
 
 @pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("adapt", [gthread.adapt, sync.adapt])
+@pytest.mark.parametrize("adapt", [partial(gthread.adapt, are_to_close=lambda: True), sync.adapt])
 def test_workers_of_other_classes_are_left_as_they_are(adapt: Callable[[Any, Any], None]) -> None:
     worker = SimpleNamespace()
     before = stock.TConn.close

@@ -284,7 +284,7 @@ def header(**words: int) -> bytes:
     "words",
     [
         {"slot_words": 0},
-        {"slot_words": Slot.WORDS - 1},
+        {"slot_words": Slot.LEAST_WORDS - 1},
         {"slots_at": 0},
         {"slots_at": Header.LEAST_WORDS - 1},
         {"slot_count": MOST_SLOTS + 1},
