@@ -214,7 +214,7 @@ def test_a_master_whose_main_loop_has_stopped_is_reported_and_its_workers_serve_
     said = one.run("status", "--pid", str(master))
     assert said.returncode == 1
     assert "  serving, hangs  " in said.stdout
-    assert f"generation 1 (pid {master}): its main loop has not run for " in said.stderr
+    assert f"generation 1 (pid {master}) hangs: its main loop has not run for " in said.stderr
     programs = one.run("status", "--pid", str(master), "--json")
     assert (programs.returncode, json.loads(programs.stdout)["generations"][0]["stalled_for"] > 5) == (1, True)
     assert one.get().status == 200

@@ -15,6 +15,7 @@ import contextlib
 import re
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -56,7 +57,8 @@ class Trial:
         self.generation = service.snapshot().generation
         self._pool = ThreadPoolExecutor(1)
         self._command: Future[subprocess.CompletedProcess[str]] | None = None
-        self._failures = 0
+        #: How often an upgrade has failed, by the event that says so.
+        self._failures: Counter[str] = Counter()
 
     def begin(self) -> int:
         """Run `zdd-web upgrade` beside the test; return the new master's pid once it is forked."""
@@ -74,8 +76,8 @@ class Trial:
         self._command = None
         assert done.returncode == 1, (done.stdout, done.stderr, self.service.log())
         lines = self.service.matches(event)
-        self._failures += 1
-        assert len(lines) == self._failures, self.service.log()
+        self._failures[event] += 1
+        assert len(lines) == self._failures[event], self.service.log()
         for reason in reasons:
             assert re.search(reason, lines[-1]), lines[-1]
             assert re.search(reason, done.stderr), done.stderr
