@@ -32,7 +32,7 @@ def write(service: Service, extra: str) -> Service:
 @pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_a_thread_without_end_is_named_at_the_deadline(make_service: Callable[..., Service], worker_class: str):
     service = write(make_service(skip_unless_installed(worker_class)), CONSUMER)
-    service.configure(grace_period=2).start()
+    service.configure(grace_period=6).start()
     # Nothing is known to be lost: the status is that of any stop, and no worker was killed.
     service.stop(status=0)
     assert len(service.matches(r"event=threads\.left .*thread=consumer .*zdd_web\.draining")) == service.workers
