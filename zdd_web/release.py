@@ -22,7 +22,7 @@ COMMIT_DIGITS = 12
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?\Z")
 _REF = re.compile(r"refs/(?!.*(?:\.\.|//))[^\x00-\x20\x7f]+\Z")
 
-#: Returns the first so many bytes of a file as text, "" when there is no such file.
+#: Takes a path and a number of bytes; returns that much of the beginning of the file as text, "" if it does not exist.
 Read = Callable[[str, int], str]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.helpers.commands import masters, name
 from tests.helpers.in_process import nothing_is_left_behind, service
 
-__all__ = ["nothing_is_left_behind", "service"]
+__all__ = ["masters", "name", "nothing_is_left_behind", "service"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers.commands import zdd
 from tests.helpers.forks import in_child
 from tests.helpers.masters import NOBODY_UID, Masters, become
-from tests.os.test_cli import zdd
 from zdd_web import service
 from zdd_web.board import Board, UpgradeState
 from zdd_web.board.cancel_request import CancelRequest, take_back, write

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 import zdd_web
+from tests.helpers.commands import zdd
 from tests.helpers.forks import in_child, spawn, status_of
 from tests.helpers.masters import Masters
 from zdd_web import lookup, service
@@ -28,23 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 #: No Linux hands out a pid above 2**22.
 NOBODY = 1 << 23
-
-
-def zdd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def name() -> str:
-    """A name that no other service on this machine has, whatever else is tested on it."""
-    return f"unit-{uuid.uuid4().hex[:12]}"
-
-
-@pytest.fixture
-def masters() -> Iterator[Masters]:
-    masters = Masters()
-    yield masters
-    masters.stop()
 
 
 # -- which service
@@ -297,7 +278,7 @@ def test_status_shows_generations_and_workers(masters: Masters, name: str) -> No
         ["2", "4711", "serving"],
         ["2", "4712", "leaving,"],
     ]
-    assert "leaving, told to go" in result.output
+    assert "leaving, retiring" in result.output
     assert "  worker 4712: it broke\n" in result.output
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.os.test_cli import Masters, zdd
+from tests.helpers.commands import zdd
+from tests.helpers.masters import Masters
 from zdd_web.board import Board, UpgradeState
 from zdd_web.system import boot_log
 from zdd_web.system.escaping import CONTROL
@@ -24,13 +24,6 @@ HOSTILE = "it broke\n\x1b[2J\x9b31m\x85\u2028generation 2 serves postgres://shop
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     return f"unit-{os.getpid()}-{abs(hash(request.node.nodeid))}"
-
-
-@pytest.fixture
-def masters() -> Iterator[Masters]:
-    masters = Masters()
-    yield masters
-    masters.stop()
 
 
 def fails(board: Board) -> None:

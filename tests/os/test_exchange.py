@@ -375,6 +375,15 @@ def test_a_hostile_message_is_refused_and_what_is_behind_it_taken(make: Callable
     assert serving.kept.take_some() == 1
 
 
+def test_hostile_messages_do_not_hold_up_the_loop(make: Callable[..., Worker], pair: Exchange) -> None:
+    assert pair.give is not None and pair.take is not None
+    for _ in range(3 * TAKEN_AT_ONCE):
+        pair.give.send(b"not a message")
+    worker = make()
+    assert worker.kept.take_some() == 0
+    assert connection_passing.waiting_bytes(pair.take)
+
+
 def test_an_error_while_connections_are_given_ends_the_handing_over_and_nothing_else(
     make: Callable[..., Worker],
 ) -> None:

@@ -8,21 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner, Result
 
+from tests.helpers.commands import zdd
 from tests.helpers.forks import PATIENCE, in_child
 from tests.helpers.masters import NOBODY_UID, Masters
 from zdd_web import lookup, service
 from zdd_web.board import LARGEST_BYTES, MEMFD_PREFIX, MOST_SLOTS, Board, Header, Slot, UpgradeState, shape
 from zdd_web.board.copy import BoardCopy
 from zdd_web.board.record import WORD
-from zdd_web.cli import main
 from zdd_web.cli.output import cell
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase
@@ -35,23 +33,6 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 #: No Linux hands out a pid above 2**22.
 ENDED = 1 << 23
-
-
-def zdd(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def name() -> str:
-    """A name that no other service on this machine has, whatever else is tested on it."""
-    return f"unit-{uuid.uuid4().hex[:12]}"
-
-
-@pytest.fixture
-def masters() -> Iterator[Masters]:
-    masters = Masters()
-    yield masters
-    masters.stop()
 
 
 def holder(masters: Masters, make: Callable[[], object]) -> int:

@@ -138,13 +138,6 @@ def name_in_file(pid_file: PidFile, pid: int, step: int) -> None:
 
 
 @pytest.fixture
-def masters() -> Iterator[Masters]:
-    masters = Masters()
-    yield masters
-    masters.stop()
-
-
-@pytest.fixture
 def run() -> Iterator[Callable[..., int]]:
     """Start a process of that name, which does `first` and then nothing; return its pid."""
     started: list[subprocess.Popen[bytes]] = []

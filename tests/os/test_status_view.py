@@ -153,13 +153,6 @@ def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
 # -- the terminal
 
 
-@pytest.fixture
-def masters() -> Iterator[Masters]:
-    masters = Masters()
-    yield masters
-    masters.stop()
-
-
 def on_a_terminal(*arguments: str, **environ: str) -> str:
     """Run `zdd-web` on a terminal of 80 columns."""
     here, there = pty.openpty()

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import socket
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kept_clients import REQUESTS, ask
 from tests.processes.harness import PATIENCE, Service, until
-from tests.processes.test_listeners import free_port
+from tests.processes.test_nginx import nginx
 
 CLIENTS = 4
-
-NGINX = """
-daemon off; master_process off; worker_processes 1; pid {directory}/nginx.pid; error_log {directory}/error.log;
-events {{ worker_connections 512; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy; fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
-    keepalive_requests 1000000;
-    # No second try elsewhere: what fails shall be seen.
-    upstream app {{ server 127.0.0.1:{upstream} fail_timeout=0; keepalive 8; keepalive_requests 1000000; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_next_upstream off;
-        }}
-    }}
-}}
-"""
 
 APP = """
     def app(environ, start_response):
@@ -43,25 +22,6 @@ APP = """
         start_response("200 OK", [("Content-Length", "2"), ("X-Upstream-Port", environ["REMOTE_PORT"])])
         return [b"ok"]
 """
-
-
-@contextlib.contextmanager
-def nginx(directory: Path, upstream: int) -> Iterator[int]:
-    """Run nginx in front of a port; yields its own."""
-    directory.mkdir()
-    port = free_port()
-    configuration = directory / "nginx.conf"
-    configuration.write_text(NGINX.format(directory=directory, upstream=upstream, port=port))
-    process = subprocess.Popen(
-        ["nginx", "-p", str(directory), "-c", str(configuration), "-e", str(directory / "error.log")]
-    )
-    try:
-        until("nginx's pid file", lambda: (directory / "nginx.pid").exists() or process.poll() is not None)
-        assert process.poll() is None, (directory / "error.log").read_text()
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
 
 
 class Clients:
@@ -109,7 +69,7 @@ def test_upstream_connections_of_nginx_stay_across_five_upgrades(
     service.write_app(APP)
     service.arguments += ["--keep-alive", "120"]
     service.start()
-    with nginx(tmp_path / "nginx", service.port) as port, Clients(port) as clients:
+    with nginx(tmp_path / "nginx", f"127.0.0.1:{service.port}") as port, Clients(port) as clients:
         until("answers", lambda: clients.answered > 100, service)
         for _ in range(5):
             service.upgrade()

@@ -21,8 +21,9 @@ http {{
     access_log off;
     client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy; fastcgi_temp_path {directory}/fastcgi;
     uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
+    keepalive_requests 1000000;
     # No second try elsewhere: what fails shall be seen.
-    upstream app {{ server unix:{path} fail_timeout=0; keepalive 8; }}
+    upstream app {{ server {upstream} fail_timeout=0; keepalive 8; keepalive_requests 1000000; }}
     server {{
         listen 127.0.0.1:{port};
         location / {{
@@ -34,12 +35,12 @@ http {{
 
 
 @contextlib.contextmanager
-def nginx(directory: Path, path: Path) -> Iterator[int]:
-    """Run nginx in front of a Unix socket; yields its port."""
+def nginx(directory: Path, upstream: str) -> Iterator[int]:
+    """Run nginx in front of an address, as nginx writes it; yields its port."""
     directory.mkdir()
     port = free_port()
     configuration = directory / "nginx.conf"
-    configuration.write_text(NGINX.format(directory=directory, path=path, port=port))
+    configuration.write_text(NGINX.format(directory=directory, upstream=upstream, port=port))
     process = subprocess.Popen(
         ["nginx", "-p", str(directory), "-c", str(configuration), "-e", str(directory / "error.log")]
     )
@@ -60,7 +61,7 @@ def test_clients_of_nginx_see_no_error_across_ten_upgrades(
     service = make_service(worker_class)
     service.settings["generation_header"] = "X-Zdd-Generation"
     start(bound_to(service, f"unix:{path}"))
-    with nginx(tmp_path / "nginx", path) as port:
+    with nginx(tmp_path / "nginx", f"unix:{path}") as port:
         load = LoadThread(Load("127.0.0.1", port, ("/",), 8, 0.5, 0.02, 20.0))
         with load:
             answered_from(load, 50)

@@ -142,9 +142,7 @@ def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
 def state_of(worker: WorkerView, *, brief: bool = False) -> Text:
     """Return a worker's state, and unless it is to be `brief`, that its master has ordered it to leave."""
     style = {WorkerState.SERVING: screen.GOOD, WorkerState.LEAVING: screen.FAINT}.get(worker.state, screen.BUSY)
-    return Text(
-        f"{worker.state.label}, told to go" if worker.retiring and not brief else worker.state.label, style=style
-    )
+    return Text(f"{worker.state.label}, retiring" if worker.retiring and not brief else worker.state.label, style=style)
 
 
 def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:

@@ -106,7 +106,7 @@ class Settings:
         Raises `SettingsError` with the sum when they do not fit.
         """
         # gunicorn's loop wakes once a second and processes take a moment to exit: what is promised to be gone before
-        # GRACE_PERIOD must be told to go earlier. A tenth, between half a second and two seconds.
+        # GRACE_PERIOD must be sent SIGTERM earlier. A tenth, between half a second and two seconds.
         margin = min(2.0, max(0.5, self.grace_period / 10))
         work = self.grace_period - self.drain_delay - margin
         if work <= 0:

@@ -25,7 +25,7 @@ def check_certificates(cfg: Config) -> None:
     for name in ("certfile", "keyfile"):
         path = getattr(cfg, name)
         if path and not os.path.exists(path):
-            raise SettingsError(f"{name} = {path!r}: there is no such file: restore it, or name the one to use")
+            raise SettingsError(f"{name} = {path!r}: this file does not exist: restore it, or set {name} to another")
 
 
 def create_listener(server: ArbiterFacade, address: Any) -> Any:

@@ -153,7 +153,9 @@ class Deploys:
         elif not request.back:
             self._refuse_one_for_all()
             if not os.path.isdir(request.to):
-                raise UpgradeError(f"--to {request.to}: there is no such directory that this master can see")
+                raise UpgradeError(
+                    f"--to {request.to}: the master cannot see this directory: name one that it can read"
+                )
             attempt.directory = os.path.realpath(request.to)
             launch = self.own.started_from(attempt.directory)
             attempt.lineage = self.lineage.after_deploy(self.own, attempt.directory, follows=False)

@@ -200,7 +200,10 @@ class KeptConnections:
     def _take(self, most: int) -> int:
         assert self.store is not None and self._exchange.take is not None
         taken = 0
-        while taken < most and self.store.room() > 0:
+        # Bounded by what is read, valid or not: another worker that sends garbage must not hold up this loop.
+        for _ in range(most):
+            if self.store.room() <= 0:
+                break
             try:
                 found = connection_passing.receive(self._exchange.take)
             except MessageError as error:
