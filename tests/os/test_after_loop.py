@@ -123,3 +123,32 @@ def test_a_second_exit_does_not_change_how_it_ended(monkeypatch: pytest.MonkeyPa
     worker.machine.move(Event.EXIT)
     worker.machine.move(event)
     assert worker.machine.state is State.EXITED
+
+
+def test_a_worker_does_not_end_before_what_was_given_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The thread that watches the deadline gives it up while the loop ends.
+    worker = Worker(monkeypatch)
+    begun, named = threading.Event(), threading.Event()
+
+    def abandon(*arguments: object) -> None:
+        begun.set()
+        named.wait(30)
+
+    monkeypatch.setattr(waitgroup, "abandon", abandon)
+    monkeypatch.setattr(waitgroup, "close_all", lambda: None)
+    order: list[str] = []
+    monkeypatch.setattr(waitgroup, "run_drained_hooks", lambda until, beat: order.append("drained"))
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+
+    def beat() -> None:
+        if worker.end._given_up.locked() and not named.is_set():
+            order.append("named")
+            named.set()
+
+    worker.adapter.beat = beat
+    watcher = threading.Thread(target=worker.end.give_up_background)
+    watcher.start()
+    assert begun.wait(30)
+    worker.end.finish()
+    watcher.join()
+    assert order == ["named", "drained"]

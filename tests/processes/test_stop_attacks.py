@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from tests.processes.harness import APP, Service, answered_from, ask_unix, connections, successor, until
 from tests.processes.test_stop import may_close_the_door
 from zdd_web.cli.rehearse.load import Load, LoadThread
+from zdd_web.lifecycle import Phase
 
 NEEDS_NET_ADMIN = pytest.mark.skipif(not may_close_the_door(), reason="needs CAP_NET_ADMIN, to have it or to drop it")
 WITHOUT_NET_ADMIN = ["setpriv", "--bounding-set=-net_admin", "--"]
@@ -125,6 +127,22 @@ def test_a_stop_while_a_predecessor_retires_refuses_new_connections(service: Ser
             service.wait_for("generation=2 event=phase.draining")
             refused_soon(service)
     service.ends()
+
+
+def test_a_stop_right_after_the_handover_is_the_whole_service_s(make_service):
+    # The new master may not have read yet that it is the service; whoever sends the signal has seen it.
+    for count in range(4):
+        service = make_service(grace_period=30).start()
+        with held(service, f"old{count}", 1):
+            header = service.is_active().board.header
+            service.signal(signal.SIGUSR2)
+            new = successor(service)
+            give_up = time.monotonic() + 30
+            while header.phase != Phase.RETIRING and time.monotonic() < give_up:
+                pass
+            os.kill(new, signal.SIGTERM)
+            until("the predecessor's deadline", lambda: header.deadline, service)
+        service.ends()
 
 
 @pytest.mark.parametrize(

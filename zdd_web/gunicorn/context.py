@@ -29,6 +29,9 @@ class Predecessor(Protocol):
     def alone(self) -> bool:
         """Whether it has ended before it could."""
 
+    def follow(self) -> bool:
+        """Read its messages; return whether it is gone, and this object of no more use."""
+
     def release(self) -> None:
         """Tell it not to come back: this generation ends because it was asked to."""
 

@@ -31,7 +31,7 @@ from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
 from zdd_web.gunicorn.workers import late_arrivals
 from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
 from zdd_web.gunicorn.workers.gate import Gate
-from zdd_web.lifecycle import Event, Phase
+from zdd_web.lifecycle import STOPPING, Event, Phase
 from zdd_web.settings import Settings
 from zdd_web.system import clock
 
@@ -73,6 +73,7 @@ class Stop:
         self._killed_at_work = False
         self._ends_now = False
         self._closed_idle = 0
+        self._ancestors_know = False
         self._late = late_arrivals.LateArrivals()
 
     @property
@@ -89,6 +90,9 @@ class Stop:
 
     def follow(self) -> None:
         """End the lame duck when its time is over; the tick's call."""
+        if self._generation.phase in STOPPING and not self._ancestors_know:
+            # The predecessor may hand over to a master that has begun to stop a moment ago.
+            self._stop_ancestors(signal.SIGTERM)
         if self._generation.phase is Phase.LAME_DUCK and clock.passed(self._lame_duck_ends):
             self._generation.move(Event.LAME_DUCK_OVER)
 
@@ -104,10 +108,17 @@ class Stop:
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
+        self._read_predecessor()
         if self._generation.phase is Phase.RETIRING:
             self._stop_retiring()
         else:
             self._begin()
+
+    def _read_predecessor(self) -> None:
+        # It may have handed over a moment before the signal was sent, whose sender has seen that: the signal is then
+        # meant for the service, and not for this generation alone.
+        if self._generation.predecessor is not None:
+            guarded("predecessor", self._generation.predecessor.follow)()
 
     def _begin(self) -> None:
         guarded("termination message", self._note_end)(signal.SIGTERM)
@@ -142,6 +153,7 @@ class Stop:
     def _stop_ancestors(self, sig: signal.Signals) -> None:
         # The active master speaks for the service; any other ends alone.
         if self._generation.phase is not Phase.RETIRING and not self._generation.awaits_promotion:
+            self._ancestors_know = True
             guarded("forward", self._coordinator.ancestors.tell)(sig)
 
     def handle_int(self) -> None:
@@ -153,6 +165,7 @@ class Stop:
         self._end_now(signal.SIGQUIT, self._gunicorn_quit)
 
     def _end_now(self, sig: signal.Signals, end: Callable[[], None]) -> None:
+        self._read_predecessor()
         guarded("termination message", self._note_end)(sig)
         self._prepare_to_end(sig)
         try:

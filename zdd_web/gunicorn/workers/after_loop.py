@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Protocol
@@ -53,6 +54,8 @@ class AfterLoop:
         self._worker, self._process, self._slot, self._machine = worker, process, process.slot, machine
         self._adapter = adapter
         self._given_up = threading.Lock()
+        #: Set when whoever has given the background work up has logged it.
+        self._is_named = threading.Event()
         #: When background work and threads are given up where nothing else bounds them; set as the wait begins.
         self._background_own = self._threads_own = clock.NEVER
         #: The threads that were left at the end of the wait for them; None before it.
@@ -71,6 +74,7 @@ class AfterLoop:
                     entry.group.wait(timeout=0.1 if left is None else min(0.1, left))
             close()
         self.give_up_background()
+        self._wait_for_names()
         self._run_drained_hooks()
         self._left_behind = process_exit.wait(self.threads_left, self.threads_deadline, self._adapter.beat)
         process_exit.name(self._left_behind, self._adapter.frames)
@@ -105,11 +109,20 @@ class AfterLoop:
         # From any thread: at the deadline the loop may still be in a request.
         if not self._given_up.acquire(blocking=False):
             return
-        waitgroup.close_all()
-        # Threads that compute would each keep the interpreter for 5 ms whenever this one has written a line.
-        sys.setswitchinterval(LAST_SWITCH_INTERVAL)
-        timeout = GIVE_UP_SHARE * self._abandon_window
-        waitgroup.abandon(waitgroup.all_entries(), timeout, self._adapter.beat, self._count_abandoned)
+        try:
+            waitgroup.close_all()
+            # Threads that compute would each keep the interpreter for 5 ms whenever this one has written a line.
+            sys.setswitchinterval(LAST_SWITCH_INTERVAL)
+            timeout = GIVE_UP_SHARE * self._abandon_window
+            waitgroup.abandon(waitgroup.all_entries(), timeout, self._adapter.beat, self._count_abandoned)
+        finally:
+            self._is_named.set()
+
+    def _wait_for_names(self) -> None:
+        # The thread that watches the deadline may have been the first, and the process must not end before it is done.
+        until = time.monotonic() + GIVE_UP_SHARE * self._abandon_window
+        while not self._is_named.wait(0.05) and time.monotonic() < until:
+            self._adapter.beat()
 
     def _count_abandoned(self, tasks: int) -> None:
         # Before any code of the app is called, which may end the process.

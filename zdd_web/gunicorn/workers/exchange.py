@@ -144,7 +144,8 @@ class KeptConnections:
             # The generation was given up in its commit window: the one before it serves on.
             return bool(header.ready_at) and _is_alive(header.predecessor_pid)
         if phase is Phase.RETIRING:
-            return bool(header.successor_takes)
+            # One that stops takes none, and this generation's own stop may still be on its way.
+            return bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
         return phase is Phase.SERVING and (bool(self._slot.retire) or self._runtime.process.going)
 
     def are_to_close(self) -> bool:
