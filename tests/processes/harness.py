@@ -161,6 +161,9 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         #: Requests that a test keeps in hand, closed in `clean_up` at the latest.
         self.held: list[Held] = []
+        self._needle = f"ZDD_TEST_MARKER={self.marker}".encode()
+        #: Processes that are not the service's, by pid: to look at all of them in every poll would keep the machine busy.
+        self._strangers: dict[int, int] = {}
         self._matched: dict[str, tuple[object, list[str]]] = {}
         self.write_app(APP)
         self.configure()
@@ -251,7 +254,14 @@ class Service:
         return found[times - 1]
 
     def generations(self) -> list[finder.Generation]:
-        return [each for each in finder.generations() if each.header.name == self.name]
+        """Return the generations of this service, oldest first."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                generation = finder.generation_of(pid)
+                if generation is not None and generation.header.name == self.name:
+                    found.append(generation)
+        return sorted(found, key=lambda each: each.header.generation)
 
     def is_active(self) -> finder.Generation:
         return until("a generation in office", lambda: (found := self.generations()) and finder.is_active(found), self)
@@ -304,7 +314,7 @@ class Service:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @contextlib.contextmanager
-    def under_load(self, clients: int = 16, *, may_lose: bool = False, pause: float = 0.02) -> Iterator[LoadThread]:
+    def under_load(self, clients: int = 16, *, may_lose: bool = False, pause: float = 0.05) -> Iterator[LoadThread]:
         """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`.
 
         Each client rests for `pause` seconds after an answer.
@@ -342,16 +352,21 @@ class Service:
 
     def processes(self) -> list[int]:
         """The pids of everything this service has started and that still runs; zombies do not."""
-        found = []
-        needle = f"ZDD_TEST_MARKER={self.marker}".encode()
         if self.process is not None:
             self.process.poll()
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit() or int(entry) == os.getpid():
+        found = []
+        with os.scandir("/proc") as entries:
+            # The inode of its directory tells a process from another that had its pid before.
+            present = {int(each.name): each.inode() for each in entries if each.name.isdigit()}
+        for pid, inode in present.items():
+            if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
             try:
-                if needle in Path(f"/proc/{entry}/environ").read_bytes():
-                    found.append(int(entry))
+                if self._needle in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+                elif proc.parent(pid) != os.getpid():
+                    # Only a child of this process may still become one of the service, by exec.
+                    self._strangers[pid] = inode
             except OSError:
                 continue
         return found

@@ -54,7 +54,7 @@ class AfterLoop:
         self._worker, self._process, self._slot, self._machine = worker, process, process.slot, machine
         self._adapter = adapter
         self._given_up = threading.Lock()
-        #: Set when whoever has given the background work up has logged it.
+        #: Set when the thread that has given the background work up has logged it.
         self._is_named = threading.Event()
         #: When background work and threads are given up where nothing else bounds them; set as the wait begins.
         self._background_own = self._threads_own = clock.NEVER
