@@ -72,7 +72,8 @@ class Scene:
 
     def ask_to_cancel(self) -> None:
         """Ask as `zdd-web cancel` does."""
-        cancel_request.write(self.coordinator._cancel_request.fd, self.coordinator._number, os.getpid())
+        cancellation = self.coordinator._cancellation
+        cancel_request.write(cancellation.request.fd, cancellation.number, os.getpid())
 
     @property
     def noted(self) -> list[tuple[str, str, str]]:

@@ -440,6 +440,14 @@ def test_no_comment_names_a_line_of_a_library() -> None:
 
 # -- the package itself
 
+#: A reader keeps a module of so many lines in mind; past it there are two things in one.
+LINES = 400
+
+
+def test_no_module_is_long() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(text.splitlines()) for path, text in SOURCES.items()}
+    assert {name: length for name, length in lengths.items() if length > LINES} == {}
+
 
 def test_package_imports_nothing_until_it_is_asked_for_a_name() -> None:
     assert {each.name for each in imports_of("zdd_web") if each.where == "module"} == {

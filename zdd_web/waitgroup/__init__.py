@@ -26,17 +26,18 @@ import functools
 import itertools
 import os
 import threading
-import types
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from zdd_web.errors import GroupClosed
 from zdd_web.waitgroup.abandon import ABANDONED_AT_ONCE, abandon
+from zdd_web.waitgroup.coroutine import run_coroutine
 from zdd_web.waitgroup.drained import forget_drained_hooks, on_drained, remember_drained_hooks, run_drained_hooks
-from zdd_web.waitgroup.entry import Entry, current_request
+from zdd_web.waitgroup.entry import Entry, OnAbandon, current_request
 from zdd_web.waitgroup.executor import Executor
 from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, remember_stop_hooks, run_stop_hooks
+from zdd_web.waitgroup.task import Task
 from zdd_web.waitgroup.threads import Threads, close_connections, name_of, refuse_coroutines, report
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-OnAbandon = Callable[[Entry], object]
 AfterClose = Literal["reject", "run_inline"]
 
 #: ThreadPoolExecutor's default (5 on one core) is meant for computing; background work of a web app waits for others.
@@ -76,22 +76,6 @@ _groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
 
 #: Called with the number of entries in all groups whenever it changes; `process` points it at the board.
 observer: Callable[[int], None] | None = None
-
-
-class Task(Generic[P, R]):
-    """A function that runs in the background when called; `.function` is the function itself."""
-
-    def __init__(self, group: WaitGroup, function: Callable[P, R], on_abandon: OnAbandon | None = None) -> None:
-        refuse_coroutines(function, "give its coroutine to create_task()")
-        functools.update_wrapper(self, function)
-        self.group, self.function, self.on_abandon = group, function, on_abandon
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        """Bind to an object, as a function does: a method may be a task."""
-        return self if instance is None else types.MethodType(self, instance)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[R]:
-        return self.group._submit(self.function, args, kwargs, on_abandon=self.on_abandon)
 
 
 class WaitGroup:
@@ -224,37 +208,7 @@ class WaitGroup:
         What it raises is logged as `background.failed`, and kept in the task. No policy can run a coroutine at once:
         a closed group that does not refuse it counts it, and the caller has to await it.
         """
-        import asyncio  # not before gevent has patched what it imports
-
-        if not asyncio.iscoroutine(coro):
-            raise TypeError(f"create_task() takes a coroutine, not {coro!r}: call the async function, or use go()")
-        name = name or name_of(coro)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            coro.close()  # or Python warns that it was never awaited
-            raise RuntimeError(f"create_task() of {name!r} outside a running event loop: call it in one") from None
-        try:
-            entry = self._offer(name, on_abandon)
-        except GroupClosed:
-            coro.close()
-            raise
-        entry.runs_here()
-
-        def end(task: asyncio.Task[R]) -> None:
-            try:
-                if not task.cancelled() and (error := task.exception()) is not None:
-                    self._failed(entry, error)
-            finally:
-                entry.done()
-
-        try:
-            entry.task = task = loop.create_task(coro, name=name)
-        except BaseException:
-            entry.done()
-            raise
-        task.add_done_callback(end)
-        return task
+        return run_coroutine(self, coro, name, on_abandon)
 
     def executor(self, max_workers: int | None = None) -> Executor:
         """Return a `concurrent.futures.Executor` with threads of its own, whose every call is work of this group."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 current_request: contextvars.ContextVar[Any] = contextvars.ContextVar("zdd_web_current_request", default="")
 
 
+#: Is given what was not finished when its process had to end.
+OnAbandon = Callable[["Entry"], object]
+
+
 def _request() -> str:
     # Only put into words when work is begun: it is set for every request.
     request = current_request.get()
@@ -41,7 +45,7 @@ class Entry:
     group: WaitGroup
     name: str
     number: int
-    on_abandon: Callable[[Entry], object] | None = None
+    on_abandon: OnAbandon | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     request: str = field(default_factory=_request)

@@ -15,9 +15,9 @@ Everything of ours runs in that one loop, in one thread, so nothing here needs a
 means: `StopIteration` and `HaltServer`. Each replacement stands behind the boundary (adapter/boundary.py).
 
 The master's roles each have a module of their own: `PredecessorLink` (it has a predecessor), `UpgradeCoordinator` (it
-has a successor), `Reload`, `Roster` and `Workforce` (its workers), `Capacity` (how many), `Stop` (its end). Each
-receives the `Generation` (context.py) and what else it uses; none receives the master. They move the phase through
-`Generation.move()`, which runs the entry actions of `lifecycle.ON_ENTRY`.
+has a successor), `Boot` (it is about to serve), `Reload`, `Roster` and `Workforce` (its workers), `Capacity` (how
+many), `Stop` (its end). Each receives the `Generation` (context.py) and what else it uses; none receives the master.
+They move the phase through `Generation.move()`, which runs the entry actions of `lifecycle.ON_ENTRY`.
 
 While something is under way the loop is made to turn fifty times a second instead of once.
 """
@@ -35,11 +35,12 @@ from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, silence_systemd, tell_exits
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
+from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
+from zdd_web.gunicorn.master.boot import Boot
 from zdd_web.gunicorn.master.capacity import Capacity, too_many_workers
 from zdd_web.gunicorn.master.probe_process import ProbePort
 from zdd_web.gunicorn.master.reload import Reload
@@ -57,7 +58,7 @@ from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once
-from zdd_web.lifecycle import Event, Phase
+from zdd_web.lifecycle import Phase
 from zdd_web.settings import IN_KUBERNETES, Settings
 from zdd_web.system import clock, pauses, proc
 from zdd_web.system.boot_log import StderrRelay
@@ -105,6 +106,7 @@ class Master:
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
         self.listening = ListenerManager(server, self.generation, inherited)
+        self.boot = Boot(server, self.generation, self.roster, self.listening, lambda: self.predecessor_link)
         self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         self.coordinator = UpgradeCoordinator(
             server,
@@ -124,7 +126,7 @@ class Master:
             self.generation,
             self.listening,
             self.notifier,
-            forwards=self.coordinator.forwards,
+            forwards=self.coordinator.descendants.forwards,
             obstacle=self.not_now,
             has_room=lambda: bool(self.roster.room),
             done=self._reloaded,
@@ -250,7 +252,7 @@ class Master:
             if self.predecessor_link is not None and self.predecessor_link.follow():
                 self.predecessor_link = self.generation.predecessor = None
             if self.generation.phase is Phase.BOOTING:
-                self._follow_boot()
+                self.boot.follow()
         except HaltServer as halt:
             # No other error ends the start from here: the loop goes on.
             self.start_message.failed(str(halt.reason))
@@ -275,26 +277,6 @@ class Master:
         if self.generation.phase is Phase.SERVING and self.predecessor_link is None and not self.coordinator.under_way:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
-
-    def _follow_boot(self) -> None:
-        ready = sum(member.state is WorkerState.READY for member in self.roster.members())
-        if ready < self.server.num_workers:
-            return
-        if self.predecessor_link is None or self.predecessor_link.may_serve(ready):
-            self._serve()
-
-    def _serve(self) -> None:
-        if self.predecessor_link is not None:
-            self.predecessor_link.about_to_serve()
-        try:
-            self.listening.open()
-        except OSError as error:
-            reason = f"the listeners cannot listen: {error.strerror}"
-            if self.predecessor_link is not None:
-                self.predecessor_link.fail(reason)
-            raise HaltServer(log.one_line(reason), WORKER_BOOT_ERROR) from None
-        self.header.ready_at = clock.now_ns()
-        self.generation.move(Event.READY, pid=os.getpid())
 
     def _open_gate(self) -> None:
         self.gate.open()
@@ -349,7 +331,7 @@ class Master:
 
     def _unless_forwarded(self, sig: signal.Signals, handler: Callable[[], None]) -> Callable[[], None]:
         def handle() -> None:
-            if not guarded("forward", self.coordinator.forwards)(sig):
+            if not guarded("forward", self.coordinator.descendants.forwards)(sig):
                 handler()
 
         return handle

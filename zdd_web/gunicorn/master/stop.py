@@ -147,7 +147,7 @@ class Stop:
             # The whole service ends: this generation's part of it has the same time.
             own = clock.after_ns(budget.lame_duck + budget.work)
             self._header.deadline = guarded("deadline", deadline_of_the_stop)(own) or own
-        if not guarded("forward", self._coordinator.forwards)(signal.SIGTERM, unless_it_stops=is_first):
+        if not guarded("forward", self._coordinator.descendants.forwards)(signal.SIGTERM, unless_it_stops=is_first):
             self._header.stop_since = self._header.stop_since or clock.now_ns()
 
     def _stop_ancestors(self, sig: signal.Signals) -> None:
@@ -190,7 +190,7 @@ class Stop:
     def _prepare_to_end(self, sig: signal.Signals) -> None:
         guarded("cancel", self._cancel)(sig)
         guarded("release_predecessor", self._generation.release_predecessor)()
-        guarded("forward", self._coordinator.forwards)(sig)
+        guarded("forward", self._coordinator.descendants.forwards)(sig)
         self._stop_ancestors(sig)
         if self._generation.predecessor is not None:
             guarded("pid file", self._generation.predecessor.unlink_pid_file)()
@@ -302,7 +302,7 @@ class Stop:
         )
 
     def _leave(self, *, abandoned: bool) -> NoReturn:
-        if self._header.successor_pid and self._coordinator.becomes_the_keeper:
+        if self._header.successor_pid and self._coordinator.descendants.becomes_the_keeper:
             self._end_with_the_service()
             # What gunicorn's halt() would do, short of the exit: test_halt_ends_in_this_order.
             self._server.suspend_control_server()
@@ -316,7 +316,7 @@ class Stop:
         raise StopIteration
 
     def _end_with_the_service(self) -> None:
-        status = self._coordinator.identity_status()
+        status = self._coordinator.descendants.identity_status()
         if status is not None:
             raise HaltServer("the service was stopped", status)
 

@@ -2,7 +2,8 @@
 
 `Upgrade` (successor_process.py) knows one successor, and judges it; here stands what the judgement means for this
 master: its phase, its identity (identity.py), and what the operator is told. How far the successor has come is one
-state (states.py); `Preparation` has what it is started with, `Leftovers` what remains of one that was rejected.
+state (states.py); `Preparation` has what it is started with, `Leftovers` what remains of one that was rejected,
+`Descendants` what is owed to those that are active after this one.
 
 An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the identity, the
 message to the successor, then the phase, whose entry actions retire the workers.
@@ -20,7 +21,6 @@ from typing import Any
 
 from zdd_web import log, metrics
 from zdd_web.board import Board
-from zdd_web.board.cancel_request import CancelRequest
 from zdd_web.errors import UpgradeError, ZddError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
@@ -30,7 +30,9 @@ from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
+from zdd_web.gunicorn.upgrade.cancellation import Cancellation
 from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.descendants import Descendants
 from zdd_web.gunicorn.upgrade.error_watch import ErrorWatch
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
 from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
@@ -48,10 +50,9 @@ from zdd_web.gunicorn.upgrade.states import (
 )
 from zdd_web.gunicorn.upgrade.successor_health import successor_health
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade, Verdict
-from zdd_web.lifecycle import STOPPING, Event, Phase
-from zdd_web.service import Line
+from zdd_web.lifecycle import Event, Phase
 from zdd_web.settings import Settings
-from zdd_web.system import clock, fd_passing, masking, proc, stdio
+from zdd_web.system import clock, fd_passing, masking, stdio
 
 #: A worker's handler of SIGTERM runs between two bytecodes; a worker that is deep in C code accepts nothing either.
 LAST_ACCEPTS_WITHIN = 2.0
@@ -98,14 +99,12 @@ class UpgradeCoordinator:
             given=given,
             reloads=reloads,
         )
+        self.descendants = Descendants(generation, lambda: self.upgrade, was_started=self._was_started)
         self._outcome = Outcome(self._header)
         self._identity = ServiceIdentity(server, notifier)
         self._when_active = False
         self._watch: ErrorWatch | None = None
-        self._line: Line | None = None
-        self._cancel_request = CancelRequest()
-        #: Of the SIGUSR2 that has begun the upgrade under way.
-        self._number = 0
+        self._cancellation = Cancellation(self._header)
 
     @property
     def _settings(self) -> Settings:
@@ -113,7 +112,7 @@ class UpgradeCoordinator:
 
     def request(self) -> None:
         """SIGUSR2: begin an upgrade, or say why not."""
-        if self.forwards(signal.SIGUSR2):
+        if self.descendants.forwards(signal.SIGUSR2):
             return
         if self._generation.awaits_promotion and self._generation.phase is Phase.SERVING:
             # A deploy right after a deploy: a second at most, and worth waiting for.
@@ -122,7 +121,7 @@ class UpgradeCoordinator:
         try:
             self._deploys.begin()
             self._refuse_another()
-            self._refuse_if_cancelled()
+            self._cancellation.refuse_if_asked()
             self._preparation.refuse_unless_possible()
             launch, boot_log = self._preparation.next_launch(), self._preparation.new_boot_log()
             self._deploys.started()
@@ -147,7 +146,7 @@ class UpgradeCoordinator:
         self._server.set_successor(self.upgrade.pid)
         self._outcome.publish(self.upgrade)
         self._outcome.requested()
-        self._number = self._header.upgrade_number
+        self._cancellation.began()
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                   command=" ".join(masking.command(launch.command)), directory=launch.directory,
                   release=self._deploys.next_label)  # fmt: skip
@@ -155,18 +154,6 @@ class UpgradeCoordinator:
     def _refuse_another(self) -> None:
         if self.upgrade is not None:
             raise UpgradeError(f"an upgrade is under way (successor {self.upgrade.pid}): wait for its end")
-
-    def _refuse_if_cancelled(self) -> None:
-        asked_by = self._cancel_request.asked_by(self._header.upgrade_number + 1)
-        if asked_by is not None:
-            raise UpgradeError(
-                f"it was cancelled by process {asked_by} before it began: ask for it again if it is still wanted"
-            )
-
-    def _asked_to_cancel(self) -> int | None:
-        asked_by = self._cancel_request.asked_by(self._number)
-        # A SIGUSR2 that was refused meanwhile has a number too, the last that a command sees.
-        return self._cancel_request.asked_by(self._header.upgrade_number) if asked_by is None else asked_by
 
     def admit(self, end: socket.socket, who: fd_passing.Credentials, told: int, name: str) -> None:
         """A takeover: send one that was started what one that is forked inherits, or say why not."""
@@ -202,9 +189,7 @@ class UpgradeCoordinator:
             guarded("history", self._deploys.ended)("refused", str(error))
             return
         self.upgrade.hint = first_boot(self._header)
-        # It has no number of its own: a request for the last SIGUSR2 must not reach it.
-        self._cancel_request.clear()
-        self._number = self._header.upgrade_number
+        self._cancellation.began_without_a_number()
         self._outcome.publish(self.upgrade)
         log.emit("upgrade.started", successor=self.upgrade.pid, timeout=self._settings.upgrade_timeout,
                  by="takeover")  # fmt: skip
@@ -221,7 +206,7 @@ class UpgradeCoordinator:
         if upgrade.board is not None:
             self._header.successor_phase = upgrade.board.header.phase
             guarded("probes", self._speak_for)(upgrade.board)
-        asked_by = None if upgrade.state in HANDED_OVER else self._asked_to_cancel()
+        asked_by = None if upgrade.state in HANDED_OVER else self._cancellation.asked_by()
         if asked_by is not None:
             self._fail(upgrade, f"cancelled by process {asked_by} {when(upgrade.state)}", cancelled=True)
             return
@@ -311,7 +296,8 @@ class UpgradeCoordinator:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.upgrade = self._line = self._watch = None
+        self.upgrade = self._watch = None
+        self.descendants.forget()
         self._server.set_successor(0)
         self._header.successor_pid = self._header.successor_phase = 0
 
@@ -361,41 +347,6 @@ class UpgradeCoordinator:
         guarded("listeners", self._listening.take_back)()
         self._identity.take_back()
 
-    def forwards(self, sig: signal.Signals, *, unless_it_stops: bool = False) -> bool:
-        """Send a signal on to the successor: where the pid must stay, it still means the service."""
-        if not (self.leaves_a_keeper and self._generation.phase is Phase.RETIRING and self.upgrade is not None):
-            return False
-        current = self._descendants(self.upgrade).is_active()
-        if current is not None and not (unless_it_stops and current.board.header.phase in STOPPING):
-            proc.kill(current.pid, current.board.header.master_start, sig)
-        return True
-
-    def _descendants(self, upgrade: Upgrade) -> Line:
-        # One for all ticks: once it has found the active generation it asks that one's board, and not all of /proc.
-        if self._line is None:
-            self._line = Line(os.getpid(), self._header.name, upgrade.pid)
-        return self._line
-
-    @property
-    def leaves_a_keeper(self) -> bool:
-        """Whether this pid must stay for a successor: with KEEP_PID, unless that was started on its own."""
-        return self._settings.keep_pid and self.upgrade is not None and self.upgrade.is_child
-
-    @property
-    def becomes_the_keeper(self) -> bool:
-        """Whether this is the process that stays: the first of those that have forked each other."""
-        return self.leaves_a_keeper and self._was_started
-
-    def identity_status(self) -> int | None:
-        """Return the exit status of the service that this master's successors were; None while one of them lives."""
-        upgrade = self.upgrade
-        if upgrade is None or upgrade.status is None:
-            return None
-        if self._descendants(upgrade).is_active() is not None:
-            return None
-        code = os.waitstatus_to_exitcode(upgrade.status)
-        return 128 - code if code < 0 else code
-
     def cancel(self, sig: signal.Signals) -> None:
         """End an upgrade under way, because the service is being stopped by this signal."""
         upgrade = self.upgrade
@@ -436,4 +387,4 @@ class UpgradeCoordinator:
             self.upgrade.forget()
         self.leftovers.after_fork()
         self._preparation.after_fork()
-        self._cancel_request.close()
+        self._cancellation.close()
