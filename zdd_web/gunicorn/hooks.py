@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
@@ -19,7 +19,7 @@ from zdd_web.gunicorn import config_check, settings_sources, termination_message
 from zdd_web.gunicorn.adapter import check_config, logger_class, patches, versions
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, discount_pauses
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.adapter.config import Config, normalise_hook
+from zdd_web.gunicorn.adapter.config import Config, Hook, normalise_hook
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
@@ -32,6 +32,9 @@ from zdd_web.gunicorn.workers.runtime import WorkerRuntime
 from zdd_web.settings import Settings
 from zdd_web.system import masking, stdio
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import App, Arbiter, Request, Response, Worker
+
 MARK = "__zdd_web__"
 
 
@@ -43,7 +46,7 @@ class State:
     inherited: Inheritance | None
     master: Master | None = None
     worker: WorkerRuntime | None = None
-    users: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    users: dict[str, Hook] = field(default_factory=dict)
     #: As far as it is known before the settings are, or when one of them cannot work.
     termination_log: str = ""
 
@@ -51,7 +54,7 @@ class State:
 state: State | None = None
 
 
-def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
+def install(namespace: dict[str, Any], settings: dict[str, object]) -> None:
     """See `zdd_web.gunicorn.install`. Raises `ZddError`."""
     global state
     if MARK in namespace:
@@ -75,7 +78,7 @@ def install(namespace: dict[str, Any], settings: dict[str, Any]) -> None:
     namespace[MARK] = True
 
 
-def _user_hook(name: str) -> Callable[..., Any] | None:
+def _user_hook(name: str) -> Hook | None:
     assert state is not None
     return state.users.get(name)
 
@@ -153,7 +156,7 @@ def service_name(settings: Settings, cfg: Config) -> str:
 # -- the hooks, in the order in which they run
 
 
-def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None:
+def nworkers_changed(server: Arbiter, new_value: int, old_value: int | None) -> None:
     """The first hook that sees the whole configuration: before the pid file, and before `preload_app` loads the app."""
     assert state is not None
     if old_value is None and state.master is None:
@@ -194,14 +197,14 @@ def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None
 
 
 def _report_preloading(server: ArbiterFacade, message: StartMessage) -> None:
-    def load(wsgi: Callable[[], Any]) -> Any:
+    def load(wsgi: Callable[[], App]) -> App:
         with message.reporting(), boot_watch.watched("importing the app (preload_app)"):
             return wsgi()
 
     server.report_preload(load)
 
 
-def on_starting(server: Any) -> None:
+def on_starting(server: Arbiter) -> None:
     """Put the master's methods in place."""
     assert state is not None
     if state.master is None:
@@ -231,7 +234,7 @@ def on_starting(server: Any) -> None:
         raise
 
 
-def when_ready(server: Any) -> None:
+def when_ready(server: Arbiter) -> None:
     """Nothing of ours; but a predecessor should hear why its successor ends here."""
     assert state is not None and state.master is not None
     hook = _user_hook("when_ready")
@@ -247,7 +250,7 @@ def when_ready(server: Any) -> None:
         raise
 
 
-def pre_fork(server: Any, worker: Any) -> None:
+def pre_fork(server: Arbiter, worker: Worker) -> None:
     """Give the worker its slot."""
     assert state is not None and state.master is not None
     state.master.roster.claim(worker)
@@ -257,7 +260,7 @@ def pre_fork(server: Any, worker: Any) -> None:
         hook(server, worker)
 
 
-def post_fork(server: Any, worker: Any) -> None:
+def post_fork(server: Arbiter, worker: Worker) -> None:
     """Become a worker of ours."""
     assert state is not None and state.master is not None
     master = state.master
@@ -283,7 +286,7 @@ def post_fork(server: Any, worker: Any) -> None:
             hook(server, worker)
 
 
-def post_worker_init(worker: Any) -> None:
+def post_worker_init(worker: Worker) -> None:
     """Stand at the gate, after whatever the user does to a worker that is about to serve."""
     assert state is not None and state.worker is not None
     hook = _user_hook("post_worker_init")
@@ -293,14 +296,14 @@ def post_worker_init(worker: Any) -> None:
     state.worker.stand_at_gate()
 
 
-def pre_request(worker: Any, req: Any) -> None:
+def pre_request(worker: Worker, req: Request) -> None:
     """Count the request in; only called where the user has such a hook, see `post_fork`."""
     if state.worker.adapter.counts_by_hook:  # type: ignore[union-attr]
         state.worker.requests.started(worker, req)  # type: ignore[union-attr]
     state.users["pre_request"](worker, req)  # type: ignore[union-attr]
 
 
-def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
+def post_request(worker: Worker, req: Request, environ: object, resp: Response | None) -> None:
     """Count the request out, also when the user's hook raises; only called where there is one, see `post_fork`."""
     try:
         state.users["post_request"](worker, req, environ, resp)  # type: ignore[union-attr]
@@ -309,7 +312,7 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
             state.worker.requests.finished(worker, req, environ, resp)  # type: ignore[union-attr]
 
 
-def worker_exit(server: Any, worker: Any) -> None:
+def worker_exit(server: Arbiter, worker: Worker) -> None:
     """Let the user's hook run, then leave for good."""
     assert state is not None
     try:
@@ -323,7 +326,7 @@ def worker_exit(server: Any, worker: Any) -> None:
             state.worker.after_loop.exit()
 
 
-def on_exit(server: Any) -> None:
+def on_exit(server: Arbiter) -> None:
     """Let the user's hook run, while probes are still answered; then close the probe port, as the very last thing."""
     assert state is not None and state.master is not None
     try:
@@ -336,7 +339,7 @@ def on_exit(server: Any) -> None:
         stdio.flush_streams()
 
 
-_OURS: dict[str, Callable[..., Any]] = {
+_OURS: dict[str, Hook] = {
     hook.__name__: hook
     for hook in (
         nworkers_changed,

@@ -18,10 +18,13 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from zdd_web import log
 from zdd_web.system import clock
+
+if TYPE_CHECKING:
+    import queue
 
 #: The longest time between two heartbeats of a wait, seconds; the first pause is shorter, as most threads end at once.
 LOOK, FIRST_LOOK = 0.1, 0.02
@@ -65,7 +68,7 @@ def waited_for(
     return found
 
 
-def _pool_queues() -> dict[Any, Any]:
+def _pool_queues() -> dict[threading.Thread, queue.SimpleQueue[object]]:
     while True:
         try:
             return dict(pools._threads_queues)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from zdd_web import log
 from zdd_web.gunicorn.adapter.exits import HaltServer
@@ -63,7 +62,7 @@ class StartMessage:
             log.leave_a_message(self._path, text)
 
 
-def path(installed: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+def path(installed: Mapping[str, object], environ: Mapping[str, str]) -> str:
     """Return TERMINATION_LOG as `install()` and the environment have it, before they are looked at as a whole.
 
     >>> path({"termination_log": "/tmp/why"}, {}), path({"termination_log": 3}, {"ZDD_WEB_TERMINATION_LOG": ""})

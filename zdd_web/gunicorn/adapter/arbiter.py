@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gunicorn import arbiter, systemd
 
@@ -22,6 +22,9 @@ from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.adapter.ownership import set_process_title
 from zdd_web.gunicorn.adapter.patches import replace, restore, write
 from zdd_web.system import pauses
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import App, Arbiter, Logger, Worker
 
 #: No process can exit with a negative status.
 NO_EXIT_STATUS = -1
@@ -74,7 +77,7 @@ class PidFile(Protocol):
 class ArbiterFacade:
     """The arbiter of this process. `raw` is gunicorn's object, for the user's hooks alone."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Arbiter) -> None:
         self.raw = raw
 
     # -- what it knows
@@ -82,19 +85,17 @@ class ArbiterFacade:
     @property
     def cfg(self) -> Config:
         """The configuration in force; after a reload another object."""
-        cfg: Config = self.raw.cfg
-        return cfg
+        return self.raw.cfg
 
     @property
-    def log(self) -> Any:
+    def log(self) -> Logger:
         """gunicorn's logger, of the user's `logger_class`."""
         return self.raw.log
 
     @property
     def pid(self) -> int:
         """The master's pid, as it has it since its start."""
-        pid: int = self.raw.pid
-        return pid
+        return self.raw.pid
 
     @property
     def has_dirty_apps(self) -> bool:
@@ -112,8 +113,7 @@ class ArbiterFacade:
     @property
     def num_workers(self) -> int:
         """How many workers there are to be."""
-        number: int = self.raw.num_workers
-        return number
+        return self.raw.num_workers
 
     def want(self, workers: int) -> None:
         """Set how many workers there are to be; the hook `nworkers_changed` is called."""
@@ -126,13 +126,13 @@ class ArbiterFacade:
 
     def has(self, worker: object) -> bool:
         """Tell whether a worker was forked and not reaped yet."""
-        return self.raw.WORKERS.get(getattr(worker, "pid", None)) is worker
+        pid: int = getattr(worker, "pid", 0)
+        return self.raw.WORKERS.get(pid) is worker
 
     @property
     def newest_age(self) -> int:
         """The age of the worker that was forked last; ages count up."""
-        age: int = self.raw.worker_age
-        return age
+        return self.raw.worker_age
 
     def spawn_worker(self) -> None:
         """Fork a worker. In the child this raises SystemExit."""
@@ -218,7 +218,7 @@ class ArbiterFacade:
 
     # -- its place among other masters
 
-    def set_listeners(self, sockets: Sequence[Any]) -> None:
+    def set_listeners(self, sockets: Sequence[object]) -> None:
         """Set what gunicorn names as its listeners, and gives to its workers."""
         write(self.raw, "LISTENERS", list(sockets))
 
@@ -229,8 +229,7 @@ class ArbiterFacade:
     @property
     def predecessor_pid(self) -> int:
         """The pid of the master that this one replaces, 0 for none."""
-        pid: int = self.raw.master_pid
-        return pid
+        return self.raw.master_pid
 
     def set_predecessor(self, pid: int) -> None:
         """Set the pid of the master that this one replaces, 0 for none.
@@ -248,8 +247,7 @@ class ArbiterFacade:
     @property
     def successor_pid(self) -> int:
         """The pid of the master that replaces this one, 0 for none."""
-        pid: int = self.raw.reexec_pid
-        return pid
+        return self.raw.reexec_pid
 
     def set_successor(self, pid: int) -> None:
         """Set the pid of the master that replaces this one, 0 for none."""
@@ -304,11 +302,11 @@ class ArbiterFacade:
         else:
             write(self.raw, "log", logger_class.Copying(self.log, handler))
 
-    def report_preload(self, load: Callable[[Callable[[], Any]], Any]) -> None:
+    def report_preload(self, load: Callable[[Callable[[], App]], App]) -> None:
         """Have `load(wsgi)` called where `preload_app` has gunicorn call `app.wsgi()`, once."""
         app = self.raw.app
 
-        def wsgi() -> Any:
+        def wsgi() -> App:
             restore(app, "wsgi")
             return load(app.wsgi)
 
@@ -322,8 +320,7 @@ class ArbiterFacade:
         See tests/contract: test_configuration_file_that_raises_ends_the_process.
         """
         self.raw.app.reload()
-        cfg: Config = self.raw.app.cfg
-        return cfg
+        return self.raw.app.cfg
 
     def take_back_configuration(self, cfg: Config) -> None:
         """Give the app its former configuration back."""
@@ -375,13 +372,13 @@ def silence_systemd() -> None:
             return getattr(systemd, name)
 
         @staticmethod
-        def sd_notify(*said: Any, **options: Any) -> None:
+        def sd_notify(*said: object, **options: object) -> None:
             pass
 
     write(arbiter, "systemd", Silent("gunicorn.systemd"))
 
 
-def discount_pauses(worker: Any) -> None:
+def discount_pauses(worker: Worker) -> None:
     """Have gunicorn's `murder_workers()` not count the time in which this master itself was paused.
 
     It compares the monotonic clock with what `last_update()` returns, in the master's own copy of the worker; see

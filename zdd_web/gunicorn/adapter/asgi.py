@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zdd_web.gunicorn.adapter import heads
 from zdd_web.gunicorn.adapter.patches import replace, write
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Method
     from zdd_web.gunicorn.adapter.worker import WorkerFacade
 
 Coroutine = Callable[[], Awaitable[None]]
@@ -22,12 +23,11 @@ def adapt_protocol(leaving: Callable[[], bool]) -> bool:
     """
     from gunicorn.asgi.protocol import ASGIProtocol
 
-    protocol: Any = ASGIProtocol
-    heads.note_heads(protocol)
-    if not hasattr(protocol, "_will_close"):
+    heads.note_heads(ASGIProtocol)
+    if not hasattr(ASGIProtocol, "_will_close"):
         return False
-    will_close = protocol._will_close
-    replace(protocol, "_will_close", lambda self, *arguments: leaving() or will_close(self, *arguments))
+    will_close: Method = ASGIProtocol._will_close
+    replace(ASGIProtocol, "_will_close", lambda self, *arguments: leaving() or will_close(self, *arguments))
     return True
 
 

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gunicorn.app import base
 
 from zdd_web.gunicorn.adapter.patches import replace
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.config import Config
+    from zdd_web.gunicorn.adapter.protocols import App, Application, Method
 
-def examine(before_load: Callable[[Any], None], after_load: Callable[[], None]) -> None:
+
+def examine(before_load: Callable[[Config], None], after_load: Callable[[], None]) -> None:
     """Have `--check-config` call the one with the finished configuration, and the other when the app is loaded.
 
     Called from the configuration file, when the application that reads it is made and `run()` is still to come.
     """
-    run: Callable[[Any], None] = base.Application.run
+    run: Method = base.Application.run
 
     @functools.wraps(run)
-    def examining(application: Any) -> None:
+    def examining(application: Application) -> None:
         if application.cfg.check_config:
             load = application.load
 
-            def examined() -> Any:
+            def examined() -> App:
                 before_load(application.cfg)
                 app = load()
                 after_load()

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from gunicorn.config import Config as GunicornsConfig
 from gunicorn.config import make_settings
+
+if TYPE_CHECKING:
+    import argparse
+
+#: A hook of the user's: what it takes depends on its name.
+Hook: TypeAlias = Callable[..., Any]
 
 
 class Setting(Protocol):
@@ -19,7 +25,7 @@ class Setting(Protocol):
     def get(self) -> Any:
         """Return the value."""
 
-    def set(self, value: Any) -> None:
+    def set(self, value: object) -> None:
         """Validate and set the value."""
 
 
@@ -51,32 +57,36 @@ class Config(Protocol):
     settings: dict[str, Setting]
     timeout: int
     uid: int
-    worker_abort: Callable[[Any], None]
+    on_exit: Callable[[object], None]
+    on_reload: Callable[[object], None]
+    pre_exec: Callable[[object], None]
+    worker_abort: Callable[[object], None]
     worker_class: type
     worker_class_str: str
-    worker_exit: Callable[[Any, Any], None]
-    worker_int: Callable[[Any], None]
+    worker_exit: Callable[[object, object], None]
+    worker_int: Callable[[object], None]
     worker_connections: int
     workers: int
 
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: object) -> None:
         """Validate a value and set it."""
 
 
-def normalise_hook(name: str, value: Any) -> Callable[..., Any]:
+def normalise_hook(name: str, value: object) -> Hook:
     """Return a hook of the user as gunicorn would call it.
 
     A dotted string is imported and the number of arguments checked, by gunicorn itself, with gunicorn's own errors.
     """
     setting = make_settings()[name]
     setting.set(value)
-    hook: Callable[..., Any] = setting.get()
+    hook: Hook = setting.get()
     return hook
 
 
-def parse(arguments: Sequence[str]) -> Any:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return gunicorn's arguments, parsed, as a namespace. Ends the process when they cannot be."""
     # A new parser: that of an app reads a configuration file too.
+    parsed: argparse.Namespace
     parsed, _ = GunicornsConfig().parser().parse_known_args(list(arguments))
     return parsed
 

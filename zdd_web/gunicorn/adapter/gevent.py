@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers import ggevent
 
 from zdd_web.gunicorn.adapter.patches import replace
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Method
 
 
 def serve_by(server: type) -> None:
@@ -18,10 +21,10 @@ def serve_by(server: type) -> None:
 
 def note_data(note: Callable[[bytes], None]) -> None:
     """Have `note(data)` called for whatever is read from a connection, in its greenlet."""
-    read: Callable[..., bytes] = SocketUnreader.chunk
+    read: Method = SocketUnreader.chunk
 
-    def read_and_note(unreader: Any, *arguments: Any) -> Any:
-        data = read(unreader, *arguments)
+    def read_and_note(unreader: object, *arguments: object) -> bytes:
+        data: bytes = read(unreader, *arguments)
         note(data)
         return data
 

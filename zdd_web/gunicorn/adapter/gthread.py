@@ -6,7 +6,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from gunicorn import util
 from gunicorn.workers import gthread
@@ -17,20 +17,21 @@ from zdd_web.gunicorn.adapter.silent import await_first_byte
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import CallQueue, GthreadConnection, GthreadWorker, Worker
     from zdd_web.process import Process
 
-_Connection: Any = gthread.TConn
+_Connection: type[Any] = gthread.TConn
 
 #: The longest that a loop which is to end waits for its sockets, seconds.
 TURN = 1.0
 
 
-def is_one(worker: Any) -> bool:
+def is_one(worker: object) -> TypeGuard[GthreadWorker]:
     """Tell whether a worker is of this class, or of one made from it."""
     return isinstance(worker, gthread.ThreadWorker)
 
 
-def adapt(worker: Any, process: Process, are_to_close: Callable[[], bool]) -> None:
+def adapt(worker: object, process: Process, are_to_close: Callable[[], bool]) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are.
 
     `are_to_close()` tells whether connections end with this worker, and do not go on in another.
@@ -42,13 +43,13 @@ def adapt(worker: Any, process: Process, are_to_close: Callable[[], bool]) -> No
         give_up_silent_connections(worker, process, are_to_close)
 
 
-def defer_nothing_once_closed(worker: Any) -> None:
+def defer_nothing_once_closed(worker: object) -> None:
     """Have a queue that is closed take no more calls.
 
     Its pipe's number stays known to it (test_queue_of_calls_keeps_the_numbers_of_its_pipe), and may be another file's
     when it is woken once more.
     """
-    queue = getattr(worker, "method_queue", None)
+    queue: CallQueue | None = getattr(worker, "method_queue", None)
     if queue is None:
         return
     close = queue.close
@@ -60,7 +61,7 @@ def defer_nothing_once_closed(worker: Any) -> None:
     replace(queue, "close", close_for_good)
 
 
-def close_beside_the_loop(worker: Any, process: Process) -> None:
+def close_beside_the_loop(worker: GthreadWorker, process: Process) -> None:
     """Have a connection whose last reply was sent closed beside the worker's loop.
 
     A lame duck's replies are all the last ones, and 26 and later wait in that loop for each client to close
@@ -89,7 +90,7 @@ def close_beside_the_loop(worker: Any, process: Process) -> None:
 
 
 def _replace_graceful_close(closing: ClosingConnections) -> None:
-    def close(conn: Any, graceful: bool = False) -> None:
+    def close(conn: GthreadConnection, graceful: bool = False) -> None:
         if graceful:
             closing.add(conn.sock)
         else:
@@ -102,12 +103,12 @@ def _replace_graceful_close(closing: ClosingConnections) -> None:
     replace(util, "close_graceful", lambda sock, *_, **__: closing.add(sock))
 
 
-def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -> None:
+def _close_gracefully_after_requests(closing: ClosingConnections, worker: GthreadWorker) -> None:
     # 25 and earlier close these as they close connections that have been idle for too long: at once.
     finishing = threading.local()
     finish_request = worker.finish_request
 
-    def finish(*arguments: Any) -> None:
+    def finish(*arguments: object) -> None:
         # In 23 in a thread of the pool.
         finishing.now = True
         try:
@@ -115,7 +116,7 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
         finally:
             finishing.now = False
 
-    def close(conn: Any) -> None:
+    def close(conn: GthreadConnection) -> None:
         if getattr(finishing, "now", False):
             closing.add(conn.sock)
         else:
@@ -125,7 +126,7 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Any) -
     replace(_Connection, "close", close)
 
 
-def give_up_silent_connections(worker: Any, process: Process, are_to_close: Callable[[], bool]) -> None:
+def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_close: Callable[[], bool]) -> None:
     """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
 
     From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
@@ -138,7 +139,7 @@ def give_up_silent_connections(worker: Any, process: Process, are_to_close: Call
     wait_and_dispatch = worker.wait_for_and_dispatch_events
     ends_at: float | None = None
 
-    def wait_for_data_unless_leaving(conn: Any, timeout: float) -> bool:
+    def wait_for_data_unless_leaving(conn: GthreadConnection, timeout: float) -> bool:
         if conn.data_ready or conn.sock.fileno() < 0:
             return bool(wait_for_data(conn, timeout))
         write(conn, "data_ready", await_first_byte(conn.sock, process.is_leaving, timeout=timeout))
@@ -179,12 +180,12 @@ class WindDown:
 
     LINGER = 2.0
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: GthreadWorker) -> None:
         self._worker = worker
         self._since: float | None = None
 
     @classmethod
-    def needed_by(cls, worker: Any) -> bool:
+    def needed_by(cls, worker: object) -> TypeGuard[GthreadWorker]:
         """Tell whether a worker keeps connections and does not linger by itself."""
         return is_one(worker) and not hasattr(gthread, "STOP_KEEPALIVE_LINGER")
 
@@ -196,7 +197,7 @@ class WindDown:
         return self._worker.nr_conns == 0 or time.monotonic() - self._since >= self.LINGER
 
 
-def stop_accepting(worker: Any) -> None:
+def stop_accepting(worker: Worker) -> None:
     """Have a gthread worker accept nothing more, although its loop goes on."""
     if hasattr(worker, "set_accept_enabled"):
         worker.set_accept_enabled(False)
@@ -207,7 +208,7 @@ def stop_accepting(worker: Any) -> None:
         worker.poller.unregister(listener)
 
 
-def end_by_signal_alone(worker: Any) -> None:
+def end_by_signal_alone(worker: object) -> None:
     """Keep a gthread worker before 27.0.1 from breaking its loop off when its master is gone.
 
     It would drop what it holds: test_gthread_ends_when_its_master_is_gone. The kernel sends it SIGTERM then, and it
@@ -217,7 +218,7 @@ def end_by_signal_alone(worker: Any) -> None:
         replace(worker, "is_parent_alive", lambda: True)
 
 
-def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
+def tell_when_not_accepting(worker: Worker, tell: Callable[[], None]) -> bool:
     """Have `tell()` called when a gthread worker that was told to stop accepts no more.
 
     See tests/contract: test_gthread_stops_accepting_after_its_loop.
@@ -226,7 +227,7 @@ def tell_when_not_accepting(worker: Any, tell: Callable[[], None]) -> bool:
     """
     if not hasattr(worker, "set_accept_enabled"):
         return False
-    set_accept_enabled = worker.set_accept_enabled
+    set_accept_enabled: Callable[[bool], None] = worker.set_accept_enabled
 
     def then_tell(enabled: bool) -> None:
         set_accept_enabled(enabled)

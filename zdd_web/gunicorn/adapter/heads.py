@@ -6,30 +6,33 @@ such a connection from an idle one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zdd_web.gunicorn.adapter.patches import replace
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import AsgiProtocol, Method, UvicornProtocol
 
-def note_heads(protocol: Any) -> None:
+
+def note_heads(protocol: type[Any]) -> None:
     """Have connections of gunicorn's `ASGIProtocol` note whether a head was begun; its C parser cannot be asked."""
     # What is pipelined is fed again by 26 and later, and not received again:
     # test_asgi_protocol_parses_where_data_arrives.
     feed = "_feed_callback_parser" if hasattr(protocol, "_feed_callback_parser") else "data_received"
-    feed_parser = getattr(protocol, feed)
+    feed_parser: Method = getattr(protocol, feed)
     headers_complete, message_complete = protocol._on_headers_complete, protocol._on_message_complete
 
-    def feed_and_note(connection: Any, data: bytes) -> Any:
+    def feed_and_note(connection: AsgiProtocol, data: bytes) -> object:
         # Some clients send an empty line after a body.
         if not data.isspace():
             connection.head_begun = True
         return feed_parser(connection, data)
 
-    def headers_are_complete(connection: Any) -> Any:
+    def headers_are_complete(connection: AsgiProtocol) -> object:
         connection.head_begun = False
         return headers_complete(connection)
 
-    def message_is_complete(connection: Any) -> Any:
+    def message_is_complete(connection: AsgiProtocol) -> object:
         # The last bytes of a body were noted too.
         connection.head_begun = False
         return message_complete(connection)
@@ -40,7 +43,7 @@ def note_heads(protocol: Any) -> None:
     replace(protocol, "_on_message_complete", message_is_complete)
 
 
-def gunicorn_reads_a_head(connection: Any) -> bool:
+def gunicorn_reads_a_head(connection: AsgiProtocol) -> bool:
     """Tell whether a connection of `ASGIProtocol` has a part of a head, and keep it past gunicorn's `keepalive`.
 
     gunicorn's timer for an idle connection runs on while a head arrives:
@@ -51,10 +54,10 @@ def gunicorn_reads_a_head(connection: Any) -> bool:
     if ready is None or ready.is_set() or connection.reader or not connection.head_begun:
         return False
     connection._cancel_keepalive_timer()
-    return not connection.transport.is_closing()
+    return connection.transport is not None and not connection.transport.is_closing()
 
 
-def uvicorn_reads_a_head(connection: Any) -> bool:
+def uvicorn_reads_a_head(connection: UvicornProtocol) -> bool:
     """Tell whether a connection of either of uvicorn's HTTP protocols has a part of a head, and keep it as above."""
     if connection.transport is None or connection.transport.is_closing():
         return False

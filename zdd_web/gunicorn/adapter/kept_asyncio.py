@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from zdd_web.gunicorn.adapter.kept import Keeper
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Collection
+
+    from zdd_web.gunicorn.adapter.protocols import AsgiProtocol, AsyncioProtocol, UvicornProtocol
 
 
 R = TypeVar("R")
+#: The class of a connection's protocol.
+C = TypeVar("C", bound="AsyncioProtocol")
 
 
-class AsyncioConnections:
+class AsyncioConnections(Generic[C]):
     """See `ConnectionStore` (workers/exchange.py); what the two classes have in common.
 
     `connections()` returns the protocols of the worker's connections, `websockets()` those that are websockets.
@@ -30,38 +35,38 @@ class AsyncioConnections:
     def __init__(
         self,
         kept: Keeper,
-        connections: Callable[[], Iterable[Any]],
-        websockets: Callable[[], Any],
+        connections: Callable[[], Iterable[C]],
+        websockets: Callable[[], Collection[object]],
         limit: int | None = None,
     ) -> None:
         self._kept, self._connections, self._websockets, self._limit = kept, connections, websockets, limit
         self.can_travel = True
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.factory: Callable[[], Any] | None = None
+        self.factory: Callable[[], C] | None = None
         self._connecting: set[asyncio.Task[None]] = set()
 
     # -- what differs
 
-    def is_idle(self, protocol: Any) -> bool:
+    def is_idle(self, protocol: C) -> bool:
         """Tell whether a connection is between two requests."""
         raise NotImplementedError
 
-    def timer(self, protocol: Any) -> Any:
+    def timer(self, protocol: C) -> asyncio.TimerHandle | None:
         """Return the timer that ends an idle connection; None where it has none."""
         raise NotImplementedError
 
-    def requests(self, protocol: Any) -> int:
+    def requests(self, protocol: C) -> int:
         """Return how many requests a connection has had."""
         raise NotImplementedError
 
-    def before_made(self, protocol: Any, requests: int) -> None:
+    def before_made(self, protocol: C, requests: int) -> None:
         """Prepare the protocol of a connection that was received."""
 
-    def set_timer(self, protocol: Any, left: float) -> None:
+    def set_timer(self, protocol: C, left: float) -> None:
         """Have an idle connection end in `left` seconds."""
         raise NotImplementedError
 
-    def let_go(self, protocol: Any) -> None:
+    def let_go(self, protocol: C) -> None:
         """Have a protocol end without a word to the client; its transport is about to be closed."""
 
     # -- ConnectionStore
@@ -70,39 +75,42 @@ class AsyncioConnections:
         """See `ConnectionStore`: all of this is called in the loop."""
         return function()
 
-    def idle(self) -> list[Any]:
+    def idle(self) -> list[C]:
         """See `ConnectionStore`."""
         idle = [each for each in self._connections() if self._is_quiet(each) and self.is_idle(each)]
         return sorted(idle, key=self._left)
 
-    def _is_quiet(self, protocol: Any) -> bool:
+    def _is_quiet(self, protocol: C) -> bool:
         transport = protocol.transport
         if transport is None or transport.is_closing() or transport.get_extra_info("sslcontext") is not None:
             return False
         return not transport.get_write_buffer_size() and transport.get_protocol() is protocol
 
-    def _left(self, protocol: Any) -> float:
+    def _left(self, protocol: C) -> float:
         timer = self.timer(protocol)
         assert self.loop is not None
         return 1e6 if timer is None else max(0.0, timer.when() - self.loop.time())
 
-    def describe(self, protocol: Any) -> tuple[int, Handed]:
+    def describe(self, protocol: C) -> tuple[int, Handed]:
         """See `ConnectionStore`."""
+        assert protocol.transport is not None
         fd = protocol.transport.get_extra_info("socket").fileno()
         # The next process asks the socket for the address that it was accepted at.
         return fd, Handed(self._left(protocol), self.requests(protocol), "")
 
-    def forget(self, protocol: Any) -> None:
+    def forget(self, protocol: C) -> None:
         """See `ConnectionStore`."""
         transport = protocol.transport
+        assert transport is not None
         self.let_go(protocol)
         transport.abort()
 
-    def close_idle(self, protocol: Any) -> bool:
+    def close_idle(self, protocol: C) -> bool:
         """See `ConnectionStore`."""
-        if not self._is_quiet(protocol) or not self.is_idle(protocol):
+        transport = protocol.transport
+        if transport is None or not self._is_quiet(protocol) or not self.is_idle(protocol):
             return False
-        if waiting_bytes(protocol.transport.get_extra_info("socket").fileno()):
+        if waiting_bytes(transport.get_extra_info("socket").fileno()):
             return False
         self._kept.count_closed()
         self.forget(protocol)
@@ -120,7 +128,7 @@ class AsyncioConnections:
         assert self.loop is not None and self.factory is not None
         make = self.factory
 
-        def factory() -> Any:
+        def factory() -> C:
             protocol = make()
             self.before_made(protocol, handed.requests)
             return protocol
@@ -164,10 +172,10 @@ class AsyncioConnections:
             self.loop.remove_reader(self._kept.take_fd)
 
 
-class AsgiConnections(AsyncioConnections):
+class AsgiConnections(AsyncioConnections["AsgiProtocol"]):
     """Those of gunicorn's `asgi` worker; 25 and later."""
 
-    def is_idle(self, protocol: Any) -> bool:
+    def is_idle(self, protocol: AsgiProtocol) -> bool:
         """See `AsyncioConnections`."""
         ready = protocol._request_ready
         # None in HTTP/2, and set from the end of a head to the end of its reply.
@@ -177,29 +185,30 @@ class AsgiConnections(AsyncioConnections):
         # An app that goes on after its reply is told when its connection is gone.
         return not (getattr(protocol, "_finishing_calls", None) or protocol._reading_paused)
 
-    def timer(self, protocol: Any) -> Any:
+    def timer(self, protocol: AsgiProtocol) -> asyncio.TimerHandle | None:
         """See `AsyncioConnections`."""
         return protocol._keepalive_handle
 
-    def requests(self, protocol: Any) -> int:
+    def requests(self, protocol: AsgiProtocol) -> int:
         """See `AsyncioConnections`: the one that is waited for is counted already."""
         return max(0, int(protocol.req_count) - 1)
 
-    def before_made(self, protocol: Any, requests: int) -> None:
+    def before_made(self, protocol: AsgiProtocol, requests: int) -> None:
         """See `AsyncioConnections`."""
         protocol.req_count = requests
 
-    def set_timer(self, protocol: Any, left: float) -> None:
+    def set_timer(self, protocol: AsgiProtocol, left: float) -> None:
         """See `AsyncioConnections`."""
         assert self.loop is not None
         protocol._cancel_keepalive_timer()
         protocol._keepalive_handle = self.loop.call_later(left, protocol._keepalive_timeout)
 
-    def let_go(self, protocol: Any) -> None:
+    def let_go(self, protocol: AsgiProtocol) -> None:
         """See `AsyncioConnections`: `_closed` keeps it from shutting the connection down."""
         protocol._closed = True
         protocol._cancel_keepalive_timer()
         # The task that waits for a request ends.
+        assert protocol._request_ready is not None
         protocol._request_ready.set()
 
     def must_end(self) -> bool:
@@ -207,10 +216,10 @@ class AsgiConnections(AsyncioConnections):
         return super().must_end() or any(each.reader is not None for each in self._connections())
 
 
-class UvicornConnections(AsyncioConnections):
+class UvicornConnections(AsyncioConnections["UvicornProtocol"]):
     """Those of uvicorn's two HTTP protocols."""
 
-    def is_idle(self, protocol: Any) -> bool:
+    def is_idle(self, protocol: UvicornProtocol) -> bool:
         """See `AsyncioConnections`."""
         cycle = getattr(protocol, "cycle", None)
         if not hasattr(protocol, "timeout_keep_alive_task") or (cycle is not None and not cycle.response_complete):
@@ -227,20 +236,20 @@ class UvicornConnections(AsyncioConnections):
             return protocol.scope is None
         return protocol.timeout_keep_alive_task is not None and not cycle.more_body
 
-    def timer(self, protocol: Any) -> Any:
+    def timer(self, protocol: UvicornProtocol) -> asyncio.TimerHandle | None:
         """See `AsyncioConnections`."""
         return protocol.timeout_keep_alive_task
 
-    def requests(self, protocol: Any) -> int:
+    def requests(self, protocol: UvicornProtocol) -> int:
         """See `AsyncioConnections`: it only matters whether there was one."""
         return 0 if protocol.cycle is None else 1
 
-    def set_timer(self, protocol: Any, left: float) -> None:
+    def set_timer(self, protocol: UvicornProtocol, left: float) -> None:
         """See `AsyncioConnections`."""
         assert self.loop is not None
         protocol._unset_keepalive_if_required()
         protocol.timeout_keep_alive_task = self.loop.call_later(left, protocol.timeout_keep_alive_handler)
 
-    def let_go(self, protocol: Any) -> None:
+    def let_go(self, protocol: UvicornProtocol) -> None:
         """See `AsyncioConnections`."""
         protocol._unset_keepalive_if_required()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 import gevent
 from gevent import getcurrent
@@ -24,16 +25,27 @@ from zdd_web.system.connection_passing import Handed, waiting_bytes
 if TYPE_CHECKING:
     import socket
 
+    from zdd_web.gunicorn.adapter.config import Config
+    from zdd_web.gunicorn.adapter.protocols import (
+        GeventServer,
+        Greenlet,
+        Method,
+        Parser,
+        SocketName,
+        Watcher,
+        Worker,
+    )
+
 
 R = TypeVar("R")
 
-_http: Any = http
+_http: ModuleType = http
 
 
 class GeventConnection:
     """One connection, in its greenlet."""
 
-    def __init__(self, client: Any, server: Any, handed: Handed | None) -> None:
+    def __init__(self, client: socket.socket, server: SocketName, handed: Handed | None) -> None:
         self.client, self.server = client, server
         #: Requests that other processes have answered.
         self.before = handed.requests if handed is not None else 0
@@ -41,7 +53,7 @@ class GeventConnection:
         #: How often a request was waited for, and the wait that is going on.
         self.waits = 0
         self.idle: Idle | None = None
-        self.parser: Any = None
+        self.parser: Parser | None = None
         self.is_http2 = False
 
     @property
@@ -62,7 +74,7 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
             left, connection.left = connection.left, None
         super().__init__(left, False)
         self.ends_at = time.monotonic() + left
-        self._greenlet: Any = None
+        self._greenlet: Greenlet | None = None
         #: A part of the request's head has arrived.
         self.is_reading = False
 
@@ -74,27 +86,28 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> Any:
+    def __exit__(self, *error: object) -> object:
         if self._connection is not None:
             self._connection.idle = None
         return super().__exit__(*error)
 
     def end(self) -> None:
         """Run in the hub, where nothing can come in between."""
-        if self._connection is not None and self._connection.idle is self and not self.is_reading:
+        connection = self._connection
+        if connection is not None and connection.idle is self and not self.is_reading and self._greenlet is not None:
             self._greenlet.throw(self)
 
 
 class GeventConnections:
     """See `ConnectionStore` (workers/exchange.py)."""
 
-    def __init__(self, worker: Any, kept: Keeper) -> None:
+    def __init__(self, worker: Worker, kept: Keeper) -> None:
         self._worker, self._kept = worker, kept
         #: gevent's servers, one for each listener; filled by the worker's loop.
-        self.servers: list[Any] = []
-        self._connections: dict[Any, GeventConnection] = {}
-        self._received: dict[int, tuple[Any, Handed]] = {}
-        self._watcher: Any = None
+        self.servers: list[GeventServer] = []
+        self._connections: dict[object, GeventConnection] = {}
+        self._received: dict[int, tuple[socket.socket, Handed]] = {}
+        self._watcher: Watcher | None = None
 
     @property
     def can_travel(self) -> bool:
@@ -104,12 +117,12 @@ class GeventConnections:
         plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
         return bool(plain and cfg.keepalive and hasattr(_http, "get_parser") and _speaks_http(cfg))
 
-    def enter(self, name_of: Callable[[Any], Any]) -> None:
+    def enter(self, name_of: Callable[[object], SocketName]) -> None:
         """Take note of each connection, parser and wait; `name_of` returns a listener's name."""
         worker = self._worker
         handle, get_parser = worker.handle, getattr(_http, "get_parser", None)
 
-        def handle_and_note(listener: Any, client: Any, addr: Any) -> None:
+        def handle_and_note(listener: object, client: socket.socket, addr: SocketName) -> None:
             greenlet = getcurrent()
             _, handed = self._received.pop(id(client), (None, None))
             server = handed.server if handed is not None else name_of(listener)
@@ -121,9 +134,9 @@ class GeventConnections:
             finally:
                 del self._connections[greenlet]
 
-        def get_parser_and_note(*arguments: Any, **options: Any) -> Any:
+        def get_parser_and_note(*arguments: object, **options: object) -> Parser:
             assert get_parser is not None
-            parser = get_parser(*arguments, **options)
+            parser: Parser = get_parser(*arguments, **options)
             connection = self._connections.get(getcurrent())
             if connection is not None:
                 connection.is_http2 = connection.parser is not None or bool(options.get("http2_connection"))
@@ -131,7 +144,7 @@ class GeventConnections:
                 if connection.before:
                     parser.req_count = connection.before
                 if hasattr(parser, "finish_body"):
-                    parser.finish_body = _noting_the_rest(parser, connection)
+                    parser.finish_body = _noting_the_rest(parser, parser.finish_body, connection)
             return parser
 
         replace(worker, "handle", handle_and_note)
@@ -170,21 +183,22 @@ class GeventConnections:
         found: R = result.get()
         return found
 
-    def idle(self) -> list[Any]:
+    def idle(self) -> list[GeventConnection]:
         """See `ConnectionStore`."""
         idle = [each for each in self._connections.values() if each.is_idle]
         return sorted(idle, key=lambda each: each.idle.ends_at if each.idle is not None else 0.0)
 
-    def describe(self, connection: Any) -> tuple[int, Handed]:
+    def describe(self, connection: GeventConnection) -> tuple[int, Handed]:
         """See `ConnectionStore`."""
-        left = max(0.0, connection.idle.ends_at - time.monotonic())
+        left = max(0.0, connection.idle.ends_at - time.monotonic()) if connection.idle is not None else 0.0
         return connection.client.fileno(), Handed(left, connection.before + connection.waits - 1, connection.server)
 
-    def forget(self, connection: Any) -> None:
+    def forget(self, connection: GeventConnection) -> None:
         """See `ConnectionStore`: its greenlet closes it as at the end of `keepalive`."""
-        connection.idle.end()
+        if connection.idle is not None:
+            connection.idle.end()
 
-    def close_idle(self, connection: Any) -> bool:
+    def close_idle(self, connection: GeventConnection) -> bool:
         """See `ConnectionStore`."""
         if connection.idle is None or connection.idle.is_reading or waiting_bytes(connection.client):
             return False
@@ -228,10 +242,8 @@ class GeventConnections:
             self._watcher = None
 
 
-def _noting_the_rest(parser: Any, connection: GeventConnection) -> Callable[..., Any]:
-    finish = parser.finish_body
-
-    def finish_and_note(*arguments: Any, **options: Any) -> Any:
+def _noting_the_rest(parser: Parser, finish: Method, connection: GeventConnection) -> Method:
+    def finish_and_note(*arguments: object, **options: object) -> object:
         """What is left when the body before is discarded, and only that, belongs to the next request."""
         is_finished = finish(*arguments, **options)
         if connection.idle is not None:
@@ -244,12 +256,12 @@ def _noting_the_rest(parser: Any, connection: GeventConnection) -> Callable[...,
 class _Named:
     """A listener of which only the name is left."""
 
-    def __init__(self, name: Any) -> None:
+    def __init__(self, name: SocketName) -> None:
         self._name = name
 
-    def getsockname(self) -> Any:
+    def getsockname(self) -> SocketName:
         return self._name
 
 
-def _speaks_http(cfg: Any) -> bool:
+def _speaks_http(cfg: Config) -> bool:
     return bool(getattr(cfg, "protocol", "http") == "http")

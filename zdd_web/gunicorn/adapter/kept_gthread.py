@@ -9,27 +9,31 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gunicorn import http
 from gunicorn.workers import gthread
 
+from zdd_web.gunicorn.adapter.gthread import is_one
 from zdd_web.gunicorn.adapter.kept import Keeper
 from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
     import socket
+    from collections import deque
+
+    from zdd_web.gunicorn.adapter.protocols import GthreadConnection, GthreadWorker, Method
 
 
 R = TypeVar("R")
 
-_TConn: Any = gthread.TConn
+_TConn: Method = gthread.TConn
 
 
-def store_for(worker: Any, kept: Keeper) -> GthreadConnections | None:
+def store_for(worker: object, kept: Keeper) -> GthreadConnections | None:
     """Return the store of a gthread worker; None for other workers, and before 24."""
-    if not isinstance(worker, gthread.ThreadWorker) or not hasattr(worker, "keepalived_conns"):
+    if not is_one(worker) or not hasattr(worker, "keepalived_conns"):
         return None
     return GthreadConnections(worker, kept)
 
@@ -37,7 +41,7 @@ def store_for(worker: Any, kept: Keeper) -> GthreadConnections | None:
 class GthreadConnections:
     """See `ConnectionStore` (workers/exchange.py)."""
 
-    def __init__(self, worker: Any, kept: Keeper) -> None:
+    def __init__(self, worker: GthreadWorker, kept: Keeper) -> None:
         self._worker, self._kept = worker, kept
         cfg = worker.cfg
         #: The state of TLS is in this process's memory; uWSGI's is a protocol of its own.
@@ -64,8 +68,8 @@ class GthreadConnections:
         if hasattr(worker, "handle_http2"):
             replace(worker, "handle_http2", self._counting_http2(worker.handle_http2))
 
-    def _counting_http2(self, handle: Any) -> Any:
-        def handle_and_count(conn: Any) -> Any:
+    def _counting_http2(self, handle: Callable[[GthreadConnection], object]) -> Callable[[GthreadConnection], object]:
+        def handle_and_count(conn: GthreadConnection) -> object:
             # In a thread of the pool; it is read as "any".
             self._http2 += 1
             try:
@@ -92,7 +96,7 @@ class GthreadConnections:
         # Nothing is left for gunicorn's own; what it was replaced by before has its turn (gthread.py).
         self._murder_keepalived(**({"force": True} if force else {}))
 
-    def _close(self, conn: Any, *, look: bool) -> bool:
+    def _close(self, conn: GthreadConnection, *, look: bool) -> bool:
         worker = self._worker
         if look and waiting_bytes(conn.sock):
             # As its loop would do in its next turn.
@@ -103,7 +107,7 @@ class GthreadConnections:
         conn.close()
         return True
 
-    def _forget(self, conn: Any, among: Any) -> None:
+    def _forget(self, conn: GthreadConnection, among: deque[GthreadConnection]) -> None:
         among.remove(conn)
         with contextlib.suppress(OSError, KeyError, ValueError):
             # By hand: the connection lives on elsewhere, and epoll would go on reporting it.
@@ -116,24 +120,25 @@ class GthreadConnections:
         """See `ConnectionStore`: all of this is called between two turns of the loop."""
         return function()
 
-    def idle(self) -> list[Any]:
+    def idle(self) -> list[GthreadConnection]:
         """See `ConnectionStore`."""
-        kept = [conn for conn in self._worker.keepalived_conns if not conn.parser.unreader.buf.getvalue()]
+        parsers = [(conn, conn.parser) for conn in self._worker.keepalived_conns]
+        kept = [conn for conn, parser in parsers if parser is not None and not parser.unreader.buf.getvalue()]
         return [*kept, *getattr(self._worker, "pending_conns", ())]
 
-    def describe(self, conn: Any) -> tuple[int, Handed]:
+    def describe(self, conn: GthreadConnection) -> tuple[int, Handed]:
         """See `ConnectionStore`."""
         requests = conn.parser.req_count if conn.parser is not None else 0
         left = max(0.0, conn.timeout - time.monotonic())
         return conn.sock.fileno(), Handed(left, requests, conn.server)
 
-    def forget(self, conn: Any) -> None:
+    def forget(self, conn: GthreadConnection) -> None:
         """See `ConnectionStore`."""
         worker = self._worker
         self._forget(conn, worker.keepalived_conns if conn in worker.keepalived_conns else worker.pending_conns)
         conn.sock.close()
 
-    def close_idle(self, conn: Any) -> bool:
+    def close_idle(self, conn: GthreadConnection) -> bool:
         """See `ConnectionStore`."""
         return conn in self._worker.keepalived_conns and self._close(conn, look=True)
 
@@ -146,15 +151,15 @@ class GthreadConnections:
             # It was reset on its way.
             connection.close()
             return
-        conn = _TConn(worker.cfg, connection, client, handed.server)
+        conn: GthreadConnection = _TConn(worker.cfg, connection, client, handed.server)
         conn.timeout = time.monotonic() + handed.left
         # Its request is here when the loop sees it: no thread is to wait for it once more.
         conn.data_ready = True
         among, on_readable = worker.keepalived_conns, worker.on_client_socket_readable
         if handed.requests or not hasattr(worker, "pending_conns"):
             # What the first request alone may bring, such as a PROXY line, is over.
-            conn.parser = http.get_parser(worker.cfg, connection, client)
-            conn.parser.req_count = handed.requests
+            conn.parser = parser = http.get_parser(worker.cfg, connection, client)
+            parser.req_count = handed.requests
             conn.initialized = True
         else:
             among, on_readable = worker.pending_conns, worker.on_pending_socket_readable

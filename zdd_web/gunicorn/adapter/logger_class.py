@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Method
 
 _LEVELS = {
     "critical": logging.CRITICAL,
@@ -19,7 +21,7 @@ _LEVELS = {
 }
 
 
-def is_standard(logger: Any) -> bool:
+def is_standard(logger: object) -> bool:
     """Tell whether a gunicorn logger writes by the handlers of a standard one."""
     return isinstance(getattr(logger, "error_log", None), logging.Logger)
 
@@ -27,15 +29,15 @@ def is_standard(logger: Any) -> bool:
 class Copying:
     """Such a logger, of which every line also goes to a handler."""
 
-    def __init__(self, logger: Any, handler: logging.Handler) -> None:
+    def __init__(self, logger: object, handler: logging.Handler) -> None:
         self._logger, self._handler = logger, handler
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._logger, name)
         return self._copying(name, method) if name in _LEVELS else method
 
-    def _copying(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def log(message: Any, *arguments: Any, **options: Any) -> Any:
+    def _copying(self, name: str, method: Method) -> Method:
+        def log(message: object, *arguments: object, **options: object) -> object:
             failed = name == "exception" or options.get("exc_info")
             error = sys.exc_info() if failed else None
             self._handler.handle(logging.LogRecord("", _LEVELS[name], "", 0, message, arguments, error))

@@ -15,12 +15,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter.versions import BEYOND, INSTALLED, OLDEST, numbers
 
-F = TypeVar("F")
+Version: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Patch:
     name: str
     why: str
     takes: tuple[str, ...] = ()
-    since: tuple[int, ...] = OLDEST
-    until: tuple[int, ...] = BEYOND
+    since: Version = OLDEST
+    until: Version = BEYOND
 
     @property
     def label(self) -> str:
@@ -56,13 +56,15 @@ class Patch:
         return self.since <= numbers(version) < self.until
 
 
-def _methods(owner: str, takes: str | tuple[str, ...], why: str, *names: str, **versions: Any) -> list[Patch]:
+def _methods(
+    owner: str, takes: str | tuple[str, ...], why: str, *names: str, since: Version = OLDEST, until: Version = BEYOND
+) -> list[Patch]:
     accepted = (takes,) if isinstance(takes, str) else takes
-    return [Patch(owner, name, why, accepted, **versions) for name in names]
+    return [Patch(owner, name, why, accepted, since, until) for name in names]
 
 
-def _values(owner: str, why: str, *names: str, **versions: Any) -> list[Patch]:
-    return [Patch(owner, name, why, **versions) for name in names]
+def _values(owner: str, why: str, *names: str, since: Version = OLDEST, until: Version = BEYOND) -> list[Patch]:
+    return [Patch(owner, name, why, (), since, until) for name in names]
 
 
 _ARBITER, _WORKER = "gunicorn.arbiter.Arbiter", "gunicorn.workers.base.Worker"
@@ -194,7 +196,7 @@ def _refuse_unlisted(target: object, name: str) -> None:
         _found.add((cls, name))
 
 
-def replace(target: object, name: str, new: Callable[..., Any] | type) -> Any:
+def replace(target: object, name: str, new: Callable[..., object] | type) -> Any:
     """Put `new` in the place of a method, class or function; return what was there. Raises `LookupError` without a row.
 
     On an instance it hides the class's own, which `restore()` brings back.
@@ -261,7 +263,7 @@ def _remedy() -> str:
     return f"install another release of gunicorn>={OLDEST[0]},<{BEYOND[0]}, or a newer zdd_web"
 
 
-def signature_of(function: Any) -> str | None:
+def signature_of(function: Callable[..., object]) -> str | None:
     """Return how a method is called, without annotations; None where that cannot be told.
 
     >>> def stop(self, graceful: bool = True) -> None: ...

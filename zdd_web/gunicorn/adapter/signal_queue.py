@@ -13,9 +13,12 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zdd_web.gunicorn.adapter.patches import write
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Arbiter
 
 
 class SignalQueue:
@@ -54,7 +57,7 @@ class SignalQueue:
         return not self._items
 
 
-def replace_queue(arbiter: Any) -> None:
+def replace_queue(arbiter: Arbiter) -> None:
     """Give a master that waits in a `SimpleQueue` this queue, with the signals that have been queued already."""
     before = getattr(arbiter, "SIG_QUEUE", None)
     if before is None or isinstance(before, (list, SignalQueue)):
@@ -66,7 +69,7 @@ def replace_queue(arbiter: Any) -> None:
         now.put_nowait(before.get_nowait())
 
 
-def take(arbiter: Any) -> list[int]:
+def take(arbiter: Arbiter) -> list[int]:
     """Return the signals that the loop has not handled yet, and empty its queue: a list up to 23."""
     waiting = arbiter.SIG_QUEUE
     taken: list[int] = []

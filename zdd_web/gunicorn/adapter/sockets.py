@@ -14,6 +14,7 @@ from zdd_web.gunicorn.adapter.patches import write
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
+    from zdd_web.gunicorn.adapter.protocols import Listener, SocketName
 
 
 def check_certificates(cfg: Config) -> None:
@@ -28,23 +29,24 @@ def check_certificates(cfg: Config) -> None:
             raise SettingsError(f"{name} = {path!r}: this file does not exist: restore it, or set {name} to another")
 
 
-def create_listener(server: ArbiterFacade, address: Any) -> Any:
+def create_listener(server: ArbiterFacade, address: SocketName) -> Listener:
     """Bind an address and listen, with gunicorn's own tries and errors: it ends the process when it cannot."""
 
     class Alone:
-        address: Any
+        address: list[SocketName]
 
         def __getattr__(self, name: str) -> Any:
             return getattr(server.cfg, name)
 
     conf = Alone()
     conf.address = [address]
+    listener: Listener
     (listener,) = sock.create_sockets(conf, server.log)
     write(listener, "conf", server.cfg)
     return listener
 
 
-def adopt_listener(server: ArbiterFacade, fd: int, *, shared: bool = False) -> Any:
+def adopt_listener(server: ArbiterFacade, fd: int, *, shared: bool = False) -> Listener:
     """Wrap a descriptor in gunicorn's socket object, which takes it over.
 
     Not by its own `create_sockets()`: that takes the number in `fd://` for a descriptor once more (tests/contract:
@@ -63,13 +65,13 @@ def adopt_listener(server: ArbiterFacade, fd: int, *, shared: bool = False) -> A
         bound.setblocking(False)
         write(listener, "sock", bound)
         return listener
-    adopted = kind(name, server.cfg, server.log, fd=fd)
+    adopted: Listener = kind(name, server.cfg, server.log, fd=fd)
     # gunicorn makes it inheritable, by whatever the app starts too; a successor is given it by number.
     adopted.sock.set_inheritable(False)
     return adopted
 
 
-def bind_listener(server: ArbiterFacade, address: Any, *, shared: bool = False) -> Any:
+def bind_listener(server: ArbiterFacade, address: SocketName, *, shared: bool = False) -> Listener:
     """Bind an address, which others may share, and do not listen yet. Raises OSError."""
     kind = sock._sock_type(address)
     listener = _unmade(kind, server, address)
@@ -99,9 +101,9 @@ def take_stock_inheritance() -> list[int]:
     return [int(fd) for fd in text.split(",") if fd]
 
 
-def _unmade(kind: Any, server: ArbiterFacade, address: Any) -> Any:
+def _unmade(kind: Any, server: ArbiterFacade, address: SocketName) -> Listener:
     # gunicorn's constructor listens at once: what is done here is the rest of it.
-    listener = kind.__new__(kind)
+    listener: Listener = kind.__new__(kind)
     write(listener, "log", server.log)
     write(listener, "conf", server.cfg)
     write(listener, "cfg_addr", address)

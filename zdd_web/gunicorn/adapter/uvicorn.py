@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uvicorn.server import Server
+
+    from zdd_web.gunicorn.adapter.protocols import App
     from zdd_web.gunicorn.adapter.worker import WorkerFacade
 
 
@@ -14,11 +16,11 @@ class UvicornServer:
     """What one worker runs in the place of uvicorn_worker's own server, which takes the signals."""
 
     def __init__(self, worker: WorkerFacade) -> None:
-        self._config: Any = worker.raw.config
+        self._config = worker.raw.config
         self._config.limit_max_requests = None
-        self._made: Any = None
+        self._made: Server | None = None
 
-    def make(self, app: Callable[..., Any]) -> None:
+    def make(self, app: App) -> None:
         """Make the server of an app."""
         from uvicorn.server import Server
 
@@ -29,9 +31,10 @@ class UvicornServer:
 
     async def serve(self, worker: WorkerFacade) -> bool:
         """Serve until `end()`; tell whether the app's start-up succeeded."""
-        serving: Awaitable[None] = self._made.serve(sockets=worker.sockets)
-        await serving
-        return bool(self._made.started)
+        made = self._made
+        assert made is not None
+        await made.serve(sockets=list(worker.sockets))
+        return made.started
 
     def end_within(self, seconds: int | None) -> None:
         """Give its end so many seconds, or no limit."""
@@ -39,4 +42,5 @@ class UvicornServer:
 
     def end(self) -> None:
         """Have it end; it closes what is idle, and websockets with 1012."""
+        assert self._made is not None
         self._made.should_exit = True

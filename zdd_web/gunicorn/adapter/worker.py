@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gunicorn.http.wsgi import Response
+from gunicorn.http.wsgi import Response as Reply
 from gunicorn.workers.base import Worker
 
 from zdd_web.gunicorn.adapter import gthread, sync, versions
@@ -22,6 +22,8 @@ from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.adapter.patches import replace, write
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import App, Handler, Logger, Method, Response, SocketName
+    from zdd_web.gunicorn.adapter.protocols import Worker as RawWorker
     from zdd_web.process import Process
 
 #: The methods of a worker that the runtime may take the place of; see patches.py.
@@ -50,7 +52,7 @@ HANDLERS: tuple[Replaceable, ...] = ("handle_exit", "handle_quit", "handle_abort
 class WorkerFacade:
     """The worker of this process. `raw` is gunicorn's object, for the user's hooks alone."""
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: RawWorker) -> None:
         self.raw = raw
 
     # -- what it knows
@@ -58,25 +60,22 @@ class WorkerFacade:
     @property
     def cfg(self) -> Config:
         """The configuration that it was forked with."""
-        cfg: Config = self.raw.cfg
-        return cfg
+        return self.raw.cfg
 
     @property
-    def log(self) -> Any:
+    def log(self) -> Logger:
         """gunicorn's logger, of the user's `logger_class`."""
         return self.raw.log
 
     @property
     def ppid(self) -> int:
         """The pid of the master that has forked it."""
-        pid: int = self.raw.ppid
-        return pid
+        return self.raw.ppid
 
     @property
     def timeout(self) -> float:
         """How long its loop waits at most, seconds: half of gunicorn's `timeout`."""
-        seconds: float = self.raw.timeout
-        return seconds
+        return self.raw.timeout
 
     @property
     def family(self) -> str:
@@ -85,12 +84,12 @@ class WorkerFacade:
 
     # -- what is put in its place
 
-    def replace(self, name: Replaceable, new: Callable[..., Any]) -> Callable[..., Any]:
+    def replace(self, name: Replaceable, new: Method) -> Method:
         """Have gunicorn call `new`; return what it would have called."""
-        before: Callable[..., Any] = replace(self.raw, name, new)
+        before: Method = replace(self.raw, name, new)
         return before
 
-    def wrap(self, name: Replaceable, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def wrap(self, name: Replaceable, made: Callable[[Method], Method]) -> None:
         """Put `made(method)` in the place of a method."""
         replace(self.raw, name, made(getattr(self.raw, name)))
 
@@ -106,14 +105,15 @@ class WorkerFacade:
 
     def handle_signals_in_python(self) -> None:
         """Have signals handled as in a sync worker: an event loop's handlers wait while the app is imported."""
-        self.replace("init_signals", functools.partial(Worker.init_signals, self.raw))
+        init_signals: Method = Worker.init_signals
+        self.replace("init_signals", functools.partial(init_signals, self.raw))
 
     def take_max_requests(self) -> int:
         """Return after how many requests it wants to be replaced, and keep gunicorn from doing it on its own.
 
         gunicorn ends such a worker's loop from inside a request, before there is another to take its place.
         """
-        limit: int = self.raw.max_requests
+        limit = self.raw.max_requests
         write(self.raw, "max_requests", sys.maxsize)
         return limit
 
@@ -128,13 +128,13 @@ class WorkerFacade:
     @property
     def notify(self) -> Callable[[], None]:
         """What sends its heartbeat at present."""
-        method: Callable[[], None] = self.raw.notify
-        return method
+        return self.raw.notify
 
     @property
     def plain_notify(self) -> Callable[[], None]:
         """What sends its heartbeat, without what its class adds: one may exit when the master is gone."""
-        return functools.partial(Worker.notify, self.raw)
+        notify: Method = Worker.notify
+        return functools.partial(notify, self.raw)
 
     @property
     def beats_always(self) -> bool:
@@ -161,24 +161,21 @@ class WorkerFacade:
     # -- its signals
 
     @property
-    def handle_exit(self) -> Callable[[int, Any], None]:
+    def handle_exit(self) -> Handler:
         """What handles SIGTERM at present."""
-        method: Callable[[int, Any], None] = self.raw.handle_exit
-        return method
+        return self.raw.handle_exit
 
     @property
-    def handle_usr1(self) -> Callable[[int, Any], None]:
+    def handle_usr1(self) -> Handler:
         """What handles SIGUSR1 at present."""
-        method: Callable[[int, Any], None] = self.raw.handle_usr1
-        return method
+        return self.raw.handle_usr1
 
     # -- its listeners and its loop
 
     @property
     def sockets(self) -> Sequence[Any]:
         """What it accepts from."""
-        sockets: Sequence[Any] = self.raw.sockets
-        return sockets
+        return self.raw.sockets
 
     def set_sockets(self, sockets: Sequence[Any]) -> None:
         """Have it accept from others."""
@@ -227,27 +224,25 @@ class WorkerFacade:
     # -- the app
 
     @property
-    def wsgi(self) -> Callable[..., Any]:
+    def wsgi(self) -> App:
         """The app, loaded: a WSGI app, or what uvicorn runs."""
-        app: Callable[..., Any] = self.raw.wsgi
-        return app
+        return self.raw.wsgi
 
-    def set_wsgi(self, app: Callable[..., Any]) -> None:
+    def set_wsgi(self, app: App) -> None:
         """Put another in the place of the app."""
         write(self.raw, "wsgi", app)
 
     @property
-    def asgi(self) -> Callable[..., Any]:
+    def asgi(self) -> App:
         """The app, loaded, in gunicorn's own asgi worker."""
-        app: Callable[..., Any] = self.raw.asgi
-        return app
+        return self.raw.asgi
 
-    def set_asgi(self, app: Callable[..., Any]) -> None:
+    def set_asgi(self, app: App) -> None:
         """Put another in the place of the app, in gunicorn's own asgi worker."""
         write(self.raw, "asgi", app)
 
 
-def _same(name: Any) -> Any:
+def _same(name: SocketName) -> SocketName:
     return name
 
 
@@ -257,12 +252,11 @@ def _close_connections_when(leaving: Callable[[], bool]) -> None:
     Not decided when the request begins: the reply may come a minute later. And once for each reply: a later look
     (tests/contract: test_gthread_asks_the_reply_whether_to_close) must find what the headers have announced.
     """
-    reply: Any = Response
-    default_headers = reply.default_headers
+    default_headers: Method = Reply.default_headers
 
-    def headers(response: Any) -> Any:
+    def headers(response: Response) -> object:
         if not response.must_close and leaving():
             response.force_close()
         return default_headers(response)
 
-    replace(reply, "default_headers", headers)
+    replace(Reply, "default_headers", headers)

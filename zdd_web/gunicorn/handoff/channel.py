@@ -67,7 +67,7 @@ class Channel:
         """Return the descriptor."""
         return self._end.fileno()
 
-    def send(self, kind: str, *, fd: int = -1, **fields: Any) -> None:
+    def send(self, kind: str, *, fd: int = -1, **fields: object) -> None:
         """Send a message; to an ended peer it is lost, which `receive()` will tell."""
         data = json.dumps({"kind": kind, **fields}).encode()
         try:
@@ -113,7 +113,7 @@ class Channel:
                 return
             yield message
 
-    def _receive(self) -> tuple[bytes, list[int], int, Any]:
+    def _receive(self) -> tuple[bytes, list[int], int, object]:
         try:
             return socket.recv_fds(self._end, MESSAGE_BYTES, 1)
         except ConnectionResetError:

@@ -87,7 +87,7 @@ def spell(bound: tuple[Any, ...] | str) -> str:
     return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
 
-def refuse_if_taken(bind: str, binds: Iterable[Any]) -> None:
+def refuse_if_taken(bind: str, binds: Iterable[object]) -> None:
     """Raise `SettingsError` when the port is one of gunicorn's own `binds`, as gunicorn has parsed them."""
     host, port = address(bind)
     for each in binds:

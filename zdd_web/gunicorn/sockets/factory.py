@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zdd_web import log
 from zdd_web.board import MOST_LISTENERS, Header
@@ -33,6 +33,9 @@ from zdd_web.listeners.matching import Address, Place, match, same_bind
 from zdd_web.listeners.reuseport import bpf
 from zdd_web.settings import Settings
 from zdd_web.system import sd_listen_fds
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Listener as RawListener
 
 
 class ListenerFactory:
@@ -112,7 +115,7 @@ class ListenerFactory:
             # It has tried for five seconds, and does not say what to do.
             self._bind(place)
 
-    def _adopt_number(self, bind: str, fd: int) -> Any:
+    def _adopt_number(self, bind: str, fd: int) -> RawListener:
         try:
             return adopt_listener(self._server, fd)
         except OSError as error:
@@ -121,7 +124,7 @@ class ListenerFactory:
                 f"starts gunicorn must leave it open under this number"
             ) from None
 
-    def _add(self, bind: str, address: Address, sock: Any, slot: int = 0) -> Listener:
+    def _add(self, bind: str, address: Address, sock: RawListener, slot: int = 0) -> Listener:
         index = len(self.listeners)
         if index == MOST_LISTENERS:
             raise ListenerError(f"bind = {bind!r}: at most {MOST_LISTENERS} listeners are possible: bind fewer")
@@ -167,7 +170,7 @@ class ListenerFactory:
         return each
 
     @staticmethod
-    def _refuse_overlap(bind: str, sock: Any) -> None:
+    def _refuse_overlap(bind: str, sock: RawListener) -> None:
         # The kernel allows it to one user, and sends connections to whichever address is the more exact one.
         listening = bpf.entries(sock.getsockname()[1], bpf.LISTEN)
         ours = bpf.local_address(sock.sock)
@@ -227,7 +230,7 @@ class ListenerFactory:
                 log.emit("listener.dropped", bind=bind)
         return found.dropped
 
-    def _rebind_unless_reached(self, place: Place, sock: Any) -> None:
+    def _rebind_unless_reached(self, place: Place, sock: RawListener) -> None:
         """Bind a path again whose file is gone, or leads to another socket."""
         name = sock.sock.getsockname()
         if sock.FAMILY != socket.AF_UNIX or not isinstance(name, str) or not name:

@@ -23,7 +23,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zdd_web import log
 from zdd_web.board import ListenerRecord, Slot
@@ -44,6 +44,9 @@ from zdd_web.listeners.reuseport.drain import (
 from zdd_web.listeners.reuseport.queues import Queues, new_epoll
 from zdd_web.system import clock
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Listener as RawListener
+
 #: One who stays alone cannot be steered to safely while several leave (`closing_indices`).
 LEAST_QUEUES = 2
 
@@ -61,7 +64,7 @@ class Listener:
     bind: str
     address: Address
     slot: int
-    sock: Any
+    sock: RawListener
     record: ListenerRecord = field(repr=False)
     #: The index of that record.
     index: int

@@ -348,12 +348,12 @@ class Upgrade:
             return []
 
 
-def _number(value: Any) -> int:
+def _number(value: object) -> int:
     # What another release sends may be anything that JSON can spell, infinity included.
     return value if isinstance(value, int) else 0
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 

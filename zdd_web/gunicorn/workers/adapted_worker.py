@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from zdd_web.board import Board, Slot
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
@@ -13,6 +13,9 @@ from zdd_web.gunicorn.workers.exchange import KeptConnections
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.process import Process
 from zdd_web.settings import Settings
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class AdaptedWorker(Protocol):
@@ -37,7 +40,7 @@ class AdaptedWorker(Protocol):
     def boot_step(self) -> AbstractContextManager[Callable[[str], None]]:
         """Report what is raised within as a failed boot; gives a function that names the step that begins."""
 
-    def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
+    def pass_checks(self, beat: Callable[[], None], loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Wait until the app's own checks pass, calling `beat()`; async checks run in `loop`."""
 
     def wait_at_gate(self, interval: float) -> None:

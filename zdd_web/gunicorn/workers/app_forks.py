@@ -24,10 +24,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from types import FrameType
 
 from zdd_web.board import Slot
-from zdd_web.gunicorn.adapter.worker import HANDLERS
+from zdd_web.gunicorn.adapter.worker import HANDLERS, WorkerFacade
 from zdd_web.system import memory
 
 #: What a child of this worker is to do first; None in a process that is not a worker, such as the child itself.
@@ -39,10 +39,10 @@ _blocked = threading.local()
 class OwnHandler:
     """A signal handler of this process, and not of those that it forks: in them the signal has its default action."""
 
-    def __init__(self, handler: Callable[[int, Any], object]) -> None:
+    def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
         self._handler, self._pid = handler, os.getpid()
 
-    def __call__(self, sig: int, frame: Any) -> None:
+    def __call__(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         if os.getpid() == self._pid:
             self._handler(sig, frame)
@@ -57,7 +57,7 @@ def ignore(*signals: signal.Signals) -> None:
         signal.signal(sig, OwnHandler(lambda sig, frame: None))
 
 
-def attach(worker: Any, slot: Slot, listeners: Iterable[int], stop_accepting: Callable[[], None]) -> None:
+def attach(worker: WorkerFacade, slot: Slot, listeners: Iterable[int], stop_accepting: Callable[[], None]) -> None:
     """Make the handlers of a worker act in its own process alone, and prepare its children; before `init_process()`.
 
     `listeners` are descriptors; `stop_accepting()` is called in a child, whose loop is a copy of the worker's.

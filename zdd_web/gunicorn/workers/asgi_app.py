@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from zdd_web.gunicorn.workers.base import request_number
 from zdd_web.settings import REQUEST_HEADER
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import App, SocketName
     from zdd_web.gunicorn.workers.base import WorkerAdapter
 
 _NUMBER = REQUEST_HEADER.lower().encode()
 
-Send = Callable[[Any], Coroutine[Any, Any, None]]
+#: An event, and what a connection tells of itself; see the ASGI specification.
+Event: TypeAlias = MutableMapping[str, Any]
+Scope: TypeAlias = MutableMapping[str, Any]
+
+Send: TypeAlias = Callable[[Event], Coroutine[Any, Any, None]]
+Receive: TypeAlias = Callable[[], Awaitable[Event]]
 
 
 class _Request(NamedTuple):
     """What of a request is needed to count it."""
 
-    peer_addr: Any
+    peer_addr: SocketName
     method: str
     path: str
-    headers: Any
-    receive: Any
+    headers: Sequence[tuple[bytes, bytes]]
+    receive: Receive
 
 
 class _Outcome:
@@ -38,7 +44,7 @@ class CountingApp:
 
     def __init__(
         self,
-        app: Callable[..., Any],
+        app: App,
         adapter: WorkerAdapter,
         headers: tuple[tuple[bytes, bytes], ...],
         *,
@@ -52,7 +58,7 @@ class CountingApp:
         self.startup_error: str | None = None
         self._adapter, self._runtime, self._headers, self._says_close = adapter, adapter.runtime, headers, says_close
 
-    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
             request = _Request(scope.get("client"), scope["method"], scope["path"], scope["headers"], receive)
@@ -80,20 +86,20 @@ class CountingApp:
             await self.app(scope, receive, self._listening(send))
 
     def _listening(self, send: Send) -> Send:
-        async def note(message: Any) -> None:
+        async def note(message: Event) -> None:
             if message["type"] == "lifespan.startup.failed":
                 self.startup_error = message.get("message") or "no reason given"
             await send(message)
 
         return note
 
-    def _noting(self, send: Send, outcome: _Outcome, scope: Any) -> Send:
+    def _noting(self, send: Send, outcome: _Outcome, scope: Scope) -> Send:
         http1, ours = scope["http_version"].startswith("1"), self._headers
         if ours:
             numbers = (request_number(value.decode("latin-1")) for name, value in scope["headers"] if name == _NUMBER)
             ours = (*ours, *((_NUMBER, number.encode()) for number in numbers if number))
 
-        async def note(message: Any) -> None:
+        async def note(message: Event) -> None:
             if message["type"] == "http.response.start":
                 outcome.error = message["status"] >= 500
                 headers = [*message.get("headers", ()), *ours]

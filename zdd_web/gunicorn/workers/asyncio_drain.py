@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.base import LINGER
 from zdd_web.system import clock
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import AsyncioProtocol
 
 #: A connection that was accepted is known a few turns of the loop later; seconds.
 SETTLE = 0.2
@@ -24,7 +27,7 @@ class DrainedAdapter(Protocol):
     has_cut: bool
 
     @property
-    def connections(self) -> Iterable[Any]:
+    def connections(self) -> Iterable[AsyncioProtocol]:
         """The protocols of the connections that were accepted."""
 
     def stop_accepting(self) -> None:

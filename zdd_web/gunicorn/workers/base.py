@@ -22,6 +22,9 @@ from zdd_web.settings import REQUEST_HEADER
 from zdd_web.system import clock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zdd_web.gunicorn.adapter.protocols import App, Handler, Method
     from zdd_web.gunicorn.workers.exchange import ConnectionStore
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
@@ -56,7 +59,7 @@ class WorkerAdapter:
         self.runtime, self.worker = runtime, runtime.worker
         #: The heartbeat, and nothing else: gunicorn's, and the board's.
         self.beat = on_board(runtime.worker.notify, runtime.slot)
-        self._obey: Callable[[int, Any], None] = runtime.worker.handle_exit
+        self._obey: Handler = runtime.worker.handle_exit
 
     @property
     def interval(self) -> float:
@@ -112,7 +115,7 @@ class WorkerAdapter:
         stop = functools.partial(stop_accepting, self.worker.raw)
         return self.runtime.kept.leaving(stop, self.worker.wind_down())
 
-    def connection_store(self) -> ConnectionStore | None:
+    def connection_store(self) -> ConnectionStore[Any] | None:
         """Return what knows this worker's kept connections; None where it keeps none, or they cannot travel."""
         return kept_gthread.store_for(self.worker.raw, self.runtime.kept)
 
@@ -161,17 +164,18 @@ def request_number(value: str) -> str:
     return value if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS else ""
 
 
-def _name_generation(app: Callable[..., Any], header: str, generation: int) -> Callable[..., Any]:
+def _name_generation(app: App, header: str, generation: int) -> App:
     named = (header, str(generation))
     key = f"HTTP_{REQUEST_HEADER.upper().replace('-', '_')}"
 
-    def with_generation(environ: Any, start_response: Callable[..., Any]) -> Any:
+    def with_generation(environ: Mapping[str, str], start_response: Method) -> Iterable[bytes]:
         number = request_number(environ.get(key, ""))
         ours = (named, (REQUEST_HEADER, number)) if number else (named,)
 
-        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> object:
             return start_response(status, [*headers, *ours], exc_info)
 
-        return app(environ, start)
+        body: Iterable[bytes] = app(environ, start)
+        return body
 
     return with_generation

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from zdd_web.settings import Settings
 
 R = TypeVar("R")
+#: What a store has for one connection.
+C = TypeVar("C")
 
 #: How long connections may lie in the exchange without any of them being taken, seconds.
 PATIENCE = 3.0
@@ -61,7 +63,7 @@ TURN = 0.02
 LAME_DUCK_TURN = 0.1
 
 
-class ConnectionStore(Protocol):
+class ConnectionStore(Protocol[C]):
     """The connections of one worker, as gunicorn's class keeps them. Called in the worker's loop, between two turns."""
 
     @property
@@ -71,16 +73,16 @@ class ConnectionStore(Protocol):
     def in_loop(self, function: Callable[[], R]) -> R:
         """Call a function where nothing is read from a connection before it returns."""
 
-    def idle(self) -> list[Any]:
+    def idle(self) -> list[C]:
         """Return those that are between two requests, or have sent nothing yet; longest idle first."""
 
-    def describe(self, connection: Any) -> tuple[int, Handed]:
+    def describe(self, connection: C) -> tuple[int, Handed]:
         """Return the descriptor of one of them, and what its next process must know."""
 
-    def forget(self, connection: Any) -> None:
+    def forget(self, connection: C) -> None:
         """Close this process's descriptor of one of them, and nothing else: it goes on elsewhere."""
 
-    def close_idle(self, connection: Any) -> bool:
+    def close_idle(self, connection: C) -> bool:
         """Close one of them, unless its next request has arrived; tell whether it was closed."""
 
     def keep(self, connection: socket.socket, handed: Handed) -> None:
@@ -119,7 +121,7 @@ class KeptConnections:
     def __init__(self, runtime: Worker, exchange: Exchange) -> None:
         self._runtime, self._exchange = runtime, exchange
         self._header, self._slot = runtime.board.header, runtime.slot
-        self.store: ConnectionStore | None = None
+        self.store: ConnectionStore[Any] | None = None
         self._watches = False
         self._looks_at = 0.0
         self._gave_up = False

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import gevent
 from gevent import getcurrent
@@ -24,6 +24,8 @@ from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.listeners.reuseport.queues import Queues
 
 if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.kept_gevent import GeventConnection
+    from zdd_web.gunicorn.adapter.protocols import Greenlet, Handler, SocketName
     from zdd_web.gunicorn.workers.exchange import ConnectionStore
 
 #: When requests that have arrived on idle connections are read, the others are looked at again, seconds.
@@ -40,21 +42,21 @@ class GeventAdapter(WorkerAdapter):
         self.beat = on_board(self.worker.plain_notify, runtime.slot)
         self._store = GeventConnections(runtime.worker.raw, runtime.kept)
         self._servers = self._store.servers
-        self._main: Any = None
+        self._main: Greenlet | None = None
 
     def enter(self) -> None:
         """See `WorkerAdapter`."""
         super().enter()
         worker, servers = self.worker, self._servers
-        names: dict[Any, Any] = {}
+        names: dict[object, SocketName] = {}
 
         class Server(StreamServer):  # type: ignore[misc]
-            def __init__(self, listener: Any, *arguments: Any, **options: Any) -> None:
+            def __init__(self, listener: object, *arguments: object, **options: object) -> None:
                 super().__init__(listener, *arguments, **options)
                 servers.append(self)
                 names[listener] = self.address
 
-            def do_read(self) -> Any:
+            def do_read(self) -> object:
                 if not isinstance(self.socket, Queues):
                     return super().do_read()
                 try:
@@ -92,9 +94,9 @@ class GeventAdapter(WorkerAdapter):
         if not data.isspace():
             self._store.note_reading()
 
-    def _in_a_greenlet(self, handler: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+    def _in_a_greenlet(self, handler: Handler) -> Handler:
         # A handler runs in the middle of anything, an accept for example, and in the hub, where a hook must not block.
-        def handle(sig: int, frame: Any) -> None:
+        def handle(sig: int, frame: FrameType | None) -> None:
             if self.runtime.slot.state == WorkerState.BOOTING:
                 handler(sig, frame)
             else:
@@ -150,7 +152,7 @@ class GeventAdapter(WorkerAdapter):
             # Requests have arrived, and are about to be read.
             self.later(LOOK_AGAIN, self._close_idle)
 
-    def connection_store(self) -> ConnectionStore | None:
+    def connection_store(self) -> ConnectionStore[GeventConnection] | None:
         """See `WorkerAdapter`."""
         return self._store
 
@@ -187,5 +189,6 @@ class GeventAdapter(WorkerAdapter):
 
     def end_now(self, status: int) -> NoReturn:
         """See `WorkerAdapter`: raised in the main greenlet; elsewhere gunicorn swallows it."""
+        assert self._main is not None
         self._main.throw(SystemExit(status))
         raise AssertionError("the main greenlet came back")

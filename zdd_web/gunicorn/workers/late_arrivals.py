@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,7 +57,7 @@ def quarter(by: float, drain_delay: float) -> int:
     return min(QUARTERS - 1, int(by * QUARTERS / drain_delay)) if drain_delay else QUARTERS - 1
 
 
-def sender(peer: Any, forwarded_for: str, trusted: Sequence[str]) -> str:
+def sender(peer: object, forwarded_for: str, trusted: Sequence[str]) -> str:
     """Return the sender of a request: the peer or, where gunicorn trusts that, the last address that it was sent from.
 
     `trusted` is gunicorn's `forwarded_allow_ips`. "*" trusts every peer, but no address that a header names: a client
@@ -97,7 +97,7 @@ def _is_trusted(address: str, trusted: Sequence[str]) -> bool:
     return False
 
 
-def _forwarded_for(headers: Any) -> str:
+def _forwarded_for(headers: Iterable[tuple[str | bytes, str | bytes]]) -> str:
     """Return the header of that name, of a WSGI request of gunicorn's or of an ASGI scope."""
     values = []
     for name, value in headers:
@@ -215,6 +215,6 @@ def is_even(quarters: Sequence[int], drain_delay: float) -> bool:
     return enough and last * 2 >= sum(before) / len(before)
 
 
-def level(said: dict[str, Any]) -> int:
+def level(said: Mapping[str, object]) -> int:
     """Return the level of the line with these fields: a WARNING where something is to be changed."""
     return logging.WARNING if "remedy" in said else logging.INFO

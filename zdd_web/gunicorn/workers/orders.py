@@ -19,10 +19,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from zdd_web import log
 from zdd_web.board import Order, Slot
+
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.worker import WorkerFacade
 
 #: How often a worker that signals do not reach looks for orders while its loop does not turn, seconds.
 LOOK = 1.0
@@ -50,7 +53,7 @@ class Once:
 class Ordered(Protocol):
     """The shutdown of a worker, as far as orders go."""
 
-    worker: Any
+    worker: WorkerFacade
     slot: Slot
     pid: int
 
@@ -95,7 +98,7 @@ class Orders:
 
         return turn
 
-    def _report(self, handler: Any) -> None:
+    def _report(self, handler: object) -> None:
         self._reported = True
         # A worker in the middle of a request takes no turn, and no signal wakes it.
         with contextlib.suppress(RuntimeError):  # no thread to be had
@@ -113,7 +116,7 @@ class Orders:
             time.sleep(LOOK)
 
 
-def describe(handler: Any) -> str:
+def describe(handler: object) -> str:
     """Return what to call a signal handler in the log.
 
     >>> describe(signal.SIG_IGN), describe(describe)

@@ -27,7 +27,13 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class QueuesServer:
     """Accepts connections and makes the protocol of each with `factory`; `options` are those of TLS."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], queues: Queues, **options: Any):
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        factory: Callable[[], asyncio.BaseProtocol],
+        queues: Queues,
+        **options: Any,
+    ):
         """Accept from now on."""
         self.sockets = (queues,)
         self._loop, self._factory, self._queues = loop, factory, queues

@@ -18,11 +18,11 @@ def adapter_for(runtime: AdaptedWorker) -> WorkerAdapter:
 
         return GeventAdapter(runtime)
     if name == "asgi":
-        from zdd_web.gunicorn.workers.asyncio_adapter import AsgiAdapter
+        from zdd_web.gunicorn.workers.asgi_adapter import AsgiAdapter
 
         return AsgiAdapter(runtime)
     if name == "uvicorn":
-        from zdd_web.gunicorn.workers.asyncio_adapter import UvicornAdapter
+        from zdd_web.gunicorn.workers.uvicorn_adapter import UvicornAdapter
 
         return UvicornAdapter(runtime)
     return WorkerAdapter(runtime)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from zdd_web import checks, log, waitgroup
 from zdd_web.board import Header
@@ -15,6 +15,9 @@ from zdd_web.lifecycle import STOPPING
 from zdd_web.process import Process
 from zdd_web.system import clock
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import Response
+
 
 class RequestCounter:
     """Counts on a slot; `started()` and `finished()` are gunicorn's `pre_request` and `post_request`.
@@ -23,7 +26,9 @@ class RequestCounter:
     whether a request that came after the begin of a stop is on a connection that did so too.
     """
 
-    def __init__(self, process: Process, limit: int, trusted: Any, is_on_new_connection: Callable[[Any], bool]) -> None:
+    def __init__(
+        self, process: Process, limit: int, trusted: Sequence[str], is_on_new_connection: Callable[[Any], bool]
+    ) -> None:
         assert process.slot is not None
         self._process, self._slot, self._limit = process, process.slot, limit
         self._is_on_new_connection = is_on_new_connection
@@ -31,7 +36,7 @@ class RequestCounter:
         self._late = LateCounter(self._slot, process.settings.drain_delay, trusted)
         self._count_in, self._count_out = process.request_counters()
 
-    def started(self, worker: Any, request: Any) -> None:
+    def started(self, worker: object, request: Any) -> None:
         """Count a request in."""
         self._count_in()
         waitgroup.current_request.set(request)
@@ -40,7 +45,7 @@ class RequestCounter:
             by = clock.now_ns() - self._process.board.header.stop_since
             self._late.count(request, by, is_new=self._is_on_new_connection(request))
 
-    def finished(self, worker: Any, request: Any, environ: Any, response: Any) -> None:
+    def finished(self, worker: object, request: Any, environ: object, response: Response | None) -> None:
         """Count a request out, and ask to be replaced at `max_requests`."""
         if self._count_out() >= self._limit and not self._slot.recycle_requested:
             self._slot.recycle_requested = 1

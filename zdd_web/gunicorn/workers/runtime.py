@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zdd_web import access_log, checks, log, process, waitgroup, watch
 from zdd_web.board import Board, Slot, WorkerState
@@ -31,6 +31,9 @@ from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.gunicorn.workers.shutdown import WorkerShutdown
 from zdd_web.settings import Settings
 from zdd_web.system import boot_log, log_files, proc
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class WorkerRuntime:
@@ -154,7 +157,7 @@ class WorkerRuntime:
         watch.start()
         self.adapter.stand_at_gate()
 
-    def pass_checks(self, beat: Callable[[], None], loop: Any = None) -> None:
+    def pass_checks(self, beat: Callable[[], None], loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Wait until the app's own checks pass; meanwhile the board shows which one does not.
 
         `loop` is the event loop in which async checks are to run.

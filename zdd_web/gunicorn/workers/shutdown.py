@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
 
 from zdd_web.board import ListenerRecord, WorkerState
 from zdd_web.board.admission import SHUT, Admission
@@ -125,7 +125,7 @@ class WorkerShutdown:
 
     # -- signals and orders
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM."""
         before = self._machine.state
         self.move(self._meaning_of_sigterm(before))
@@ -172,19 +172,19 @@ class WorkerShutdown:
         if self._machine.state is not State.EMPTYING:
             self.handle_exit(signal.SIGTERM, None)
 
-    def handle_quit(self, sig: int, frame: Any) -> None:
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
         """SIGQUIT, SIGINT: end now, with what is in hand."""
         self.note_leaving()
         self._end_now(Event.QUIT, self.worker.cfg.worker_int, 0)
 
-    def handle_abort(self, sig: int, frame: Any) -> None:
+    def handle_abort(self, sig: int, frame: FrameType | None) -> None:
         """SIGABRT: the master missed this worker's heartbeat (`timeout`)."""
         # A worker that has not served yet has failed to boot, which the master sees by its state.
         if self.slot.state == WorkerState.SERVING:
             self.note_leaving()
         self._end_now(Event.ABORT, self.worker.cfg.worker_abort, 1)
 
-    def _end_now(self, event: Event, hook: Callable[[Any], None], status: int) -> None:
+    def _end_now(self, event: Event, hook: Callable[[object], None], status: int) -> None:
         # Not gunicorn's own for gthread: it takes the pool's lock inside a signal handler
         # (test_gthread_ends_its_pool_in_a_signal_handler), and Python joins the pool's threads at exit.
         self._machine.move(event)

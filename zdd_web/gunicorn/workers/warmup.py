@@ -12,16 +12,19 @@ import os
 import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from zdd_web import log
 from zdd_web.errors import UpgradeError
 from zdd_web.system.stdio import TolerantStream
 
+if TYPE_CHECKING:
+    from zdd_web.gunicorn.adapter.protocols import App
+
 
 def warm_up(
-    app: Callable[..., Any],
+    app: App,
     paths: Sequence[str],
     beat: Callable[[], None],
     step: Callable[[str], None] = lambda what: None,
@@ -40,9 +43,7 @@ def warm_up(
         _judge(path, _get(app, path))
 
 
-async def warm_up_asgi(
-    app: Callable[..., Any], paths: Sequence[str], step: Callable[[str], None] = lambda what: None
-) -> None:
+async def warm_up_asgi(app: App, paths: Sequence[str], step: Callable[[str], None] = lambda what: None) -> None:
     """As `warm_up()`, for an ASGI app, whose loop beats meanwhile."""
     for path in paths:
         step(f"warming up ({path})")
@@ -57,15 +58,15 @@ def _judge(path: str, status: str) -> None:
         log.emit("warmup.cold", logging.WARNING, pid=os.getpid(), path=path, status=status, remedy=remedy)
 
 
-def _get(app: Callable[..., Any], path: str) -> str:
+def _get(app: App, path: str) -> str:
     statuses: list[str] = []
 
-    def start_response(status: str, headers: Any, exc_info: Any = None) -> Callable[[bytes], None]:
+    def start_response(status: str, headers: object, exc_info: object = None) -> Callable[[bytes], None]:
         statuses.append(status)
         return lambda data: None
 
     url = urllib.parse.urlsplit(path)
-    environ: dict[str, Any] = {
+    environ: dict[str, object] = {
         "PATH_INFO": url.path or "/",
         "QUERY_STRING": url.query,
         "SCRIPT_NAME": "",
@@ -89,11 +90,11 @@ def _get(app: Callable[..., Any], path: str) -> str:
     return statuses[-1] if statuses else "500 start_response was never called"
 
 
-async def _get_asgi(app: Callable[..., Any], path: str) -> str:
+async def _get_asgi(app: App, path: str) -> str:
     statuses: list[int] = []
     asked = False
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> dict[str, object]:
         nonlocal asked
         if asked:
             # The client is still there: Django listens for its end beside the view, and would cancel that.
@@ -101,7 +102,7 @@ async def _get_asgi(app: Callable[..., Any], path: str) -> str:
         asked = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def send(message: Any) -> None:
+    async def send(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
