@@ -22,7 +22,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.errors import UpgradeError
 from zdd_web.system import memfd
@@ -38,8 +38,7 @@ LONGEST_WATCH = 86_400.0
 F_ADD_SEALS, _SEAL, _SHRINK, _GROW = 1033, 0x1, 0x2, 0x4
 
 
-@dataclass(frozen=True)
-class DeployRequest:
+class DeployRequest(NamedTuple):
     """`to` is the directory to start from, "" for the usual one; with `back`, that of the release that served before.
 
     `watch` is for how long both generations are to serve, in seconds, and `max_errors` by how much the share of errors

@@ -529,6 +529,30 @@ def test_service_runs_without_the_commands_libraries(module: str) -> None:
     subprocess.run([sys.executable, "-Ic", script], check=True, timeout=60)
 
 
+#: What a start does without: each takes milliseconds of CPU, in the master and in every upgrade. gunicorn itself loads
+#: `importlib.metadata`, from 24 on.
+LAZY_IMPORTS = {"asyncio", "difflib", "hashlib", "importlib.metadata", "wsgiref"}
+
+BESIDE_GUNICORN = """
+import gunicorn.app.wsgiapp, sys
+before = set(sys.modules)
+import zdd_web.gunicorn.hooks
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_start_does_not_load_what_it_does_not_need() -> None:
+    run = [sys.executable, "-Ic", BESIDE_GUNICORN]
+    loaded = subprocess.run(run, check=True, timeout=60, capture_output=True, text=True).stdout.split()
+    assert "zdd_web.gunicorn.master.master" in loaded
+    assert LAZY_IMPORTS & set(loaded) == set()
+
+
+def test_types_of_gunicorns_objects_are_for_type_checkers_alone() -> None:
+    users = {each.where for each in IMPORTS if each.name.startswith("zdd_web.gunicorn.adapter.protocols")}
+    assert users == {"typing"}
+
+
 @pytest.mark.parametrize(
     ("module", "missing"),
     [("zdd_web.django.middleware", "flask"), ("zdd_web.flask", "django"), ("zdd_web.cli", "gunicorn")],

@@ -9,7 +9,6 @@ in a loop of its own.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import os
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zdd_web import log
 from zdd_web.checks import registry
@@ -25,6 +24,9 @@ from zdd_web.checks.registry import Check, registered
 from zdd_web.health import Kind, Result
 from zdd_web.system import clock
 from zdd_web.waitgroup.threads import close_connections
+
+if TYPE_CHECKING:
+    import asyncio
 
 #: Seconds between two tries of a check that keeps a worker from getting ready.
 AGAIN = 1.0
@@ -127,6 +129,8 @@ class State:
     def _wait_for(self, awaitable: Any, runner: Runner) -> Any:
         if runner.loop is not None:
             return self._wait_in_loop(awaitable, runner.loop)
+        import asyncio  # takes its time, and most services have no async check
+
         limited = asyncio.wait_for(_contained(awaitable), self.check.timeout)
         if runner.one_loop is None:
             return asyncio.run(limited)
@@ -136,6 +140,8 @@ class State:
             return asyncio.run(limited)
 
     def _wait_in_loop(self, awaitable: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        import asyncio
+
         begun, ended = threading.Event(), threading.Event()
 
         async def wait() -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.health.view import CheckSeen, Health, Kind, Result
 from zdd_web.lifecycle import Phase
@@ -36,8 +36,7 @@ class Status(enum.Enum):
     FAIL = "[-]"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that was looked at. `text` is for clients that may see details."""
 
     name: str

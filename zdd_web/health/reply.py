@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from zdd_web.health.decision import Finding, Probe, Status, examine
@@ -28,8 +28,7 @@ class Reply:
         return f"{self.status} {self.reason}"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What came with a probe, besides its path."""
 
     method: str = "GET"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zdd_web.lifecycle import Phase
 
@@ -32,8 +33,7 @@ class Result(enum.IntEnum):
     LATE = 3
 
 
-@dataclass(frozen=True)
-class CheckSeen:
+class CheckSeen(NamedTuple):
     """A check as one worker has seen it last; `failing_for` is in seconds, 0 when it passed."""
 
     name: str
@@ -46,8 +46,7 @@ class CheckSeen:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class WorkerHealth:
+class WorkerHealth(NamedTuple):
     """A worker: whether it serves, and its checks."""
 
     serving: bool = True

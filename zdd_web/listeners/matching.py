@@ -6,14 +6,13 @@ import ipaddress
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 #: As gunicorn has parsed a bind: host and port, a path, or the number of a descriptor.
 Address = tuple[str, int] | str | int
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A listener as a configuration means it: a bind as written, its address, and which of several sockets on it."""
 
     bind: str
@@ -21,8 +20,7 @@ class Place:
     slot: int = 0
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Indices: (wanted, given) of those that stay, wanted ones to be made, and given ones that are not wanted."""
 
     kept: tuple[tuple[int, int], ...]

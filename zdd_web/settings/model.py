@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.errors import SettingsError
 from zdd_web.settings.values import NORMALISE, CheckSetting
@@ -118,8 +119,7 @@ class Settings:
         return StopBudget(lame_duck=self.drain_delay, work=work, margin=margin)
 
 
-@dataclass(frozen=True)
-class StopBudget:
+class StopBudget(NamedTuple):
     """How a stop spends `GRACE_PERIOD`, in seconds, one after the other."""
 
     lame_duck: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +21,8 @@ def check_name(key: str, source: str, spell: Callable[[str], str] = str) -> None
 
 def hint(key: str, known: Collection[str]) -> str:
     """Say which name was meant, in whatever case it was written, or else all there are."""
+    import difflib  # for a start that fails alone
+
     spelling = {name.lower(): name for name in known}
     close = difflib.get_close_matches(key.lower(), spelling, n=1)
     return f"did you mean {spelling[close[0]]}?" if close else f"known: {', '.join(sorted(known))}"

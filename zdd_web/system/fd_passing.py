@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import socket
@@ -19,8 +18,7 @@ import stat
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PREFIX = "zdd_web.takeover:"
 
@@ -49,6 +47,8 @@ def address(name: str, path: str) -> str:
         return path
     text = PREFIX + name
     if len(text.encode()) > MOST_NAME_BYTES:
+        import hashlib  # loads OpenSSL
+
         text = PREFIX + hashlib.sha256(name.encode()).hexdigest()
     return f"\0{text}"
 
@@ -58,8 +58,7 @@ def spell(where: str) -> str:
     return where.replace("\0", "@")
 
 
-@dataclass(frozen=True)
-class Credentials:
+class Credentials(NamedTuple):
     """Who made the other end. `pid` is 0 for one whose pid namespace cannot be seen from here."""
 
     pid: int

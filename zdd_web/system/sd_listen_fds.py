@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.errors import ListenerError
 
@@ -29,8 +29,7 @@ _HOW = (
 )
 
 
-@dataclass(frozen=True)
-class Activated:
+class Activated(NamedTuple):
     """A socket that was passed: its descriptor, its name, and whether it is the "app"'s or the "probe" port's."""
 
     fd: int

@@ -23,8 +23,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 #: A message is a few hundred bytes; a reason may quote a traceback's last line. What is longer arrives cut, as garbage.
 MESSAGE_BYTES = 16_384
@@ -35,8 +34,7 @@ MOST_AT_A_TIME = 64
 MOST_QUEUED = 4096
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message; `fd` is the descriptor that came with it, or -1."""
 
     kind: str

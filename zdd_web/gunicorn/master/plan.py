@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board import SLOTS, WorkerState
 from zdd_web.lifecycle import SPAWNING, Phase
@@ -26,8 +27,7 @@ class Member:
     lingers: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How many workers to spawn, and the pids to retire; how many more there should be, for which there is no room."""
 
     spawn: int = 0

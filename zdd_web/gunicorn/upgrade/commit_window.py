@@ -19,7 +19,8 @@ looks at the board for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board import Board, WorkerState
 from zdd_web.gunicorn.upgrade.heartbeats import AT_WORK, Heartbeats, WorkerSeen, frozen
@@ -29,8 +30,7 @@ from zdd_web.probes import look
 from zdd_web.system import clock, pauses, proc
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """When it began (monotonic nanoseconds), how long it lasts, and by how much it may be extended, seconds."""
 
     began: int
@@ -59,11 +59,10 @@ class Seen:
     #: How many workers must serve: those that stood at the gate, or as many as are wanted since.
     required: int = 0
     #: Checks that count and fail in all workers; those that have no result have not failed.
-    failing: tuple[Finding, ...] = field(default=())
+    failing: tuple[Finding, ...] = ()
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """`reason` when the generation is rejected, `waits_for` while it cannot be said; both empty: it is confirmed."""
 
     reason: str = ""

@@ -25,8 +25,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
@@ -60,8 +59,7 @@ STALE_AFTER = 5.0
 STALE_AFTER_HANDOVER = 15.0
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """`ready` when the successor asks for the gate; otherwise it failed, and `reason` says how."""
 
     ready: bool

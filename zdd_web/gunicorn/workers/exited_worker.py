@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter.exits import APP_LOAD_ERROR, WORKER_BOOT_ERROR
 from zdd_web.system import proc
 
 
-@dataclass(frozen=True)
-class ExitedWorker:
+class ExitedWorker(NamedTuple):
     """What a worker that is no more had last said on the board."""
 
     pid: int

@@ -5,7 +5,6 @@ Django loads its URLconf, templates and database drivers at the first request. W
 
 from __future__ import annotations
 
-import asyncio
 import io
 import logging
 import os
@@ -13,7 +12,6 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from wsgiref.util import setup_testing_defaults
 
 from zdd_web import log
 from zdd_web.errors import UpgradeError
@@ -59,6 +57,8 @@ def _judge(path: str, status: str) -> None:
 
 
 def _get(app: App, path: str) -> str:
+    from wsgiref.util import setup_testing_defaults
+
     statuses: list[str] = []
 
     def start_response(status: str, headers: object, exc_info: object = None) -> Callable[[bytes], None]:
@@ -97,6 +97,8 @@ async def _get_asgi(app: App, path: str) -> str:
     async def receive() -> dict[str, object]:
         nonlocal asked
         if asked:
+            import asyncio  # not in the master, nor in workers without a loop
+
             # The client is still there: Django listens for its end beside the view, and would cancel that.
             await asyncio.Event().wait()
         asked = True

@@ -24,9 +24,8 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
@@ -91,8 +90,7 @@ def closing_indices(leaving: int, staying: int) -> list[int]:
     return [left if left > 1 else staying for left in range(leaving, 0, -1)]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A line of /proc/net/tcp or tcp6: addresses in the kernel's hexadecimal, and the socket's owner."""
 
     local: str

@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.listeners.accept_queue import is_full
 from zdd_web.listeners.reuseport import bpf
@@ -18,8 +19,7 @@ HANDSHAKES_WITHIN = 1.2
 FULL_QUEUE_WITHIN = 32.0
 
 
-@dataclass(frozen=True)
-class PeerGeneration:
+class PeerGeneration(NamedTuple):
     """Another generation on this machine: the listeners that it has, by inode, and whether it stops."""
 
     listens: frozenset[int]
