@@ -124,7 +124,7 @@ def check(cfg: Config) -> None:
             "SIGUSR2: remove it"
         )
     # Once more: the module of the worker class is loaded now.
-    patches.check(*versions.MODULES[versions.check_worker_class(cfg)])
+    patches.check(*versions.MODULES.get(versions.check_worker_class(cfg), ()))
 
 
 def _examine_configuration(cfg: Config) -> None:

@@ -29,8 +29,8 @@ FAMILIES = {
     ("uvicorn_worker._workers", "UvicornWorker"): "uvicorn",
 }
 
-#: What a family replaces something in, beside the module of its class.
-MODULES: dict[str, tuple[str, ...]] = {"blocking": (), "gevent": (), "asgi": ("gunicorn.asgi.protocol",), "uvicorn": ()}
+#: What a family replaces something in, beside the module of its class; most have nothing there.
+MODULES: dict[str, tuple[str, ...]] = {"asgi": ("gunicorn.asgi.protocol",)}
 
 INSTEAD = {
     ("gunicorn.workers.ggevent", "GeventPyWSGIWorker"): "it answers past gunicorn; use gevent",
