@@ -18,10 +18,11 @@ import sys
 import textwrap
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
@@ -142,7 +143,10 @@ class Reply:
 class Service:
     """One gunicorn service; see the module's text."""
 
+    made: ClassVar[weakref.WeakSet[Service]] = weakref.WeakSet()
+
     def __init__(self, directory: Path, worker_class: str = "gthread", workers: int = 2, **settings: Any) -> None:
+        self.made.add(self)
         self.directory = directory
         self.marker = f"test-{uuid.uuid4().hex[:12]}"
         self.name = self.marker
@@ -254,9 +258,9 @@ class Service:
         return found[times - 1]
 
     def generations(self) -> list[finder.Generation]:
-        """Return the generations of this service, oldest first."""
+        """Return the generations of this service, and of those that a test has given the same NAME; oldest first."""
         found = []
-        for pid in self.processes():
+        for pid in [pid for each in list(self.made) if each.name == self.name for pid in each.processes()]:
             with contextlib.suppress(OSError):
                 generation = finder.generation_of(pid)
                 if generation is not None and generation.header.name == self.name:
