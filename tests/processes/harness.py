@@ -166,7 +166,7 @@ class Service:
         #: Requests that a test keeps in hand, closed in `clean_up` at the latest.
         self.held: list[Held] = []
         self._needle = f"ZDD_TEST_MARKER={self.marker}".encode()
-        #: Processes that are not the service's, by pid: to look at all of them in every poll would keep the machine busy.
+        #: Processes that are not the service's, by pid: to look at all in every poll would keep the machine busy.
         self._strangers: dict[int, int] = {}
         self._matched: dict[str, tuple[object, list[str]]] = {}
         self.write_app(APP)
