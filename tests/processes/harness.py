@@ -18,10 +18,11 @@ import sys
 import textwrap
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
@@ -142,7 +143,10 @@ class Reply:
 class Service:
     """One gunicorn service; see the module's text."""
 
+    made: ClassVar[weakref.WeakSet[Service]] = weakref.WeakSet()
+
     def __init__(self, directory: Path, worker_class: str = "gthread", workers: int = 2, **settings: Any) -> None:
+        self.made.add(self)
         self.directory = directory
         self.marker = f"test-{uuid.uuid4().hex[:12]}"
         self.name = self.marker
@@ -162,7 +166,7 @@ class Service:
         #: Requests that a test keeps in hand, closed in `clean_up` at the latest.
         self.held: list[Held] = []
         self._needle = f"ZDD_TEST_MARKER={self.marker}".encode()
-        #: Processes that are not the service's, by pid: to look at all of them in every poll would keep the machine busy.
+        #: Processes that are not the service's, by pid: to look at all in every poll would keep the machine busy.
         self._strangers: dict[int, int] = {}
         self._matched: dict[str, tuple[object, list[str]]] = {}
         self.write_app(APP)
@@ -254,9 +258,9 @@ class Service:
         return found[times - 1]
 
     def generations(self) -> list[finder.Generation]:
-        """Return the generations of this service, oldest first."""
+        """Return the generations of this service, and of those that a test has given the same NAME; oldest first."""
         found = []
-        for pid in self.processes():
+        for pid in [pid for each in list(self.made) if each.name == self.name for pid in each.processes()]:
             with contextlib.suppress(OSError):
                 generation = finder.generation_of(pid)
                 if generation is not None and generation.header.name == self.name:

@@ -141,7 +141,7 @@ def test_a_stop_right_after_the_handover_is_the_whole_service_s(make_service):
             while header.phase != Phase.RETIRING and time.monotonic() < give_up:
                 pass
             os.kill(new, signal.SIGTERM)
-            until("the predecessor's deadline", lambda: header.deadline, service)
+            until("the predecessor's deadline", lambda header=header: header.deadline, service)
         service.ends()
 
 

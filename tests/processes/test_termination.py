@@ -69,7 +69,8 @@ def test_service_that_has_served_ends_without_a_message(make_service: Callable[.
     service = make_service()
     message = prepare(service)
     service.start()
-    assert message.read_text() == ""
+    # A moment after the log says that it serves.
+    until("no message", lambda: message.read_text() == "", service)
     # An upgrade that fails ends nothing.
     service.deploy("2", at_import=BOOM)
     service.upgrade(expect="upgrade.failed")

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.processes.harness import Service, answered_from, serving_workers, settled, until
+from tests.processes.harness import APP, Service, answered_from, serving_workers, settled, until
 from zdd_web.system import proc
 
 
@@ -130,3 +130,15 @@ def test_worker_that_its_timeout_ends_while_it_boots_has_failed_to_boot(make_ser
     service.wait_for(r"event=worker\.boot_failed .*retry_in=0\.5")
     service.signal(signal.SIGTERM)
     service.ends(status=None)
+
+
+def test_workers_share_the_memory_that_they_inherit_after_a_reload_too(make_service: Callable[..., Service]) -> None:
+    service = make_service("sync", workers=1)
+    service.write_app(APP.replace('body = f"{VERSION}', 'import gc; body = f"{gc.get_freeze_count() > 1000}'))
+    service.start()
+    assert service.get().version == "True"
+    before = settled(service, 1)
+    service.signal(signal.SIGHUP)
+    settled(service, 1, without=before)
+    assert service.get().version == "True"
+    service.stop()

@@ -298,7 +298,8 @@ class Master:
         }
 
     def _reloaded(self) -> None:
-        # A new configuration is in force: every worker is to be replaced.
+        # A new configuration is in force, and with `preload_app` a new app: every worker is to be replaced.
+        self.workforce.heap.thaw()
         self.roster.outdate()
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()

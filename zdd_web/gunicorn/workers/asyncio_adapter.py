@@ -140,11 +140,13 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
                 return protocol
 
             server: asyncio.Server | QueuesServer
-            if isinstance(sock, Queues):
+            if isinstance(sock, Queues) or isinstance(loop, asyncio.BaseEventLoop):
+                sock.setblocking(False)
                 server = QueuesServer(loop, connection, sock, **options)
             else:
+                # uvloop has no turn between an accept and its transport.
                 server = await create_server(connection, *arguments, sock=sock, **options)
-                # asyncio has called listen(100) on the socket that all share.
+                # It has called listen() on the socket that all share.
                 sock.listen(self.worker.cfg.backlog)
             self.servers.append(server)
             if not self.accepting:

@@ -1,6 +1,9 @@
-"""A server like asyncio's that accepts from `Queues` (listeners/reuseport/queues.py), in any event loop.
+"""A server like asyncio's, for a listener or for `Queues` (listeners/reuseport/queues.py).
 
-`loop.create_server()` cannot do that: uvloop accepts in C, from a real socket.
+From `Queues` `loop.create_server()` cannot accept: uvloop accepts in C, from a real socket. And a server of asyncio's
+own loops drops connections when it is closed: what it has accepted in the same turn of the loop is to be attached to it
+a turn later, which fails silently, and the client is reset; tests/os/test_queue_server.py shows it. Here nothing is
+attached.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class QueuesServer:
         self,
         loop: asyncio.AbstractEventLoop,
         factory: Callable[[], asyncio.BaseProtocol],
-        queues: Queues,
+        queues: Queues | socket.socket,
         **options: Any,
     ):
         """Accept from now on."""
