@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from zdd_web import log
 from zdd_web.board import WorkerState
-from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.master.roster import Roster
@@ -22,20 +21,24 @@ class Boot:
 
     def __init__(
         self,
-        server: ArbiterFacade,
         generation: Generation,
         roster: Roster,
         listening: ListenerManager,
         predecessor: Callable[[], PredecessorLink | None],
+        required: Callable[[], int],
     ) -> None:
-        """`predecessor` returns the link to the master before this one, None when there is none or it has gone."""
-        self._server, self._generation, self._header = server, generation, generation.header
+        """`predecessor` returns the link to the master before this one, None when there is none or it has gone.
+
+        `required` returns how many workers must be ready.
+        """
+        self._generation, self._header = generation, generation.header
         self._roster, self._listening, self._predecessor = roster, listening, predecessor
+        self._required = required
 
     def follow(self) -> None:
         """Begin to serve once every worker is ready; the tick's call. Raises `HaltServer`."""
         ready = sum(member.state is WorkerState.READY for member in self._roster.members())
-        if ready < self._server.num_workers:
+        if ready < self._required():
             return
         predecessor_link = self._predecessor()
         if predecessor_link is None or predecessor_link.may_serve(ready):

@@ -106,7 +106,13 @@ class Master:
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
         self.stderr_relay = StderrRelay(inherited.stderr_pipes if inherited else ())
         self.listening = ListenerManager(server, self.generation, inherited)
-        self.boot = Boot(server, self.generation, self.roster, self.listening, lambda: self.predecessor_link)
+        self.boot = Boot(
+            self.generation,
+            self.roster,
+            self.listening,
+            lambda: self.predecessor_link,
+            required=lambda: server.num_workers,
+        )
         self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         self.coordinator = UpgradeCoordinator(
             server,

@@ -1,13 +1,10 @@
-"""An upgrade as the old generation sees it: fork, exec, follow, and end it when it fails.
+"""An upgrade as the old generation sees it: fork, follow, and end it when it fails.
 
 Theory of operation
 -------------------
-`Upgrade.begin()` forks; the child makes the inherited descriptors inheritable and execs the recorded command line.
-Between fork and exec it is a copy of the live master: whatever fails there ends in `os._exit`, because an exception
-that reached gunicorn's loop would stop the live service from inside the copy.
-
-The master then calls `poll()` from its tick. It returns nothing while all goes its way, and a `Verdict` when the
-successor asks to serve, or has failed. What to do about it is the master's business.
+`Upgrade.begin()` forks, and the child execs (become_successor.py). The master then calls `poll()` from its tick. It
+returns nothing while all goes its way, and a `Verdict` when the successor asks to serve, or has failed. What to do
+about it is the master's business.
 
 `end()` kills: the new master first, so that it forks no more, then every worker that it has written on its board.
 Before `go` none of them has taken a request, so SIGKILL costs nothing; afterwards they get SIGTERM and finish what they
@@ -20,7 +17,6 @@ kernel (PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import time
@@ -31,8 +27,9 @@ from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn.boot_progress import progress
 from zdd_web.gunicorn.handoff.channel import MOST_QUEUED, Channel, Message
-from zdd_web.gunicorn.handoff.inheritance import ENV, Inheritance
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.upgrade.become_successor import become_successor
 from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement
 from zdd_web.gunicorn.upgrade.states import (
     BEFORE_GO,
@@ -45,7 +42,7 @@ from zdd_web.gunicorn.upgrade.states import (
     knows,
     when,
 )
-from zdd_web.system import clock, descriptors, pauses, proc, stdio
+from zdd_web.system import clock, pauses, proc
 from zdd_web.system.boot_log import BootLog
 
 #: How long the commit window waits for workers that are late, also when UPGRADE_TIMEOUT is nearly over, seconds.
@@ -120,7 +117,7 @@ class Upgrade:
             raise
         if pid == 0:
             ours.close()
-            _exec(launch, inheritance, boot_log, theirs, pre_exec)
+            become_successor(launch, inheritance, boot_log, theirs, pre_exec)
         boot_log.output.close_writer()
         # Before /proc is read for its start time, which needs a descriptor.
         theirs.close()
@@ -353,40 +350,3 @@ def _number(value: object) -> int:
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _exec(
-    launch: Launch,
-    inheritance: Inheritance,
-    boot_log: BootLog,
-    theirs: Channel,
-    pre_exec: Callable[[Launch], Launch],
-) -> None:
-    """Become the new master, in the forked child; never returns."""
-    try:
-        stderr = stdio.duplicate_stderr()
-        os.dup2(boot_log.output.writer, 2)
-        inherited = dataclasses.replace(
-            inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors
-        )
-        launch = pre_exec(launch)
-        # After the hook, which may open what it likes.
-        descriptors.inherit_only(inherited.descriptors, launch.descriptors)
-        environ = dict(launch.environ)
-        environ[ENV] = inherited.to_environ()
-        if environ.get("WATCHDOG_PID") == str(inheritance.predecessor):
-            # systemd's watchdog is the main process's, which this one is to be.
-            environ["WATCHDOG_PID"] = str(os.getpid())
-        # For a release without install(): gunicorn reads the second as numbers before it binds
-        # (test_successor_reads_numbers_from_gunicorn_fd), and ends there. It would unlink a live Unix socket otherwise,
-        # and serve ungated. With install(), the second also keeps --daemon from detaching again
-        # (test_daemon_does_not_detach_where_gunicorn_fd_is_set). Both are taken out before gunicorn looks.
-        environ["GUNICORN_PID"] = str(inheritance.predecessor)
-        environ["GUNICORN_FD"] = "inherited-by-zdd_web"
-        os.chdir(launch.directory)
-        os.execvpe(launch.command[0], launch.command, environ)
-    except BaseException as error:
-        try:
-            theirs.send("failed", reason=f"the new generation could not be started: {type(error).__name__}: {error}")
-        finally:
-            os._exit(127)
