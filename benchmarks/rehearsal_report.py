@@ -1,16 +1,17 @@
 """What a long rehearsal's report costs: `python -m benchmarks.rehearsal_report [UPGRADES] [REQUESTS]`.
 
-Feeds requests to the tally that a rehearsal feeds, without a server, and makes the report. Prints how long the report
-took after the last request, what each request had cost by then, and the most memory that the process had.
+Feeds requests to the tally that a rehearsal feeds, without a server, and makes the report in every format. Prints how
+long that took after the last request, what each request had cost by then, and the peak resident memory of the process.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
 
-from zdd_web.cli.rehearse import render, report
+from zdd_web.cli.rehearse import junit, render, report
 from zdd_web.cli.rehearse.html import page
 from zdd_web.cli.rehearse.samples import Handover, Outcome, Sample
 from zdd_web.cli.rehearse.tally import Tally
@@ -42,12 +43,18 @@ def main() -> None:
     feed(tally, upgrades, requests)
     fed = time.monotonic()
     made = report.of(tally, stop=None)
-    text, html = render.text(made), page(made)
+    sizes = {
+        "text": len(render.text(made)),
+        "page": len(page(made)),
+        "JSON": len(json.dumps(made.to_json(), indent=2)),
+        "JUnit": len(junit.document(made)),
+    }
     done = time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{len(made.handovers):,} upgrades, {made.requests:,} requests, {made.lost:,} lost")
     print(f"while the load ran: {(fed - began) / requests * 1e6:.1f} us for each request")
-    print(f"after it: {done - fed:.2f} s for the report, its text ({len(text):,} characters) and page ({len(html):,})")
+    written = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    print(f"after it: {done - fed:.2f} s for the report in every format (characters: {written})")
     print(f"most memory: {peak:.0f} MB")
 
 
