@@ -13,12 +13,25 @@ import time
 
 from zdd_web.cli.rehearse import junit, render, report
 from zdd_web.cli.rehearse.html import page
-from zdd_web.cli.rehearse.samples import Handover, Outcome, Sample
+from zdd_web.cli.rehearse.samples import Handover, Outcome, PhaseSpan, Sample
 from zdd_web.cli.rehearse.tally import Tally
+
+#: Of ten million requests that is more than the report keeps whole.
+LOSS_IN = 500
+
+
+def phases(upgrades: int) -> list[PhaseSpan]:
+    """Return the phases of each generation of that load."""
+    found = []
+    for generation in range(1, upgrades + 2):
+        begin = 6.0 * generation - 3.0
+        spans = [("booting", 0.0, 0.9), ("serving", 0.9, 7.0), ("retiring", 7.0, 7.2), ("stopped", 7.2, 7.3)]
+        found += [PhaseSpan(generation, name, begin + since, begin + until) for name, since, until in spans]
+    return found
 
 
 def feed(tally: Tally, upgrades: int, requests: int) -> None:
-    """Have each upgrade take a second and the load five more, a loss in a hundred thousand."""
+    """Have each upgrade take a second and the load five more, with a loss in `LOSS_IN` requests."""
     each = requests // upgrades
     for number in range(1, upgrades + 1):
         begin = 6.0 * number
@@ -28,7 +41,7 @@ def feed(tally: Tally, upgrades: int, requests: int) -> None:
                 tally.expect(at)
             elif n == each // 2 + each // 6:
                 tally.handover(Handover(number, number, number + 1, at - 1.0, at - 0.1, at, ok=True))
-            outcome = Outcome.OK if (number * each + n) % 100_000 else Outcome.RESET
+            outcome = Outcome.OK if (number * each + n) % LOSS_IN else Outcome.RESET
             # From ready_at on the new generation answers.
             generation = number + (at > begin + 3.9)
             took = 0.002 + (n % 977) * 1e-5
@@ -42,7 +55,7 @@ def main() -> None:
     began = time.monotonic()
     feed(tally, upgrades, requests)
     fed = time.monotonic()
-    made = report.of(tally, stop=None)
+    made = report.of(tally, stop=None, phases=phases(upgrades))
     sizes = {
         "text": len(render.text(made)),
         "page": len(page(made)),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from zdd_web.cli.rehearse.report import Report
 
 #: The scenarios besides upgrades, in the order of `all`: scenarios.SCENARIOS, which `--help` need not import.
-SCENARIOS = ("failed-upgrade", "reload", "recycle", "kill-worker")
+SCENARIOS = ("failed-upgrade", "rollback", "reload", "recycle", "kill-worker")
 
 #: Requests after which a worker is recycled, where that is rehearsed: a few seconds of load.
 MAX_REQUESTS = 500
@@ -144,7 +144,7 @@ def _rehearse(
 
     plan = plan if plan.requests else replace(plan, requests=[requests.Request("/")])
     options = {"max-requests": str(MAX_REQUESTS)} if "recycle" in plan.scenarios else {}
-    with Server(target, arguments, listener, options) as server:
+    with Server(target, arguments, listener, options, with_releases="rollback" in plan.scenarios) as server:
         say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
         _say_overrides(server.overrides, verbose)
         generation = server.start()

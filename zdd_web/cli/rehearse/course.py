@@ -128,6 +128,11 @@ class Course:
             self._load.stop(at_once=True)
             raise
 
+    @property
+    def settle(self) -> float:
+        """How long the load runs between two events, seconds."""
+        return self._plan.settle
+
     def snapshot(self) -> Snapshot:
         """Return the board of the generation that serves."""
         return self.generation.snapshot()
