@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.certificates import self_signed
 from tests.processes.harness import Service, until
+from tests.processes.test_listeners import bound_to, free_port, start
 from zdd_web.cli.rehearse import server
 from zdd_web.cli.rehearse.server import RehearsalError
 from zdd_web.service import Generation, generations
@@ -38,11 +39,6 @@ def overrides(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     assert "0 of " in done.stdout
     lines = (line[2:].partition(" = ") for line in done.stdout.splitlines() if line.startswith("  "))
     return {name: value for name, equals, value in lines if equals}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def test_rehearsal_leaves_a_service_that_can_be_taken_over_alone(make_service: MakeService) -> None:
@@ -193,14 +189,22 @@ def test_sigterm_prints_what_was_measured_and_leaves_no_process(make_service: Ma
     assert ours() == []
 
 
-def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeService, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeService, scheme: str, tmp_path: Path) -> None:
     service = make_service("gthread", workers=1, generation_header="X-Zdd-Generation")
-    service.start()
+    trust = []
+    if scheme == "https":
+        signed = self_signed(tmp_path)
+        service.arguments = ["--certfile", str(signed.certificate), "--keyfile", str(signed.key)]
+        trust = ["--cacert", str(signed.certificate)]
+        start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    else:
+        service.start()
     report = tmp_path / "report.json"
     deploy = f"{sys.executable} -m zdd_web.cli upgrade --pid {service.pid}"
     done = subprocess.run(
-        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"http://127.0.0.1:{service.port}/", "--do", deploy,
-         "--clients", "4", "--rate", "40", "--json", str(report)],
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"{scheme}://127.0.0.1:{service.port}/", "--do", deploy,
+         *trust, "--clients", "4", "--rate", "40", "--json", str(report)],
         capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
