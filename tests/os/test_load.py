@@ -285,7 +285,7 @@ def test_connection_reset_or_talked_on_while_idle_is_stale(bytes_first: bytes, d
             await client.get("/")
             answered.set()
             assert client._connection is not None
-            readable, _, _ = select.select([client._connection.sock], [], [], PATIENCE)
+            readable, _, _ = select.select([client._connection.wire.sock], [], [], PATIENCE)
             assert readable
             await client.get("/")
         return samples
@@ -351,7 +351,7 @@ def test_a_reply_that_comes_a_second_time_is_invalid() -> None:
             await client.get("/")
             answered.set()
             assert client._connection is not None
-            readable, _, _ = select.select([client._connection.sock], [], [], PATIENCE)
+            readable, _, _ = select.select([client._connection.wire.sock], [], [], PATIENCE)
             assert readable
             await client.get("/")
         return samples

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
@@ -19,6 +20,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.helpers.certificates import self_signed
 from zdd_web.cli import main
 from zdd_web.cli.rehearse import course
 from zdd_web.cli.rehearse.outside import address_of
@@ -35,7 +37,8 @@ class Treacherous(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, every: int = 100) -> None:
+    def __init__(self, every: int = 100, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         super().__init__(("127.0.0.1", 0), Handler)
         self.every, self.lock, self.did = every, threading.Lock(), Counter[str]()
         self.over = threading.Event()
@@ -56,6 +59,10 @@ class Treacherous(socketserver.ThreadingTCPServer):
 
 class Handler(socketserver.BaseRequestHandler):
     server: Treacherous
+
+    def setup(self) -> None:
+        if self.server.tls is not None:
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
 
     def handle(self) -> None:
         if self.server.turn("connections"):
@@ -119,11 +126,19 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(course, "SETTLE", 0.3)
 
 
-@pytest.mark.parametrize("how", [["--clients", "12"], ["--clients", "40", "--rate", "300"]], ids=["closed", "open"])
-def test_what_is_reported_is_what_the_server_did(how: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "how"),
+    [
+        ("http", ["--clients", "12"]),
+        ("http", ["--clients", "40", "--rate", "300"]),
+        ("https", ["--clients", "12", "--insecure"]),
+    ],
+    ids=["closed", "open", "TLS"],
+)
+def test_what_is_reported_is_what_the_server_did(scheme: str, how: list[str], tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    with serving(Treacherous()) as server:
-        url = f"http://127.0.0.1:{server.port}/"
+    with serving(Treacherous(tls=self_signed(tmp_path).server() if scheme == "https" else None)) as server:
+        url = f"{scheme}://127.0.0.1:{server.port}/"
         done = rehearse("--url", url, "--do", "sleep 2", "--timeout", "1", "--json", str(file), *how)
         did = dict(server.did)
     assert done.exit_code == 1, done.output
@@ -199,7 +214,7 @@ def test_sigterm_reports_what_was_measured_and_ends_the_command(tmp_path: Path) 
         (["app", "--url", "http://127.0.0.1:1/"], "give APP_DIR_OR_CONF or --url, not both"),
         (["app", "--do", "true"], "--do is run for a service that is measured from outside: give --url too"),
         (["--url", "http://127.0.0.1:1/", "--scenario", "reload"], "--scenario and --listener are for a service"),
-        (["--url", "https://127.0.0.1/"], "TLS is not measured"),
+        (["--url", "ftp://127.0.0.1/"], "not a URL such as http://127.0.0.1:8000/ or https://shop.example/"),
         (["--url", "127.0.0.1:8000"], "not a URL such as http://127.0.0.1:8000/"),
         (["--url", "http://127.0.0.1:1/"], "GET / before any upgrade: [Errno 111] Connection refused"),
         (["--url", "http://127.0.0.1:1/", "--path", "0:/"], "weight 0 in '0:/' must be from 1 to 1000"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.certificates import self_signed
 from tests.processes.harness import PATIENCE, Held, Service, ask_unix, successor, until
 
 
@@ -366,15 +367,9 @@ def test_ipv6_and_both_at_once(service: Service, host: str, asks: list[str]):
 
 
 def test_tls_is_handed_over(service: Service, tmp_path: Path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
-         key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if made.returncode:
-        pytest.skip("openssl cannot make a certificate here")
-    service.arguments = ["--certfile", str(certificate), "--keyfile", str(key)]
+    signed = self_signed(tmp_path)
+    certificate = signed.certificate
+    service.arguments = ["--certfile", str(certificate), "--keyfile", str(signed.key)]
     start(bound_to(service, f"127.0.0.1:{free_port()}"))
     context = ssl.create_default_context(cafile=str(certificate))
 

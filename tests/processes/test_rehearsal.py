@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.certificates import self_signed
 from tests.processes.harness import Service, until
+from tests.processes.test_listeners import bound_to, free_port, start
 from zdd_web.cli.rehearse import server
 from zdd_web.cli.rehearse.server import RehearsalError
 from zdd_web.service import Generation, generations
@@ -38,11 +39,6 @@ def overrides(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     assert "0 of " in done.stdout
     lines = (line[2:].partition(" = ") for line in done.stdout.splitlines() if line.startswith("  "))
     return {name: value for name, equals, value in lines if equals}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def test_rehearsal_leaves_a_service_that_can_be_taken_over_alone(make_service: MakeService) -> None:
@@ -120,21 +116,56 @@ def test_every_scenario_is_rehearsed_and_nothing_is_lost_that_could_be_saved(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     shown = json.loads(report.read_text())
-    assert [each["name"] for each in shown["scenarios"]] == ["failed-upgrade", "reload", "recycle", "kill-worker"]
+    assert [each["name"] for each in shown["scenarios"]] == [
+        "failed-upgrade", "rollback", "reload", "recycle", "kill-worker",
+    ]  # fmt: skip
     assert all(each["ok"] for each in shown["scenarios"])
     by_name = {each["name"]: each for each in shown["scenarios"]}
     assert "broken on purpose by `zdd-web rehearse`: app" in by_name["failed-upgrade"]["detail"]
-    # The one that failed was generation 3, and answered nothing.
-    assert set(shown["generations"]) <= {"1", "2", "unknown"}
+    # The one that failed was generation 3, and answered nothing; the other release had the number after it.
+    assert {"1", "2", "3", "4"} <= set(shown["generations"]) <= {"1", "2", "3", "4", "unknown"}
+    rolled_back = by_name["rollback"]
+    assert re.fullmatch(
+        r"generation 3 of b sent [\d,]+ replies; generation 4 of a sent [\d,]+ replies", rolled_back["detail"]
+    )
+    assert (rolled_back["requests"] > 0, rolled_back["lost"]) == (True, 0)
     assert shown["lost"] == shown["excused"] == by_name["kill-worker"]["lost"]
     assert {"booting", "serving", "retiring", "stopped"} - {"stopped"} <= {each["phase"] for each in shown["phases"]}
     assert shown["overrides"]["max-requests"] == "500"
     assert "settings overridden" in done.stdout
     assert "\n  ZDD_WEB_NAME = " not in done.stdout
-    assert page.read_text().count("<svg") == 3 + 2
+    assert page.read_text().count("<svg") == 3 + 4
     assert 'failures="0"' in junit.read_text()
     # In its own copy of the configuration: the app's files are as they were.
     assert "broken" not in (service.directory / "gunicorn.conf.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("chdir", "reason"),
+    [
+        # By the configuration's own path, which a release has a copy of: links in it would lead back to the app.
+        ("os.path.dirname(os.path.realpath(__file__))", ""),
+        ("'src'", ""),
+        ("{app!r}", "failed: generation 2 was started in "),
+    ],
+    ids=["its own", "below", "fixed"],
+)
+def test_rollback_of_an_app_with_chdir(make_service: MakeService, chdir: str, reason: str, tmp_path: Path) -> None:
+    service, report = make_service("gthread", workers=1), tmp_path / "report.json"
+    conf = service.directory / "gunicorn.conf.py"
+    conf.write_text(f"import os\nchdir = {chdir.format(app=str(service.directory))}\n{conf.read_text()}")
+    if "src" in chdir:
+        (service.directory / "src").mkdir()
+        (service.directory / "app.py").rename(service.directory / "src" / "app.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", str(service.directory), "--upgrades", "0", "--scenario",
+         "rollback", "--json", str(report), "--clients", "2", "--", "app:app"],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+    shown = json.loads(report.read_text())
+    (scenario,) = shown["scenarios"]
+    assert (done.returncode, shown["lost"]) == (bool(reason), 0), done.stdout + done.stderr
+    assert bool(reason) == (reason in scenario["reason"] and not scenario["ok"]), scenario
 
 
 def test_sigterm_prints_what_was_measured_and_leaves_no_process(make_service: MakeService, tmp_path: Path) -> None:
@@ -158,14 +189,22 @@ def test_sigterm_prints_what_was_measured_and_leaves_no_process(make_service: Ma
     assert ours() == []
 
 
-def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeService, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeService, scheme: str, tmp_path: Path) -> None:
     service = make_service("gthread", workers=1, generation_header="X-Zdd-Generation")
-    service.start()
+    trust = []
+    if scheme == "https":
+        signed = self_signed(tmp_path)
+        service.arguments = ["--certfile", str(signed.certificate), "--keyfile", str(signed.key)]
+        trust = ["--cacert", str(signed.certificate)]
+        start(bound_to(service, f"127.0.0.1:{free_port()}"))
+    else:
+        service.start()
     report = tmp_path / "report.json"
     deploy = f"{sys.executable} -m zdd_web.cli upgrade --pid {service.pid}"
     done = subprocess.run(
-        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"http://127.0.0.1:{service.port}/", "--do", deploy,
-         "--clients", "4", "--rate", "40", "--json", str(report)],
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"{scheme}://127.0.0.1:{service.port}/", "--do", deploy,
+         *trust, "--clients", "4", "--rate", "40", "--json", str(report)],
         capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from tests.processes.harness import Service, answered_from, until
 from tests.processes.releases import Releases, by_module, by_script, runs, told
+from tests.processes.test_frameworks import run
 from zdd_web import deploy_request
 from zdd_web.deploy_request import DeployRequest
 
@@ -64,6 +65,23 @@ def test_rollback_goes_back_after_two_deploys_by_symlink_under_load(releases, la
     runs(service, releases, "r3", 6)
     order(service, "rollback")
     runs(service, releases, "r1", 7)
+
+
+@pytest.mark.parametrize("command", ["manage.py zdd", "flask zdd"])
+def test_rollback_and_history_by_a_framework(releases, command: str):
+    service, releases = releases
+    service.start()
+    deploy(service, releases, "r2")
+    done = run(command, "rollback", "--name", service.name)
+    assert done.returncode == 0, done.stdout + done.stderr + service.log()
+    runs(service, releases, "r1", 3)
+    done = run(command, "cancel", "--name", service.name)
+    assert (done.returncode, "generation 3 serves on" in done.stdout) == (1, True), done
+    done = run(command, "history", "--name", service.name)
+    assert done.returncode == 0, done
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("20")] == [
+        "start", "deploy", "rollback",
+    ]  # fmt: skip
 
 
 def test_rollback_has_the_environment_as_it_was(releases):

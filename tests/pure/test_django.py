@@ -371,7 +371,7 @@ def test_command_needs_no_database_and_no_other_checks() -> None:
     assert not command.requires_migrations_checks
 
 
-@pytest.mark.parametrize("name", ["status", "upgrade", "drain"])
+@pytest.mark.parametrize("name", ["status", "history", "upgrade", "rollback", "cancel", "drain"])
 def test_command_is_that_of_zdd_web(name: str) -> None:
     status, out, err = zdd(name, "--name", "no-such-service")
     assert (status, out) == (2, "")

@@ -20,6 +20,7 @@ import zdd_web
 from zdd_web import process
 from zdd_web.board import Board
 from zdd_web.checks import registry
+from zdd_web.cli import main
 from zdd_web.errors import SettingsError
 from zdd_web.flask import ZddWeb, registry_of
 from zdd_web.flask.commands import zdd as commands
@@ -314,7 +315,13 @@ def test_flask_finds_the_command_by_its_entry_point() -> None:
     assert found.load() is commands
 
 
-@pytest.mark.parametrize("name", ["status", "upgrade", "drain"])
+def test_commands_for_a_service_that_runs_are_those_of_zdd_web_itself() -> None:
+    """A command that `zdd-web` gets is here too, unless it is named here."""
+    own = {name: each for name, each in main.commands.items() if name not in ("rehearse", "man")}
+    assert {name: each for name, each in commands.commands.items() if name != "check"} == own
+
+
+@pytest.mark.parametrize("name", ["status", "history", "upgrade", "rollback", "cancel", "drain"])
 def test_command_is_that_of_zdd_web(app: flask.Flask, name: str) -> None:
     result = zdd(app, name, "--name", "no-such-service")
     assert result.exit_code == 2

@@ -10,15 +10,20 @@ from zdd_web import checks
 from zdd_web.cli import WholeHelp
 from zdd_web.cli.cancel import cancel
 from zdd_web.cli.drain import drain
+from zdd_web.cli.history import history
 from zdd_web.cli.output import cell, say
+from zdd_web.cli.rollback import rollback
 from zdd_web.cli.status import status
 from zdd_web.cli.upgrade import upgrade
 
+#: The commands of `zdd-web` for a service that runs. `rehearse` and `man` concern no such service.
+COMMANDS = (status, history, upgrade, rollback, cancel, drain)
+
 
 def group(check: Callable[..., None], *options: click.Option) -> click.Group:
-    """Return `status`, `upgrade`, `cancel`, `drain` and the framework's own `check`."""
+    """Return `COMMANDS` and the framework's own `check`."""
     own = click.Command("check", callback=check, params=list(options), help=check.__doc__)
-    return WholeHelp("zdd", commands=[status, upgrade, cancel, drain, own], help="Deploy and look at this service.")
+    return WholeHelp("zdd", commands=[*COMMANDS, own], help="Deploy and look at this service.")
 
 
 def switch(name: str, text: str) -> click.Option:

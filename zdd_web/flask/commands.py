@@ -1,4 +1,7 @@
-"""`flask zdd status|upgrade|cancel|drain|check`: `zdd-web` where one has `flask`. Only `check` loads the app."""
+"""`flask zdd status|history|upgrade|rollback|cancel|drain|check`: `zdd-web` where `flask` is at hand.
+
+Only `check` loads the app.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ A verdict is only as good as the classification, which rests on what the kernel 
   after the write, it cannot be known whether the request was acted on: KEEPALIVE_RACE.
 - *What had arrived* separates a cut reply (TRUNCATED) from none (RESET, CLOSED). Linux delivers queued bytes
   before it reports a reset, so a failed write does not end an exchange: an early answer is still read.
-- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike.
+- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike. See wire.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ import h11
 from zdd_web.cli.rehearse.replies import Body
 from zdd_web.cli.rehearse.requests import Request
 from zdd_web.cli.rehearse.samples import Kind, Outcome, Sample
+from zdd_web.cli.rehearse.wire import NotTLS, Wire, connect
 from zdd_web.settings import REQUEST_HEADER
 
 _LOCAL_ERRORS = (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -36,8 +37,9 @@ _CONNECT_OUTCOMES = {
     # The handshake may complete and be reset before we look; getpeername() calls that ENOTCONN.
     errno.ECONNRESET: Outcome.RESET,
     errno.ENOTCONN: Outcome.RESET,
+    # In a TLS handshake: connect(2) itself never fails so.
+    errno.EPIPE: Outcome.CLOSED,
 }
-_RECEIVE = 65536
 _UNASKED = "a reply that was not asked for"
 # A worker that names its generation names the request too, so that the reply to another one is found out.
 # Clients number theirs apart from each other.
@@ -47,17 +49,22 @@ _NUMBER_HEADER = REQUEST_HEADER.lower().encode()
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A resolved address, the value of the Host header, and the timeout of one request in seconds."""
+    """A resolved address, the value of the Host header, and the timeout of one request in seconds.
+
+    With `tls`, the server's certificate is checked as that says, and must be for `name`.
+    """
 
     family: int
     address: Any
     host: str
     timeout: float
+    tls: ssl.SSLContext | None = None
+    name: str = ""
 
 
 @dataclass(slots=True)
 class _Connection:
-    sock: socket.socket
+    wire: Wire
     http: h11.Connection
     opened: float
 
@@ -106,7 +113,7 @@ class Client:
 
     def close(self) -> None:
         if self._connection is not None:
-            self._connection.sock.close()
+            self._connection.wire.close()
             self._connection = None
 
     async def _send_once(self, request: Request, due: float | None) -> Outcome:
@@ -156,8 +163,11 @@ class Client:
             except OSError as exc:
                 exchange.detail = _name(exc)
                 return _CONNECT_OUTCOMES.get(exc.errno or 0, Outcome.REFUSED)
+            except NotTLS as exc:
+                exchange.detail = str(exc)
+                return Outcome.INVALID
         exchange.connection_opened = connection.opened
-        if not exchange.fresh and (gone := _closed_by_peer(connection.sock)):
+        if not exchange.fresh and (gone := _closed_by_peer(connection.wire)):
             exchange.detail = gone
             return Outcome.INVALID if gone == _UNASKED else Outcome.STALE
         written = connection.http.send(head(request, self._target.host, self.kind, exchange.number))
@@ -165,13 +175,16 @@ class Client:
         if request.body:
             written += connection.http.send(h11.Data(data=request.body)) or b""
         connection.http.send(h11.EndOfMessage())
-        # Nothing is awaited between the look above and the first send() inside sock_sendall().
+        # Nothing is awaited between the look above and the first send(2).
         try:
-            await asyncio.get_running_loop().sock_sendall(connection.sock, written)
+            await connection.wire.send(written)
         except OSError as exc:
             exchange.detail = _name(exc)
             if not exchange.fresh and not request.body:
                 return Outcome.STALE  # a request this small is taken whole or not at all
+        except NotTLS as exc:
+            exchange.detail = str(exc)
+            return Outcome.INVALID
         outcome = await _read_reply(connection, exchange)
         if outcome.answered:
             exchange.detail = ""
@@ -184,28 +197,21 @@ class Client:
 
 
 async def _connect(target: Target) -> _Connection:
-    sock = socket.socket(target.family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, target.address)
-        if sock.getsockname() == sock.getpeername():
-            # No process listens, and the kernel picked that very port for our end: TCP connects it to itself.
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-    except BaseException:
-        sock.close()
-        raise
-    return _Connection(sock, h11.Connection(h11.CLIENT), time.monotonic())
+    wire = await connect(target.family, target.address, target.tls, target.name)
+    return _Connection(wire, h11.Connection(h11.CLIENT), time.monotonic())
 
 
 async def _read_reply(connection: _Connection, exchange: _Exchange) -> Outcome:
-    loop = asyncio.get_running_loop()
     http = connection.http
     while True:
         try:
-            data = await loop.sock_recv(connection.sock, _RECEIVE)
+            data = await connection.wire.receive()
         except OSError as exc:
             exchange.detail = _name(exc)
             data = None
+        except NotTLS as exc:
+            exchange.detail = str(exc)
+            return Outcome.INVALID
         if not data and not exchange.began:
             return _no_reply(exchange)
         if data is None:
@@ -256,14 +262,16 @@ def _no_reply(exchange: _Exchange) -> Outcome:
     return known.get(exchange.detail, Outcome.RESET)
 
 
-def _closed_by_peer(sock: socket.socket) -> str:
+def _closed_by_peer(wire: Wire) -> str:
     """Say how an idle connection was ended by its peer; empty if it is usable."""
     try:
-        data = sock.recv(12, socket.MSG_PEEK)
-    except BlockingIOError:
-        return ""
+        data = wire.arrived()
     except OSError as exc:
         return _name(exc)
+    except NotTLS as exc:
+        return str(exc)
+    if data is None:
+        return ""
     # A reply that comes a second time. Some servers say 408 to an idle connection before they close it.
     if data[:7] == b"HTTP/1." and data[9:12].isdigit() and data[9:12] != b"408":
         return _UNASKED

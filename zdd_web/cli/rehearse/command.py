@@ -22,11 +22,13 @@ from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from zdd_web.cli.rehearse.course import Plan
     from zdd_web.cli.rehearse.report import Report
 
 #: The scenarios besides upgrades, in the order of `all`: scenarios.SCENARIOS, which `--help` need not import.
-SCENARIOS = ("failed-upgrade", "reload", "recycle", "kill-worker")
+SCENARIOS = ("failed-upgrade", "rollback", "reload", "recycle", "kill-worker")
 
 #: Requests after which a worker is recycled, where that is rehearsed: a few seconds of load.
 MAX_REQUESTS = 500
@@ -40,6 +42,9 @@ MAX_REQUESTS = 500
               help="What else is done to the service, after the upgrades; may be repeated.")  # fmt: skip
 @click.option("--url", metavar="URL", help="Measure the service there instead, which is not started or stopped.")
 @click.option("--do", "command", metavar="COMMAND", help="With --url: what is run under load, such as a deploy.")
+@click.option("--cacert", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+              help="With an https URL: trust the CAs of this PEM file instead of this machine's.")  # fmt: skip
+@click.option("--insecure", is_flag=True, help="With an https URL: check no certificate.")
 @click.option("--clients", default=32, show_default=True, type=click.IntRange(1, 1000), help="Concurrent clients.")
 @click.option("--keepalive", default=0.5, show_default=True, type=click.FloatRange(0, 1),
               help="Share of them that keep their connections; half of those pause between requests.")  # fmt: skip
@@ -71,6 +76,8 @@ def rehearse(
     scenarios: tuple[str, ...],
     url: str | None,
     command: str | None,
+    cacert: str | None,
+    insecure: bool,
     clients: int,
     rate: float | None,
     duration: float,
@@ -101,11 +108,16 @@ def rehearse(
         raise click.UsageError("--do is run for a service that is measured from outside: give --url too")
     if url is not None and (scenarios or listener):
         raise click.UsageError("--scenario and --listener are for a service that the rehearsal starts, not for --url")
+    if (cacert or insecure) and not (url or "").startswith("https:"):
+        raise click.UsageError("--cacert and --insecure are for a --url that begins with https:")
+    if cacert and insecure:
+        raise click.UsageError("--insecure checks no certificate, so --cacert would have no effect: give one of them")
     from zdd_web.cli.rehearse.course import Plan
 
     asked: dict[str, Any] = {
         "target": target, "arguments": masking.command(arguments), "clients": clients, "keepalive": keepalive,
         "think": think, "paths": paths or ("/",), "listener": listener, "url": url, "rate": rate,
+        "cacert": cacert, "insecure": insecure,
         "duration": duration, "scenarios": scenarios, "uploads": uploads, "streams": streams,
     }  # fmt: skip
     try:
@@ -125,7 +137,7 @@ def rehearse(
         )
         with _interrupted_by_sigterm():
             if url is not None:
-                report, overrides, tail = *_measure(url, command, plan), ""
+                report, overrides, tail = *_measure(url, command, plan, cacert, insecure), ""
             else:
                 report, overrides, tail = _rehearse(str(target), arguments, listener, plan, verbose)
     except (RehearsalError, ValueError) as error:
@@ -144,7 +156,7 @@ def _rehearse(
 
     plan = plan if plan.requests else replace(plan, requests=[requests.Request("/")])
     options = {"max-requests": str(MAX_REQUESTS)} if "recycle" in plan.scenarios else {}
-    with Server(target, arguments, listener, options) as server:
+    with Server(target, arguments, listener, options, with_releases="rollback" in plan.scenarios) as server:
         say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
         _say_overrides(server.overrides, verbose)
         generation = server.start()
@@ -164,32 +176,46 @@ def _say_overrides(overrides: dict[str, Any], verbose: bool) -> None:
         say(f"{len(overrides)} settings overridden (bind, logs, NAME, ...), away from production; --verbose lists them")
 
 
-def _measure(url: str, command: str | None, plan: Plan) -> tuple[Report, dict[str, Any]]:
+def _measure(
+    url: str, command: str | None, plan: Plan, cacert: str | None, insecure: bool
+) -> tuple[Report, dict[str, Any]]:
+    import ssl
     from dataclasses import replace
 
-    from zdd_web.cli.rehearse import outside
+    from zdd_web.cli.rehearse import outside, tls
 
     address = outside.address_of(url)
+    context = tls.context(cacert, insecure=insecure) if address.tls else None
     plan = plan if plan.requests else replace(plan, requests=[requests.Request(address.path)])
-    _warn_about_paths(address.host, address.port, plan)
     try:
-        return outside.measure(address, command, plan), {}
+        _warn_about_paths(address.host, address.port, plan, context)
+    except ssl.SSLError as error:
+        raise tls.explain(url, error) from None
+    try:
+        return outside.measure(address, command, plan, context), {}
     except OSError as error:
         raise RehearsalError(f"--url {url}: {error}") from None
 
 
-def _warn_about_paths(host: str, port: int, plan: Plan) -> None:
+def _warn_about_paths(host: str, port: int, plan: Plan, tls: SSLContext | None = None) -> None:
     import http.client
+    import ssl
 
     for request in plan.requests:
         # An upload has effects, and a stream has no end: the load will tell.
         if request.method != "GET" or request.stream:
             continue
         path = request.path
-        connection = http.client.HTTPConnection(host, port, timeout=plan.timeout)
+        connection = (
+            http.client.HTTPConnection(host, port, timeout=plan.timeout)
+            if tls is None
+            else http.client.HTTPSConnection(host, port, timeout=plan.timeout, context=tls)
+        )
         try:
             connection.request("GET", path)
             status = connection.getresponse().status
+        except ssl.SSLError:
+            raise
         except (OSError, http.client.HTTPException) as error:
             raise RehearsalError(f"GET {path} before any upgrade: {error or type(error).__name__}") from None
         finally:

@@ -24,6 +24,8 @@ class Configured:
     has_probe_bind: bool
     #: The module that the app is imported from; "" where it does not come from a module.
     module: str = ""
+    #: Where gunicorn runs the app.
+    chdir: str = ""
 
 
 def main(file: str, arguments: list[str]) -> None:
@@ -44,6 +46,7 @@ def main(file: str, arguments: list[str]) -> None:
         settings.has_probe_port,
         bool(settings.probe_bind),
         app.partition(":")[0],
+        os.path.abspath(cfg.chdir),
     )
     with open(file, "w") as out:
         json.dump(vars(answer), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,8 @@ class Plan:
     upgrades: int = 5
     scenarios: Sequence[str] = ()
 
-    def load(self, host: str, port: int, tally: Tally) -> LoadThread:
-        """Return the load that this plan means. Raises ValueError."""
+    def load(self, host: str, port: int, tally: Tally, tls: ssl.SSLContext | None = None) -> LoadThread:
+        """Return the load that this plan means; `tls` as `Load` has it. Raises ValueError."""
         return LoadThread(
             Load(
                 host,
@@ -53,6 +54,7 @@ class Plan:
                 self.think,
                 self.timeout,
                 rate=self.rate,
+                tls=tls,
                 sink=tally.append,
             )
         )
@@ -127,6 +129,11 @@ class Course:
             # An interrupted rehearsal does not wait for its slowest request.
             self._load.stop(at_once=True)
             raise
+
+    @property
+    def settle(self) -> float:
+        """How long the load runs between two events, seconds."""
+        return self._plan.settle
 
     def snapshot(self) -> Snapshot:
         """Return the board of the generation that serves."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ class Load:
             client is free; without it each client sends its next request after the reply (a closed loop). A request
             counts from when it was due, so that a stall of the server shows as latency. `think` and `pace` do not
             apply.
+        tls: What checks the server's certificate, which must be for `host`; None for a server without TLS.
         sink: Takes each sample, instead of `samples`.
     """
 
@@ -54,6 +56,7 @@ class Load:
         *,
         pace: float = 0.01,
         rate: float | None = None,
+        tls: ssl.SSLContext | None = None,
         sink: Callable[[Sample], object] | None = None,
     ) -> None:
         if clients < 1 or not 0 <= keepalive_share <= 1:
@@ -73,7 +76,7 @@ class Load:
                 raise ValueError(f"path {request.path!r} is not a request target: percent-encode it") from exc
         self.samples: list[Sample] = []
         self._record = sink or self.samples.append
-        self._host, self._port = host, port
+        self._host, self._port, self._tls = host, port, tls
         self._requests = in_turn(requests)
         self._rate = rate
         self._sent = self._waited = self._in_hand = 0
@@ -101,7 +104,7 @@ class Load:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
-        target = Target(family, address, self._host_header, self._timeout)
+        target = Target(family, address, self._host_header, self._timeout, self._tls, self._host)
         self._stopping = stopping = loop.create_future()
         self._clients = [Client(target, n, kind, self._record) for n, kind in enumerate(self._kinds)]
         self._began = time.monotonic()

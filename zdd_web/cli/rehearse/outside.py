@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import time
 from dataclasses import dataclass
@@ -17,38 +18,41 @@ from zdd_web.system import escaping, masking
 #: How long an interrupted command may take to end, seconds.
 ENDS_WITHIN = 10.0
 
+_PORTS = {"http": 80, "https": 443}
+
 
 @dataclass(frozen=True)
 class Address:
-    """Where the load goes; `path` is what the URL names."""
+    """Where the load goes; `path` is what the URL names, and with `tls` it is https."""
 
     host: str
     port: int
     path: str
+    tls: bool = False
 
 
 def address_of(url: str) -> Address:
     """Return what a URL names. Raises ValueError.
 
     >>> address_of("http://127.0.0.1:8080/items?page=2")
-    Address(host='127.0.0.1', port=8080, path='/items?page=2')
+    Address(host='127.0.0.1', port=8080, path='/items?page=2', tls=False)
+    >>> address_of("https://shop.example")
+    Address(host='shop.example', port=443, path='/', tls=True)
     """
     parts = urlsplit(url)
-    if parts.scheme == "https":
-        raise ValueError(f"--url {url}: TLS is not measured: name the http address behind the TLS proxy")
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"--url {url}: not a URL such as http://127.0.0.1:8000/")
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise ValueError(f"--url {url}: not a URL such as http://127.0.0.1:8000/ or https://shop.example/")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Address(parts.hostname, parts.port or 80, path)
+    return Address(parts.hostname, parts.port or _PORTS[parts.scheme], path, parts.scheme == "https")
 
 
-def measure(address: Address, command: str | None, plan: Plan) -> Report:
+def measure(address: Address, command: str | None, plan: Plan, tls: ssl.SSLContext | None = None) -> Report:
     """Send load, run the command amid it, and report; after a KeyboardInterrupt, on what was measured until then.
 
     Raises OSError when the address cannot be resolved.
     """
     tally = Tally()
-    load = plan.load(address.host, address.port, tally)
+    load = plan.load(address.host, address.port, tally, tls)
     found: list[ScenarioResult] = []
     interrupted = ""
     half = plan.settle if command is None else max(plan.settle, plan.duration / 2)

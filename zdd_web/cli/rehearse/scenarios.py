@@ -1,12 +1,12 @@
 """What a rehearsal does to the service besides upgrades and the stop.
 
 Each scenario is a function of the `Course`; it returns what it found. An OSError that it raises, for a process that is
-gone, is a result too. A scenario is added to `SCENARIOS` here and in command.py; `zdd-web rollback` has its place
-there.
+gone, is a result too. A scenario is added to `SCENARIOS` here and in command.py.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zdd_web.board import Snapshot, WorkerState, WorkerView
-from zdd_web.cli import control
+from zdd_web.cli import control, deploys
+from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse import connections
+from zdd_web.deploy_request import DeployRequest
 from zdd_web.system import proc
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 #: How long workers may take to be replaced, seconds.
 REPLACED_WITHIN = 90.0
+#: How long a generation that serves may take to its first reply, seconds, in which a request may time out.
+ANSWERS_WITHIN = 30.0
 LOOK = 0.05
 
 
@@ -53,6 +57,59 @@ def failed_upgrade(course: Course) -> Found:
     if answers := course.tally.answers_of(successor) - before:
         return Found(f"generation {successor} sent {answers} replies, although its app could not be imported")
     return Found(detail=f"generation {generation.board.header.generation} serves on; upgrade {outcome.reason}")
+
+
+def rollback(course: Course) -> Found:
+    """Deploy another release by its directory, and go back to the one that served before."""
+    releases = course.server.releases
+    assert releases is not None
+    replies = []
+    for request, expected, what in (
+        (DeployRequest(to=releases.b), releases.b, "the upgrade to another release"),
+        (DeployRequest(back=True), releases.a, "the rollback"),
+    ):
+        if reason := _deploy(course, request, expected):
+            return Found(f"{what} {reason}")
+        number = course.generation.board.header.generation
+        if not (answers := _answers(course, number)):
+            return Found(f"{what}: generation {number} sent no reply within {ANSWERS_WITHIN:g} s")
+        replies.append(f"generation {number} of {os.path.basename(expected)} sent {answers:,} replies")
+    return Found(detail="; ".join(replies))
+
+
+def _deploy(course: Course, request: DeployRequest, expected: str) -> str:
+    """Deploy a release; return why that failed, "" when its code runs in the `expected` directory."""
+    try:
+        with deploys.asking(course.generation, request):
+            outcome = control.upgrade(course.generation)
+    except CannotHelp as error:
+        return f"failed: {error.message}"
+    if not outcome.ok:
+        return outcome.reason
+    course.generation_changed()
+    pid = course.generation.pid
+    where = _directory_of(pid)
+    if not f"{where}/".startswith(f"{expected}/"):
+        # Its own name would be deployed to in production as well.
+        return (
+            f"failed: generation {course.generation.board.header.generation} was started in {expected}, and process "
+            f"{pid} runs in {where}: chdir names that directory whatever the release is: write "
+            f"chdir = os.path.dirname(os.path.abspath(__file__)) in the configuration, or leave it out"
+        )
+    return ""
+
+
+def _directory_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/cwd")
+
+
+def _answers(course: Course, generation: int) -> int:
+    """Return how many replies a generation has sent by the time that the load has gone on for a while."""
+    time.sleep(course.settle)
+    deadline = time.monotonic() + ANSWERS_WITHIN
+    while not (found := course.tally.answers_of(generation)) and time.monotonic() < deadline:
+        time.sleep(LOOK)
+    return found
 
 
 def reload(course: Course) -> Found:
@@ -102,6 +159,7 @@ def _serving(snapshot: Snapshot) -> list[WorkerView]:
 #: By the name that the command knows them by, in the order in which `--scenario all` runs them.
 SCENARIOS: dict[str, Callable[[Course], Found]] = {
     "failed-upgrade": failed_upgrade,
+    "rollback": rollback,
     "reload": reload,
     "recycle": recycle,
     "kill-worker": kill_worker,

@@ -26,6 +26,7 @@ from typing import Any
 from zdd_web import service
 from zdd_web.cli.rehearse import activate
 from zdd_web.cli.rehearse.configured import Configured
+from zdd_web.cli.rehearse.releases import Releases
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
 from zdd_web.system import masking, proc
@@ -66,7 +67,9 @@ DEPENDING = ("ZDD_WEB_NAME", "ZDD_WEB_LISTENER", "ZDD_WEB_SYSTEMD_NAMES", "ZDD_W
 
 _CONFIGURATION = """\
 # Written by `zdd-web rehearse`; the user's own configuration runs first, in this namespace.
-__file__ = {path!r}
+import os as _os
+_here = [_each for _each in {releases!r} if (_os.getcwd() + "/").startswith(_each + "/")]
+__file__ = _os.path.join(_here[0], {inner!r}) if _here else {path!r}
 exec(compile(open(__file__).read(), __file__, "exec"), globals())
 for _name in ("daemon", "reload"):
     if globals().get(_name):
@@ -83,7 +86,7 @@ raw_env = [each for each in _env if each.partition("=")[0].strip() not in {varia
 #: Behind it, for a release that is broken on purpose: its app cannot be imported, as after a typing error. The app's
 #: own files are not touched.
 _BREAKABLE = """\
-import os as _os, sys as _sys
+import sys as _sys
 if _os.path.exists({marker!r}):
     class _Broken:
         def find_spec(self, name, path=None, target=None):
@@ -155,8 +158,13 @@ class Server:
         arguments: Sequence[str] = (),
         listener: str | None = None,
         options: Mapping[str, str] | None = None,
+        *,
+        with_releases: bool = False,
     ) -> None:
-        """`options` are gunicorn's, by their names on its command line, besides those of every rehearsal."""
+        """`options` are gunicorn's, by their names on its command line, besides those of every rehearsal.
+
+        `with_releases` starts the app in a release directory, so that it can be deployed from another one.
+        """
         self._options = dict(options or {})
         self.configuration = configuration_of(target)
         refuse_own(arguments, "GUNICORN ARGS")
@@ -165,6 +173,8 @@ class Server:
         self.working_directory = os.path.abspath(target) if os.path.isdir(target) else os.getcwd()
         self.name = f"rehearsal-{os.getpid()}"
         self.environ = {"ZDD_WEB_NAME": self.name, **SHARED}
+        self._with_releases = with_releases
+        self.releases: Releases | None = None
         self._arguments, self._mode = arguments, listener
         self._directory = tempfile.TemporaryDirectory(prefix="zdd-web-rehearse-")
         self.log_path = os.path.join(self._directory.name, "log")
@@ -181,7 +191,7 @@ class Server:
         try:
             self._prepare()
         except BaseException:
-            self._directory.cleanup()
+            self._remove_directories()
             raise
         return self
 
@@ -191,26 +201,48 @@ class Server:
         self.kill()
         for held in self._held.values():
             held.close()
+        self._remove_directories()
+
+    def _remove_directories(self) -> None:
+        if self.releases is not None:
+            self.releases.close()
         self._directory.cleanup()
 
     def _prepare(self) -> None:
         wrapper = os.path.join(self._directory.name, "gunicorn.conf.py")
         with open(wrapper, "w") as file:
             # The environment as the app has it, to begin with.
-            file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE, variables=()))
+            file.write(self._wrapping(variables=()))
         app = self._ask(wrapper)
+        if self._with_releases:
+            self._make_releases(app)
         self.environ.update(in_place_of(app, self._mode))
         if (self._mode or app.listener) == "systemd":
             names = app.systemd_names or {"web": "app"}
             self._held = {name: socket.create_server(("127.0.0.1", 0), backlog=2048) for name in names}
         with open(wrapper, "w") as file:
-            variables = (*SHARED, *DEPENDING)
-            file.write(_CONFIGURATION.format(path=self.configuration, overrides=IN_FILE, variables=variables))
+            file.write(self._wrapping(variables=(*SHARED, *DEPENDING)))
             file.write(_BREAKABLE.format(marker=self._marker, module=app.module))
         on_command_line = self._on_command_line()
         self.overrides = {**on_command_line, **IN_FILE, **self.environ}
         options = [word for name, value in on_command_line.items() for word in (f"--{name}", value)]
         self.command = [sys.executable, "-m", "gunicorn", "-c", wrapper, *self._arguments, *options]
+
+    def _make_releases(self, app: Configured) -> None:
+        try:
+            self.releases = Releases(self.working_directory, self.configuration, app.chdir)
+        except OSError as error:
+            raise RehearsalError(f"{self.working_directory} cannot be laid out as two releases: {error}") from None
+        self.working_directory = self.releases.current
+        # As a shell would: by it the master knows the symlink that it was started by.
+        self.environ["PWD"] = self.working_directory
+
+    def _wrapping(self, variables: tuple[str, ...]) -> str:
+        inner = "" if self.releases is None else self.releases.inner
+        releases = (self.releases.a, self.releases.b) if self.releases is not None and inner else ()
+        return _CONFIGURATION.format(
+            path=self.configuration, overrides=IN_FILE, variables=variables, releases=releases, inner=inner
+        )
 
     def _on_command_line(self) -> dict[str, str]:
         options = {

@@ -1,4 +1,4 @@
-"""`manage.py zdd status|upgrade|cancel|drain|check`: `zdd-web` where one has `manage.py` at hand.
+"""`manage.py zdd status|history|upgrade|rollback|cancel|drain|check`: `zdd-web` where `manage.py` is at hand.
 
     manage.py zdd upgrade --name shop
 
@@ -17,10 +17,12 @@ from django.core.checks import CheckMessage, run_checks
 from django.core.management.base import BaseCommand, CommandParser
 
 from zdd_web import checks
-from zdd_web.cli.frameworks import group, report, run, switch
+from zdd_web.cli.frameworks import COMMANDS, group, report, run, switch
 from zdd_web.django import system_checks
 from zdd_web.errors import SettingsError
 from zdd_web.settings import FrameworkSettings
+
+NAMES = (*(str(each.name) for each in COMMANDS), "check")
 
 
 def check(deploy: bool) -> None:
@@ -44,12 +46,12 @@ def _text(message: CheckMessage) -> str:
 class Command(BaseCommand):
     """See the module's text."""
 
-    help = "Deploy and look at this service: status, upgrade, cancel, drain, check. Each has --help."
+    help = f"Deploy and look at this service: {', '.join(NAMES)}. Each has --help."
     requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Leave everything to the commands."""
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="status|upgrade|cancel|drain|check ...")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar=f"{'|'.join(NAMES)} ...")
 
     def handle(self, *args: Any, arguments: list[str], **options: Any) -> None:
         """Run one; SystemExit with its status when that is not 0."""
