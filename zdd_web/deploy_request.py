@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zdd_web.errors import UpgradeError
+from zdd_web.settings.values import NORMALISE
 from zdd_web.system import memfd
 
 MEMFD_NAME = "zdd_web-request"
@@ -43,20 +44,22 @@ class DeployRequest:
     """`to` is the directory to start from, "" for the usual one; with `back`, that of the release that served before.
 
     `watch` is for how long both generations are to serve, in seconds, and `max_errors` by how much the share of errors
-    of the new one may exceed that of the old one, from 0 to 1; None for what the settings say.
+    of the new one may exceed that of the old one, from 0 to 1. `canary` is how many workers of the new one serve
+    meanwhile, a number or a percentage, as the setting CANARY has it. None for what the settings say.
     """
 
     to: str = ""
     back: bool = False
     watch: float | None = None
     max_errors: float | None = None
+    canary: str | None = None
 
     def encode(self) -> bytes:
         """Return it as it stands in the box."""
         if self.back:
             return json.dumps({"kind": "rollback"}).encode()
         kind = {"kind": "to", "directory": self.to} if self.to else {"kind": "upgrade"}
-        options = {"watch": self.watch, "max_errors": self.max_errors}
+        options = {"watch": self.watch, "max_errors": self.max_errors, "canary": self.canary}
         return json.dumps(kind | {name: value for name, value in options.items() if value is not None}).encode()
 
     @classmethod
@@ -64,7 +67,7 @@ class DeployRequest:
         """Read it. Raises `UpgradeError` for what is not a request, or asks for what cannot be.
 
         >>> DeployRequest.decode(b'{"kind": "to", "directory": "/srv/shop/releases/7"}')
-        DeployRequest(to='/srv/shop/releases/7', back=False, watch=None, max_errors=None)
+        DeployRequest(to='/srv/shop/releases/7', back=False, watch=None, max_errors=None, canary=None)
         """
         try:
             fields = json.loads(text)
@@ -77,13 +80,14 @@ class DeployRequest:
             raise UpgradeError(f"this version knows no request {kind!r}: use `zdd-web` of the running version")
         watch = _number("--watch", fields.get("watch"), most=LONGEST_WATCH)
         max_errors = _number("--max-errors", fields.get("max_errors"), most=1.0)
+        canary = _canary(fields.get("canary"))
         if kind == "upgrade":
-            return cls(watch=watch, max_errors=max_errors)
+            return cls(watch=watch, max_errors=max_errors, canary=canary)
         if not isinstance(directory, str) or not os.path.isabs(directory) or "\0" in directory:
             raise UpgradeError(f"--to {directory!r}: must be an absolute path")
         if len(os.fsencode(directory)) > LONGEST_PATH:
             raise UpgradeError(f"--to: a path of more than {LONGEST_PATH} bytes")
-        return cls(to=os.path.normpath(directory), watch=watch, max_errors=max_errors)
+        return cls(to=os.path.normpath(directory), watch=watch, max_errors=max_errors, canary=canary)
 
 
 def _number(option: str, value: object, *, most: float) -> float | None:
@@ -92,6 +96,18 @@ def _number(option: str, value: object, *, most: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
         raise UpgradeError(f"{option} {value!r}: must be from 0 to {most:g}")
     return float(value)
+
+
+def _canary(value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be a number of workers or a percentage")
+        found: str = NORMALISE["canary"](value)
+    except ValueError as error:
+        raise UpgradeError(f"--canary {value!r}: {error}") from None
+    return found
 
 
 class RequestBox:

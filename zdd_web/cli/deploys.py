@@ -52,6 +52,19 @@ def share(context: click.Context, parameter: click.Parameter, value: str | None)
     return found
 
 
+def canary(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Read how many workers a canary has, as the setting CANARY does; for click."""
+    if value is None:
+        return None
+    try:
+        found: str = NORMALISE["canary"](value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if not found:
+        raise click.BadParameter("must be a number of workers, or a percentage of them such as 25%")
+    return found
+
+
 class Asked:
     """An upgrade that was asked for."""
 
@@ -78,6 +91,8 @@ def asking(generation: Generation, request: DeployRequest | None) -> Iterator[As
     if request is None:
         yield Asked()
         return
+    if request.canary is not None and not generation.header.workers_full:
+        raise CannotHelp(ANOTHER_VERSION.format(what="starts all workers at once, without a canary"))
     number = generation.header.request_fd
     if not number:
         raise CannotHelp(ANOTHER_VERSION.format(what="takes no such request"))

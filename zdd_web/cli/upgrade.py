@@ -30,14 +30,18 @@ LEFT = 3
               help="Have both generations serve for so long; take back one that does worse.")  # fmt: skip
 @click.option("--max-errors", metavar="SHARE", callback=deploys.share,
               help="Of replies with status 500 or above, beyond those of the old one: 0.01 or 1%.")  # fmt: skip
-def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None) -> None:
+@click.option("--canary", metavar="N|P%", callback=deploys.canary,
+              help="Watch so many workers of the new one, or a percentage; then start the rest.")  # fmt: skip
+def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None, canary: str | None) -> None:
     """Replace the running code with what is on disk.
 
     Status 0 only when the new generation serves; 1 when the old one goes on. Ctrl-C or SIGTERM cancels: the command
     waits and says what became of it. A second one leaves with status 3 and does not wait.
     """
-    plain = to is None and watch is None and max_errors is None
-    deploy(which, None if plain else DeployRequest(to=to or "", watch=watch, max_errors=max_errors))
+    if canary is not None and watch == 0:
+        raise click.UsageError(f"--canary {canary} needs a watch, and --watch 0 is none: give --watch SECONDS")
+    request = DeployRequest(to=to or "", watch=watch, max_errors=max_errors, canary=canary)
+    deploy(which, request if request != DeployRequest() else None)
 
 
 def deploy(which: Which, request: DeployRequest | None = None) -> None:

@@ -40,6 +40,7 @@ from zdd_web.gunicorn.upgrade.preparation import Preparation
 from zdd_web.gunicorn.upgrade.states import (
     HANDED_OVER,
     RELEASED,
+    SERVES_BESIDE,
     SUCCESSOR,
     Successor,
     SuccessorEvent,
@@ -235,6 +236,8 @@ class UpgradeCoordinator:
             self._serve_again(upgrade, verdict.reason)
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
+        elif upgrade.committed and upgrade.grow(self._settings.commit_window):
+            self._outcome.publish(upgrade)
         elif upgrade.committed:
             self._watch = None
             self._commit(upgrade)
@@ -243,7 +246,7 @@ class UpgradeCoordinator:
 
     def _compare(self, upgrade: Upgrade) -> Verdict | None:
         """Return the verdict of a watch (`upgrade --watch`), None while nothing is against the new generation."""
-        if self._watch is None or upgrade.state is not Successor.COMMITTING:
+        if self._watch is None or upgrade.state not in SERVES_BESIDE:
             return None
         reason = self._watch.judge(is_over=upgrade.committed)
         return Verdict(ready=False, reason=reason) if reason else None
@@ -276,6 +279,8 @@ class UpgradeCoordinator:
         seconds, allowed = self._deploys.watch(self._settings)
         if seconds and upgrade.is_child and upgrade.board is not None:
             self._watch = ErrorWatch(self._generation.board, upgrade.board, allowed)
+        if upgrade.canary and upgrade.board is not None:
+            self._deploys.note_canary(upgrade.canary, upgrade.board.header.workers_full)
         upgrade.go()
         self._outcome.publish(upgrade)
 
@@ -402,12 +407,12 @@ class UpgradeCoordinator:
         if upgrade is None or upgrade.state in HANDED_OVER:
             return
         reason = "the service was stopped"
-        if upgrade.state is Successor.COMMITTING and not upgrade.is_child:
+        if upgrade.state in SERVES_BESIDE and not upgrade.is_child:
             # It serves, and a signal to this process means this one alone: the successor has a pid of its own.
             self._commit(upgrade)
             return
         label = self._deploys.label_of(upgrade.board)
-        if upgrade.state is Successor.COMMITTING:
+        if upgrade.state in SERVES_BESIDE:
             # It has accepted requests: it stops as this generation does, which waits for it.
             self.leftovers.stop(upgrade, sig)
             upgrade.move(SuccessorEvent.STOP)

@@ -43,6 +43,7 @@ class _Attempt:
     commit: str = ""
     label: str = ""
     note: str = ""
+    canary: str = ""
     #: What the next generation is to know of the releases before it.
     lineage: Lineage = field(default_factory=Lineage)
 
@@ -136,6 +137,26 @@ class Deploys:
         seconds = settings.watch if request.watch is None else request.watch
         return seconds, settings.max_errors if request.max_errors is None else request.max_errors
 
+    def canary(self, settings: Settings) -> str:
+        """Return with how many workers the next generation serves while it is watched; "" for all.
+
+        Raises `UpgradeError` when that was asked for, and nothing is to be watched.
+        """
+        request = self._asked.request or DeployRequest()
+        if request.back:
+            return ""
+        if not (settings.watch if request.watch is None else request.watch):
+            if request.canary is not None:
+                raise UpgradeError(
+                    f"--canary {request.canary}: nothing is watched: give --watch SECONDS too, or set WATCH"
+                )
+            return ""
+        return settings.canary if request.canary is None else request.canary
+
+    def note_canary(self, workers: int, full: int) -> None:
+        """Note with how many workers the new generation is watched."""
+        self._attempt.canary = f"{workers} of {full} workers"
+
     @property
     def next_label(self) -> str:
         """What the release is called that the upgrade under way starts, as far as this process can tell."""
@@ -217,6 +238,7 @@ class Deploys:
                 seconds=round(clock.since(attempt.began), 3),
                 reason=reason,
                 note=attempt.note if outcome == "done" else "",
+                canary=attempt.canary,
             )
         )
 
