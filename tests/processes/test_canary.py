@@ -78,6 +78,7 @@ def test_bad_release_is_withdrawn_and_never_grows(service):
         answered_from(load, 50)
     assert "it answers with more errors" in done.stderr
     assert "generation 1 serves on" in done.stderr
+    service.until_alone()
     assert really_lost(load) == [], service.log()
     assert {sample.generation for sample in lost(load)} == {2}
     assert service.matches(r"event=upgrade\.grows") == []
@@ -131,6 +132,7 @@ def test_worker_that_cannot_boot_while_the_canary_grows_takes_it_back(make_servi
     said = command.ends(1)
     assert "the growth to its full size was not over after" in said
     assert "2 workers to serve, of which 1 do" in said
+    service.until_alone()
     assert service.get().version == "1"
     assert serving(service.snapshot()) == 2
 
