@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from zdd_web.board import Snapshot
 from zdd_web.cli import control, deploys, screen
 from zdd_web.cli.options import Which, another_version, in_hand, title, which_service
 from zdd_web.cli.output import cell, say
@@ -40,11 +41,10 @@ def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float
     """
     if canary is not None and watch == 0:
         raise click.UsageError(f"--canary {canary} needs a watch, and --watch 0 is none: give --watch SECONDS")
-    request = DeployRequest(to=to or "", watch=watch, max_errors=max_errors, canary=canary)
-    deploy(which, request if request != DeployRequest() else None)
+    deploy(which, DeployRequest(to=to or "", watch=watch, max_errors=max_errors, canary=canary))
 
 
-def deploy(which: Which, request: DeployRequest | None = None) -> None:
+def deploy(which: Which, request: DeployRequest) -> None:
     """Upgrade the service, show how it goes, and end with the command's exit status.
 
     `request` is what is asked of the master beyond SIGUSR2.
@@ -62,7 +62,13 @@ def deploy(which: Which, request: DeployRequest | None = None) -> None:
                     else "this master cannot be asked to cancel (an older zdd_web?): it goes on; again to leave"
                 )
 
-            progress = UpgradeProgress(generation, ticker)
+            shown = UpgradeProgress(generation, ticker)
+
+            def progress(snapshot: Snapshot) -> None:
+                # The first is of a master that has taken the request.
+                asked_for.taken()
+                shown(snapshot)
+
             result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
             note = asked_for.note if result.ok else ""
         status = _report(generation, result)

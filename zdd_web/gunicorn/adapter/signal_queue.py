@@ -50,6 +50,10 @@ class SignalQueue:
         except IndexError:
             raise queue.Empty from None
 
+    def has(self, item: int) -> bool:
+        # A copy first: a handler may append while a deque is searched, which raises.
+        return item in tuple(self._items)
+
     def empty(self) -> bool:
         return not self._items
 
@@ -64,6 +68,12 @@ def replace_queue(arbiter: Any) -> None:
     # A handler that read the attribute before this assignment has put its signal already: handlers run in this thread.
     while not before.empty():
         now.put_nowait(before.get_nowait())
+
+
+def waits(arbiter: Any, sig: int) -> bool:
+    """Tell whether the loop has yet to handle a signal."""
+    waiting = arbiter.SIG_QUEUE
+    return sig in waiting if isinstance(waiting, list) else waiting.has(sig)
 
 
 def take(arbiter: Any) -> list[int]:

@@ -215,6 +215,9 @@ class UpgradeCoordinator:
         if self._when_active and not self._generation.awaits_promotion:
             self._when_active = False
             self.request()
+        guarded("requests", self._deploys.forget_dead_requests)(
+            signal_waits=self._when_active or self._server.has_queued(signal.SIGUSR2)
+        )
         self.leftovers.follow()
         upgrade = self.upgrade
         if upgrade is None:

@@ -112,6 +112,13 @@ class Deploys:
             if request is not None and request.back:
                 self._asked.kind = "rollback"
 
+    def forget_dead_requests(self, *, signal_waits: bool) -> None:
+        """Remove what a command has asked for that ended before it sent SIGUSR2; the tick's call. Raises OSError.
+
+        `signal_waits` when one was caught and not handled yet.
+        """
+        self._box.sweep(signal_waits=signal_waits)
+
     def started(self) -> None:
         """What was asked for is possible, and under way from now on."""
         self._attempt = self._asked
