@@ -45,6 +45,8 @@ class Entry:
     reason: str = ""
     #: What the operator is to know of it beside its outcome.
     note: str = ""
+    #: With how many workers a new generation was watched (`upgrade --canary`), such as "1 of 4 workers".
+    canary: str = ""
     #: How often it came one after the other, with the same outcome for the same reason.
     times: int = 1
 

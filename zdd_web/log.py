@@ -39,6 +39,7 @@ EVENTS = {
     "upgrade.started": "SIGUSR2: a successor was forked; or one that was started takes over",
     "upgrade.left_behind": "environment variables keep paths of the old release, which the new one does not have",
     "upgrade.ready": "all workers of the new generation stand at the gate",
+    "upgrade.grows": "a new generation that was watched as a canary starts the rest of its workers",
     "upgrade.committed": "the successor has lived through the commit window and is active",
     "upgrade.failed": "the successor was ended; the old generation serves on",
     "upgrade.cancelled": "a stop, or a command that asked for it, ended an upgrade under way",

@@ -39,6 +39,7 @@ class Scene:
             has_dirty_apps=False,
             set_successor=lambda pid: None,
             resume_control_server=lambda: None,
+            has_queued=lambda sig: False,
         )
         anything: Any = Anything()
         self.listening, self.notifier = anything, anything

@@ -155,3 +155,12 @@ def test_a_predecessor_that_closes_the_channel_and_stays_has_given_this_one_up(
     with pytest.raises(HaltServer):
         scene.link.follow()
     assert scene.link.state is Link.REJECTED
+
+
+def test_canary_may_grow_when_it_is_told_and_not_before(scene: Scene) -> None:
+    scene.link.may_serve(ready=1)
+    assert not scene.send("go")
+    assert not scene.link.may_grow
+    assert not scene.send("grow")
+    assert scene.link.may_grow
+    assert not scene.link.is_active

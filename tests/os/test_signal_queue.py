@@ -70,3 +70,14 @@ def test_gunicorn_23_keeps_its_list() -> None:
     server = SimpleNamespace(SIG_QUEUE=[15])
     signal_queue.replace_queue(server)
     assert server.SIG_QUEUE == [15]
+
+
+def test_a_signal_that_waits_is_seen_and_stays() -> None:
+    signals = SignalQueue()
+    signals.put_nowait(signal.SIGUSR2)
+    for waiting in (signals, [signal.SIGUSR2]):
+        arbiter = SimpleNamespace(SIG_QUEUE=waiting)
+        assert signal_queue.waits(arbiter, signal.SIGUSR2)
+        assert not signal_queue.waits(arbiter, signal.SIGHUP)
+        assert signal_queue.take(arbiter) == [signal.SIGUSR2]
+        assert not signal_queue.waits(arbiter, signal.SIGUSR2)

@@ -726,3 +726,75 @@ def test_successor_of_another_layout_is_judged_by_its_master_alone(bench: Bench)
     await_news(upgrade)
     assert upgrade.poll() is None
     assert upgrade.committed
+
+
+# -- a canary
+
+
+CANARY = """
+    from zdd_web.board import Heartbeat
+    from zdd_web.lifecycle import Phase
+    board.header.phase, board.header.workers_wanted, board.header.workers_full = Phase.SERVING, 1, 2
+    def serve(age):
+        slot = board.claim(age)
+        slot.heartbeat, slot.beat_at = Heartbeat.BETWEEN_REQUESTS, clock.now_ns() + 3600 * 10**9
+        slot.order.pid, slot.order.start, slot.state = 4710 + age, 1, WorkerState.SERVING
+    serve(1)
+    {board}
+    channel.send("hello", fd=board.fd, pid=os.getpid(), pid_file="", canary={canary})
+    channel.send("ready", workers=1)
+    while True:
+        said = hear()
+        say(said)
+        board.header.tick_at = clock.now_ns() + 3600 * 10**9
+        channel.send("garbage to wake the test")
+        if said == "grow":
+            hear()
+            serve(2)
+            channel.send("garbage to wake the test")
+"""
+
+
+def watched(bench: Bench, **fields: object) -> Upgrade:
+    upgrade = bench.begin(CANARY.format(**{"board": "pass", "canary": 1, **fields}))
+    assert verdict(upgrade).ready
+    upgrade.go()
+    await_news(upgrade)
+    assert upgrade.poll() is None
+    assert upgrade.committed
+    return upgrade
+
+
+def test_canary_that_has_passed_its_watch_is_committed_when_all_of_its_workers_serve(bench: Bench) -> None:
+    upgrade = watched(bench)
+    assert upgrade.grow(0.0)
+    assert upgrade.state is Successor.GROWING
+    await_news(upgrade)
+    assert upgrade.poll() is None
+    assert not upgrade.committed
+    # It starts the second one when the test lets it.
+    upgrade._channel.send("go on")
+    await_news(upgrade)
+    assert upgrade.poll() is None
+    assert upgrade.committed
+    assert not upgrade.grow(0.0)
+
+
+def test_successor_that_knows_no_canary_does_not_grow(bench: Bench) -> None:
+    upgrade = watched(bench, canary=0)
+    assert not upgrade.grow(0.0)
+    assert upgrade.state is Successor.COMMITTING
+
+
+def test_canary_of_another_layout_is_committed_as_it_is_and_grows_then(bench: Bench) -> None:
+    upgrade = watched(bench, board=f"board.header.layout = {LAYOUT + 1}")
+    assert not upgrade.grow(0.0)
+
+
+def test_canary_that_does_not_grow_in_time_has_failed(bench: Bench) -> None:
+    upgrade = watched(bench)
+    upgrade.timeout = 0.0
+    assert upgrade.grow(0.0)
+    found = verdict(upgrade)
+    assert not found.ready
+    assert found.reason.endswith("it waits for 2 workers to serve, of which 1 do")

@@ -165,18 +165,6 @@ def test_release_that_chdir_names(releases, chdir: str):
     runs(service, releases, "r3", 4)
 
 
-def test_plain_signal_is_a_plain_upgrade_whatever_a_dead_command_has_left(releases):
-    service, releases = releases
-    service.start()
-    generation = service.is_active()
-    with deploy_request.standing(
-        generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(to=str(releases.path("r3")))
-    ):
-        pass  # it has ended before it sent the signal
-    deploy(service, releases, "r2")
-    runs(service, releases, "r2", 2)
-
-
 def test_two_commands_at_a_time_exclude_each_other(releases):
     service, releases = releases
     service.start()

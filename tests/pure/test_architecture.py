@@ -30,7 +30,7 @@ MAY_USE = {
     # What a release is called, and what was done to a service: both sides, the master and the commands, need them.
     "release": set(),
     "history": set(),
-    "deploy_request": {"errors", "system"},
+    "deploy_request": {"errors", "settings", "system"},
     "lookup": {"board", "errors", "lifecycle", "system"},
     "waitgroup": {"errors", "log"},
     "checks": {"errors", "log", "board", "health", "settings", "system", "waitgroup"},

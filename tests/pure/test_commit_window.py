@@ -239,6 +239,33 @@ def test_window_on_a_board(now: list[int]) -> None:
     board.close()
 
 
+def test_growth_of_a_canary_is_over_when_its_full_number_serves(now: list[int]) -> None:
+    board, slots = board_of(WorkerState.SERVING, WorkerState.BOOTING, WorkerState.BOOTING)
+    board.header.workers_wanted = board.header.workers_full = 3
+    window = CommitWindow(board, 0.0, 60.0, grows=True)
+    for slot in slots[:2]:
+        slot.state, slot.beat_at = WorkerState.SERVING, now[0]
+        assert window.judge().waits_for == f"3 workers to serve, of which {slots.index(slot) + 1} do"
+    slots[2].state, slots[2].beat_at = WorkerState.SERVING, now[0]
+    assert window.judge() == CONFIRMED
+    board.close()
+
+
+def test_growth_that_does_not_end_rejects_and_says_so(now: list[int]) -> None:
+    board, (slot, _) = board_of(WorkerState.SERVING, WorkerState.BOOTING)
+    # Its master has not turned since it was sent `grow`.
+    board.header.workers_wanted, board.header.workers_full = 1, 2
+    window = CommitWindow(board, 0.0, 60.0, grows=True)
+    now[0] += 60 * SECOND
+    slot.beat_at = now[0]
+    assert window.judge().reason == (
+        "the growth to its full size was not over after 60 s: it waits for 2 workers to serve, of which 1 do"
+    )
+    board.header.lost_pid, board.header.lost_status, board.header.workers_lost = 11, SEGFAULT, 1
+    assert window.judge().reason == "worker 11 ended in the growth to its full size: killed by SIGSEGV"
+    board.close()
+
+
 def test_check_that_fails_in_all_workers_rejects(now: list[int]) -> None:
     board, slots = board_of(WorkerState.SERVING, WorkerState.SERVING)
     window = CommitWindow(board, 1.0, 60.0)

@@ -17,6 +17,7 @@ from zdd_web.gunicorn.upgrade.states import (
     LINK,
     OUTCOME,
     RELEASED,
+    SERVES_BESIDE,
     SUCCESSOR,
     Link,
     LinkEvent,
@@ -35,9 +36,13 @@ KNOWN_SUCCESSOR = {
     (Successor.BOOTING, SuccessorEvent.FAILED): Successor.REJECTED,
     (Successor.READY, SuccessorEvent.GO): Successor.COMMITTING,
     (Successor.READY, SuccessorEvent.FAILED): Successor.REJECTED,
+    (Successor.COMMITTING, SuccessorEvent.GROW): Successor.GROWING,
     (Successor.COMMITTING, SuccessorEvent.CONFIRMED): Successor.PROMOTED,
     (Successor.COMMITTING, SuccessorEvent.FAILED): Successor.REJECTED,
     (Successor.COMMITTING, SuccessorEvent.STOP): Successor.STOPPING,
+    (Successor.GROWING, SuccessorEvent.CONFIRMED): Successor.PROMOTED,
+    (Successor.GROWING, SuccessorEvent.FAILED): Successor.REJECTED,
+    (Successor.GROWING, SuccessorEvent.STOP): Successor.STOPPING,
     (Successor.PROMOTED, SuccessorEvent.LAST_ACCEPT): Successor.ACTIVE,
     (Successor.PROMOTED, SuccessorEvent.RELEASED): Successor.ENDING,
     (Successor.PROMOTED, SuccessorEvent.FAILED): Successor.REJECTED,
@@ -111,7 +116,7 @@ def test_every_state_is_reached_from_the_first(
 
 def test_every_upgrade_can_fail_until_the_service_was_handed_over() -> None:
     fails = {state for state in Successor if knows(SUCCESSOR, state, SuccessorEvent.FAILED)}
-    assert fails == BEFORE_GO | {Successor.COMMITTING, Successor.PROMOTED, Successor.ACTIVE}
+    assert fails == BEFORE_GO | SERVES_BESIDE | {Successor.PROMOTED, Successor.ACTIVE}
     assert set() == HANDED_OVER & BEFORE_GO
     assert RELEASED <= HANDED_OVER
 
@@ -143,6 +148,7 @@ def test_the_outcome_on_the_board_follows_from_the_state() -> None:
         (Successor.STARTING, "before it was ready"),
         (Successor.READY, "before it was ready"),
         (Successor.COMMITTING, "in the commit window"),
+        (Successor.GROWING, "while it grew to its full size"),
         (Successor.STOPPING, "in the commit window"),
         (Successor.ACTIVE, "after the handover"),
     ],

@@ -118,6 +118,9 @@ class Header(Record):
     #: The master's descriptors of its history (history.py) and of its request box (deploy_request.py); 0 for none.
     history_fd = Word(29)
     request_fd = Word(30)
+    #: How many workers there are to be; `workers_wanted` are fewer while this generation serves as a canary. 0 on the
+    #: board of a version without canaries.
+    workers_full = Word(31)
     name = Text(32, 128)
     #: How many slots were ever used: no reader needs to look at those behind.
     slots_used = Word(50)

@@ -72,11 +72,18 @@ class Snapshot:
     connections_closed_idle: int = 0
     #: Which code it runs, see release.py.
     release: str = ""
+    #: See `Header.workers_full`.
+    workers_full: int = 0
 
     @property
     def in_flight(self) -> int:
         """Requests in hand in all workers."""
         return sum(worker.in_flight for worker in self.workers)
+
+    @property
+    def is_canary(self) -> bool:
+        """Whether it serves with fewer workers than it is to have, because it is watched (`upgrade --canary`)."""
+        return self.workers_wanted < self.workers_full
 
     @property
     def tasks(self) -> int:

@@ -52,11 +52,29 @@ def share(context: click.Context, parameter: click.Parameter, value: str | None)
     return found
 
 
+def canary(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Read how many workers a canary has, as the setting CANARY does; for click."""
+    if value is None:
+        return None
+    try:
+        found: str = NORMALISE["canary"](value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if not found:
+        raise click.BadParameter("must be a number of workers, or a percentage of them such as 25%")
+    return found
+
+
 class Asked:
     """An upgrade that was asked for."""
 
-    def __init__(self, fd: int = -1) -> None:
-        self._fd = fd
+    def __init__(self, fd: int = -1, standing: deploy_request.Standing | None = None) -> None:
+        self._fd, self._standing = fd, standing
+
+    def taken(self) -> None:
+        """The master has taken the request."""
+        if self._standing is not None:
+            self._standing.taken()
 
     @property
     def note(self) -> str:
@@ -70,30 +88,35 @@ class Asked:
 
 
 @contextlib.contextmanager
-def asking(generation: Generation, request: DeployRequest | None) -> Iterator[Asked]:
-    """Have a request stand while the upgrade that it is for is asked for and followed; nothing for None.
+def asking(generation: Generation, request: DeployRequest) -> Iterator[Asked]:
+    """Have a request stand while the upgrade that it is for is asked for and followed.
 
-    Raises `CannotHelp` when it cannot be put to the master.
+    Raises `CannotHelp` when it cannot be put to the master. A plain one need not be: SIGUSR2 alone means the same.
     """
-    if request is None:
-        yield Asked()
-        return
+    is_plain = request == DeployRequest()
+    if request.canary is not None and not generation.header.workers_full:
+        raise CannotHelp(ANOTHER_VERSION.format(what="starts all workers at once, without a canary"))
     number = generation.header.request_fd
-    if not number:
+    if not number and not is_plain:
         raise CannotHelp(ANOTHER_VERSION.format(what="takes no such request"))
     with contextlib.ExitStack() as stack:
-        # Held from now on: it outlives its master, which notes there how the upgrade ends.
-        fd = _open(generation)
-        stack.callback(os.close, fd)
+        asked = Asked()
         try:
-            assert generation.owner is not None
-            stack.enter_context(deploy_request.standing(generation.pid, number, generation.owner, request))
+            if number:
+                # Held from now on: it outlives its master, which notes there how the upgrade ends.
+                fd = _open(generation)
+                stack.callback(os.close, fd)
+                assert generation.owner is not None
+                standing = deploy_request.standing(generation.pid, number, generation.owner, request)
+                asked = Asked(fd, stack.enter_context(standing))
         except UpgradeError as error:
             raise CannotHelp(str(error)) from None
         except PermissionError:
-            raise CannotHelp(
-                f"no permission to ask process {generation.pid} for it: run this as its user or as root"
-            ) from None
+            if not is_plain:
+                raise CannotHelp(
+                    f"no permission to ask process {generation.pid} for it: run this as its user or as root"
+                ) from None
         except OSError as error:
-            raise CannotHelp(f"process {generation.pid} cannot be asked for it: {error}") from None
-        yield Asked(fd)
+            if not is_plain:
+                raise CannotHelp(f"process {generation.pid} cannot be asked for it: {error}") from None
+        yield asked

@@ -40,7 +40,7 @@ def table(entries: Sequence[Entry]) -> str:
     for row, entry in zip(rows, (None, *entries), strict=True):
         lines.append("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
         if entry is not None:
-            lines += [f"    {cell(text)}" for text in (entry.reason, entry.note) if text]
+            lines += [f"    {cell(text)}" for text in (_canary(entry), entry.reason, entry.note) if text]
     return "\n".join(lines)
 
 
@@ -49,6 +49,10 @@ def _row(entry: Entry) -> tuple[str, ...]:
     number = str(entry.generation) if entry.generation else ""
     name = cell(release.short(entry.release))
     return _time(entry.at), cell(entry.kind), number, name, f"{entry.seconds:.1f} s", outcome
+
+
+def _canary(entry: Entry) -> str:
+    return f"canary: {entry.canary}" if entry.canary else ""
 
 
 def _time(at: float, *, local: bool = True) -> str:

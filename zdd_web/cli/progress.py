@@ -139,7 +139,9 @@ def booting(successor: Snapshot | None) -> str:
     ready = states.count(WorkerState.READY) + states.count(WorkerState.SERVING)
     at_work = sorted({cell(worker.error) for worker in successor.workers if worker.error})
     waits = "; ".join(at_work[:MOST_STEPS]) + (" ..." if len(at_work) > MOST_STEPS else "")
-    return f"worker {ready} of {successor.workers_wanted} is ready" + (f"; waiting for: {waits}" if waits else "")
+    waits = f"; waiting for: {waits}" if waits else ""
+    canary = f" (canary, of {successor.workers_full} workers)" if successor.is_canary else ""
+    return f"worker {ready} of {successor.workers_wanted} is ready{canary}{waits}"
 
 
 def committing(successor: Snapshot | None, old: Snapshot) -> str:
@@ -147,7 +149,14 @@ def committing(successor: Snapshot | None, old: Snapshot) -> str:
     if old.phase is Phase.RETIRING:
         return f"the old generation ends to accept: {in_hand(old.in_flight, old.tasks)}"
     new = in_hand(successor.in_flight, successor.tasks) if successor is not None else "not seen"
-    return f"commit window: the new generation has {new}, the old one {in_hand(old.in_flight, old.tasks)}"
+    both = f"the new generation has {new}, the old one {in_hand(old.in_flight, old.tasks)}"
+    if successor is not None and successor.is_canary:
+        return f"canary: {successor.workers_wanted} of {successor.workers_full} workers are watched; {both}"
+    states = [worker.state for worker in successor.workers] if successor is not None else []
+    if successor is not None and WorkerState.BOOTING in states:
+        serving = states.count(WorkerState.SERVING)
+        return f"it grows: {serving} of {successor.workers_wanted} workers serve; {both}"
+    return f"commit window: {both}"
 
 
 class StopProgress:

@@ -60,6 +60,7 @@ def lines_of(line: Sequence[Shown], now: Now, width: int | None) -> list[Text]:
     for snapshot in snapshots:
         lines += release_of(snapshot, width)
     for snapshot in snapshots:
+        lines += canary_of(snapshot, width)
         lines += upgrade_of(snapshot, now, width)
     lines += [Text(""), *workers(snapshots)]
     for worker in (worker for snapshot in snapshots for worker in snapshot.workers if worker.error):
@@ -85,8 +86,8 @@ def _generation(snapshot: Snapshot, now: Now) -> Iterator[Text | str]:
     yield now.clock(snapshot.phase_since)
     yield now.age(snapshot.phase_since)
     yield str(snapshot.master_pid)
-    few = len(snapshot.workers) < snapshot.workers_wanted and snapshot.phase is Phase.SERVING
-    yield Text(f"{len(snapshot.workers)} of {snapshot.workers_wanted}", style=screen.BUSY if few else "")
+    few = len(snapshot.workers) < snapshot.workers_wanted or snapshot.is_canary
+    yield Text(workers_of(snapshot), style=screen.BUSY if few and snapshot.phase is Phase.SERVING else "")
     yield str(snapshot.in_flight)
     yield str(snapshot.tasks)
 
@@ -105,6 +106,23 @@ def release_of(snapshot: Snapshot, width: int | None) -> list[Text]:
         return []
     text = f"release of generation {snapshot.generation}: {cell(release.short(snapshot.release))}"
     return screen.paragraph(text, width)
+
+
+def workers_of(snapshot: Snapshot) -> str:
+    """Return how many workers a generation has, and is to have once it has grown."""
+    # A version without canaries does not tell `workers_full`.
+    return f"{len(snapshot.workers)} of {max(snapshot.workers_full, snapshot.workers_wanted)}"
+
+
+def canary_of(snapshot: Snapshot, width: int | None) -> list[Text]:
+    """Return that a generation serves with some of its workers only; nothing for any other."""
+    if not snapshot.is_canary or snapshot.phase not in (Phase.BOOTING, Phase.SERVING):
+        return []
+    text = (
+        f"generation {snapshot.generation} is a canary: {snapshot.workers_wanted} of {snapshot.workers_full} workers "
+        f"until its watch is passed"
+    )
+    return screen.paragraph(text, width, style=screen.BUSY)
 
 
 def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:

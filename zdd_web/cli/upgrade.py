@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from zdd_web.board import Snapshot
 from zdd_web.cli import control, deploys, screen
 from zdd_web.cli.options import Which, another_version, in_hand, title, which_service
 from zdd_web.cli.output import cell, say
@@ -30,17 +31,20 @@ LEFT = 3
               help="Have both generations serve for so long; take back one that does worse.")  # fmt: skip
 @click.option("--max-errors", metavar="SHARE", callback=deploys.share,
               help="Of replies with status 500 or above, beyond those of the old one: 0.01 or 1%.")  # fmt: skip
-def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None) -> None:
+@click.option("--canary", metavar="N|P%", callback=deploys.canary,
+              help="Watch so many workers of the new one, or a percentage; then start the rest.")  # fmt: skip
+def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None, canary: str | None) -> None:
     """Replace the running code with what is on disk.
 
     Status 0 only when the new generation serves; 1 when the old one goes on. Ctrl-C or SIGTERM cancels: the command
     waits and says what became of it. A second one leaves with status 3 and does not wait.
     """
-    plain = to is None and watch is None and max_errors is None
-    deploy(which, None if plain else DeployRequest(to=to or "", watch=watch, max_errors=max_errors))
+    if canary is not None and watch == 0:
+        raise click.UsageError(f"--canary {canary} needs a watch, and --watch 0 is none: give --watch SECONDS")
+    deploy(which, DeployRequest(to=to or "", watch=watch, max_errors=max_errors, canary=canary))
 
 
-def deploy(which: Which, request: DeployRequest | None = None) -> None:
+def deploy(which: Which, request: DeployRequest) -> None:
     """Upgrade the service, show how it goes, and end with the command's exit status.
 
     `request` is what is asked of the master beyond SIGUSR2.
@@ -58,7 +62,13 @@ def deploy(which: Which, request: DeployRequest | None = None) -> None:
                     else "this master cannot be asked to cancel (an older zdd_web?): it goes on; again to leave"
                 )
 
-            progress = UpgradeProgress(generation, ticker)
+            shown = UpgradeProgress(generation, ticker)
+
+            def progress(snapshot: Snapshot) -> None:
+                # The first is of a master that has taken the request.
+                asked_for.taken()
+                shown(snapshot)
+
             result = control.upgrade(generation, progress, interrupts=interrupts, on_interrupt=interrupted)
             note = asked_for.note if result.ok else ""
         status = _report(generation, result)

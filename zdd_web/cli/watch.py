@@ -18,7 +18,7 @@ from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.options import count
 from zdd_web.cli.output import cell
-from zdd_web.cli.status_view import Shown, hangs, phase_of, stalled, state_of, upgrade_of
+from zdd_web.cli.status_view import Shown, canary_of, hangs, phase_of, stalled, state_of, upgrade_of, workers_of
 from zdd_web.cli.times import Now
 from zdd_web.errors import BoardError
 from zdd_web.health.view import Result
@@ -63,6 +63,7 @@ def board(services: Services, now: Now, console: Console) -> RenderableType:
         parts.append(Text(cell(line[-1].snapshot.name), style=screen.HEAD))
         parts.append(_side_by_side([_panel(each, now, console) for each in line], console.width))
         for each in line:
+            parts += canary_of(each.snapshot, console.width)
             parts += upgrade_of(each.snapshot, now, console.width)
             if stalled(each.snapshot, now):
                 parts += screen.paragraph(hangs(each.snapshot, now), console.width, style=screen.BAD)
@@ -89,7 +90,7 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
     title = Text.assemble(f"generation {snapshot.generation}: ", phase_of(snapshot, now))
     lines: list[Text] = [
         Text(f"since {now.clock(snapshot.phase_since)}, {now.age(snapshot.phase_since)}"),
-        Text(f"master {snapshot.master_pid}, {len(snapshot.workers)} of {snapshot.workers_wanted} workers"),
+        Text(f"master {snapshot.master_pid}, {workers_of(snapshot)} workers"),
         Text(f"{count(snapshot.in_flight, 'request')} in flight, {count(snapshot.tasks, 'background task')}"),
     ]
     if snapshot.release:

@@ -46,6 +46,7 @@ class Settings:
     commit_window: float = 1.0
     watch: float = 0.0
     max_errors: float = 0.01
+    canary: str = ""
     grace_period: float = DEFAULT_GRACE_PERIOD
     drain_delay: float = 0.0
     lame_duck_ready: bool = False

@@ -205,6 +205,13 @@ def _share(value: object) -> float:
     return number
 
 
+def _canary(value: object) -> str:
+    text = value.strip() if isinstance(value, str) else "" if isinstance(value, bool) else str(value)
+    if value != "" and not re.fullmatch(r"[1-9][0-9]{0,3}|(100|[1-9][0-9]?)%", text):
+        raise ValueError("must be a number of workers from 1, or '1%' to '100%' of them, or empty for all")
+    return text
+
+
 def _release(value: object) -> str:
     # It becomes part of log lines, of a label of the metrics, and of a table.
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]{0,100}", value):
@@ -220,6 +227,7 @@ NORMALISE: dict[str, Callable[[object], Any]] = {
     "commit_window": _seconds(least=0),
     "watch": _seconds(least=0),
     "max_errors": _share,
+    "canary": _canary,
     "grace_period": _seconds(least=1),
     "drain_delay": _seconds(least=0),
     "lame_duck_ready": _switch,

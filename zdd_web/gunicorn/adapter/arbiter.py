@@ -212,6 +212,10 @@ class ArbiterFacade:
         for sig in self.signals:
             signal.signal(sig, signal.SIG_IGN)
 
+    def has_queued(self, sig: int) -> bool:
+        """Tell whether a signal was caught that the loop has not handled yet."""
+        return signal_queue.waits(self.raw, sig)
+
     def take_queued_signals(self) -> list[int]:
         """Return the signals that the loop has not handled yet, and empty its queue."""
         return signal_queue.take(self.raw)

@@ -53,6 +53,10 @@ class SignalQueue:
         except IndexError:
             raise queue.Empty from None
 
+    def has(self, item: int) -> bool:
+        # A copy first: a handler may append while a deque is searched, which raises.
+        return item in tuple(self._items)
+
     def empty(self) -> bool:
         return not self._items
 
@@ -67,6 +71,12 @@ def replace_queue(arbiter: Arbiter) -> None:
     # A handler that read the attribute before this assignment has put its signal already: handlers run in this thread.
     while not before.empty():
         now.put_nowait(before.get_nowait())
+
+
+def waits(arbiter: Arbiter, sig: int) -> bool:
+    """Tell whether the loop has yet to handle a signal."""
+    waiting = arbiter.SIG_QUEUE
+    return sig in waiting if isinstance(waiting, list) else waiting.has(sig)
 
 
 def take(arbiter: Arbiter) -> list[int]:

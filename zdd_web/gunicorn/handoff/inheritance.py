@@ -67,6 +67,8 @@ class Inheritance:
     #: The predecessor's history, and which releases there were before, for one that is forked (upgrade/deploys.py).
     history: int = -1
     lineage: int = -1
+    #: How many workers are to serve while the predecessor watches, a number or a percentage; "" for all.
+    canary: str = ""
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""

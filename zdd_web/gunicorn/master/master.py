@@ -53,6 +53,7 @@ from zdd_web.gunicorn.sockets.manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.upgrade.canary import Canary
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
 from zdd_web.gunicorn.upgrade.deploys import Deploys
 from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
@@ -101,6 +102,7 @@ class Master:
         self.roster = Roster(server, self.board)
         self.predecessor_link = PredecessorLink(inherited, server, self.board) if inherited else None
         self.generation.predecessor = self.predecessor_link
+        self.canary = Canary(server, inherited.canary if inherited else "")
         self._inherited_as_kept = inherited.kept if inherited else False
         self.deploys = Deploys(self.header, launch, server.cfg.chdir, settings.release, inherited)
         self.notifier = SystemdNotifier(self.generation, inherited, self.roster.__len__, self.not_now)
@@ -111,7 +113,7 @@ class Master:
             self.roster,
             self.listening,
             lambda: self.predecessor_link,
-            required=lambda: server.num_workers,
+            required=lambda: self.canary.at_gate,
         )
         self.exchange = Exchange(inherited, is_on=settings.hand_over_connections)
         self.coordinator = UpgradeCoordinator(
@@ -158,6 +160,7 @@ class Master:
             self.roster,
             self.listening,
             self.capacity,
+            lambda: self.canary.wanted,
             self.stop,
             self.gate,
             self.start_message,
@@ -210,7 +213,9 @@ class Master:
             for sig in (signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH):
                 server.replace_handler(sig, partial(self._unless_forwarded, sig))
         if self.predecessor_link is not None:
-            self.predecessor_link.adopt(self.listening, takes_connections=self.exchange.was_inherited)
+            self.predecessor_link.adopt(
+                self.listening, takes_connections=self.exchange.was_inherited, canary=self.canary.size
+            )
         else:
             if server.pid_file is not None:
                 server.set_pid_file(PidFile(server.pid_file.fname, os.getpid()))
@@ -218,12 +223,12 @@ class Master:
             self.takeover.open()
         self.probes.start(self.predecessor_link)
         self.start_message.doing("its workers booted")
-        self.header.workers_wanted = server.num_workers
+        self._note_workers()
         settings = self.generation.settings
-        log.emit("boot.started", pid=os.getpid(), workers=server.num_workers, listener=settings.listener,
+        log.emit("boot.started", pid=os.getpid(), workers=self.canary.wanted, listener=settings.listener,
                  grace_period=settings.grace_period, drain_delay=settings.drain_delay,
                  kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name,
-                 release=self.deploys.label)  # fmt: skip
+                 release=self.deploys.label, **self.canary.described)  # fmt: skip
 
     def _interval(self) -> float:
         if self.generation.phase is Phase.SERVING and self._settled():
@@ -249,7 +254,7 @@ class Master:
         pauses.turn()
         self.header.tick_at = clock.now_ns()
         self.capacity.limit()
-        self.header.workers_wanted = self.server.num_workers
+        self._note_workers()
         # A reload may change it.
         self.header.worker_timeout = int(self.server.cfg.timeout * 1e9)
         self.header.boot_timeout = int(self.generation.settings.upgrade_timeout * 1e9)
@@ -257,6 +262,7 @@ class Master:
         try:
             if self.predecessor_link is not None and self.predecessor_link.follow():
                 self.predecessor_link = self.generation.predecessor = None
+            self.canary.follow(self.predecessor_link)
             if self.generation.phase is Phase.BOOTING:
                 self.boot.follow()
         except HaltServer as halt:
@@ -276,13 +282,16 @@ class Master:
         guarded("probe port", self.probes.follow)(
             self.generation, self.coordinator.upgrade, lambda: self.roster.any_serves
         )
-        if self.roster.serving() >= self.server.num_workers:
+        if self.roster.serving() >= self.canary.wanted:
             self.roster.booted()
         # Last: nothing that moves the phase waits for them.
         guarded("systemd", self.notifier.follow)()
         if self.generation.phase is Phase.SERVING and self.predecessor_link is None and not self.coordinator.under_way:
             guarded("listeners", self.listening.fit)(self.server.num_workers)
         guarded("listeners", self.listening.note)()
+
+    def _note_workers(self) -> None:
+        self.header.workers_wanted, self.header.workers_full = self.canary.wanted, self.server.num_workers
 
     def _open_gate(self) -> None:
         self.gate.open()

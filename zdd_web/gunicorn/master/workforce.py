@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from zdd_web import lifecycle, log
 from zdd_web.board import WorkerState
@@ -36,12 +37,14 @@ class Workforce:
         roster: Roster,
         listening: ListenerManager,
         capacity: Capacity,
+        wanted: Callable[[], int],
         stop: Stop,
         gate: Gate,
         start_message: StartMessage,
     ) -> None:
+        """`wanted` returns how many workers there are to be just now."""
         self._server, self._generation, self._header = server, generation, generation.header
-        self._roster, self._listening, self._capacity = roster, listening, capacity
+        self._roster, self._listening, self._capacity, self._wanted = roster, listening, capacity, wanted
         self._stop, self._gate, self._start_message = stop, gate, start_message
         self.heap = SharedHeap()
 
@@ -97,7 +100,7 @@ class Workforce:
                 self._stop.end_when_no_worker_is_left()
             else:
                 self._stop.end_at_the_deadline()
-        decision = plan(self._roster.members(), self._server.num_workers, self._generation.phase, self._roster.room)
+        decision = plan(self._roster.members(), self._wanted(), self._generation.phase, self._roster.room)
         self._capacity.note_room(decision, lambda: self._roster.any_leaves)
         if self._roster.may_spawn():
             for _ in range(decision.spawn):

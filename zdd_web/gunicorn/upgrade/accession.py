@@ -37,6 +37,8 @@ class PredecessorLink:
         #: When the channel was found to have ended while the predecessor lives.
         self._ended_at = clock.NEVER
         self.reopen_number = 0
+        #: The predecessor says that the watch over this one, a canary, is passed.
+        self.may_grow = False
         self._pid_file = ""
         self._predecessors: Board | None = None
         if inherited.board >= 0:
@@ -80,8 +82,10 @@ class PredecessorLink:
             boot_log.give_back_stderr(self.inherited.stderr, self.inherited.boot_log)
         self._channel.send("speaks")
 
-    def adopt(self, listening: ListenerManager, *, takes_connections: bool = False) -> None:
+    def adopt(self, listening: ListenerManager, *, takes_connections: bool = False, canary: int = 0) -> None:
         """Make the inherited listeners this master's, and introduce it to its predecessor.
+
+        `canary` is with how many workers this generation serves until its watch is passed; 0 for all.
 
         Raises `UpgradeError` or `ListenerError` when the configuration wants what cannot be had.
         """
@@ -93,7 +97,8 @@ class PredecessorLink:
         self._server.hold_control_server()
         path = os.path.abspath(self._pid_file) if self._pid_file else ""
         self._channel.send("hello", fd=self._board.fd, pid=os.getpid(), pid_file=path, dropped=dropped,
-                            added_paths=listening.added_paths, exchange=takes_connections)  # fmt: skip
+                            added_paths=listening.added_paths, exchange=takes_connections,
+                           canary=canary)  # fmt: skip
 
     def may_serve(self, ready: int) -> bool:
         """Ask the predecessor for the gate, once; tell whether it has answered or is gone."""
@@ -113,6 +118,9 @@ class PredecessorLink:
         while message := self._channel.receive():
             if message.kind == "reopen":
                 self.reopen_number = max(self.reopen_number, message.number("number"))
+                continue
+            if message.kind == "grow":
+                self.may_grow = True
                 continue
             event = EVENTS.get(message.kind)
             if event is None or not knows(LINK, self.state, event):

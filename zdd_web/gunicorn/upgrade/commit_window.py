@@ -12,6 +12,8 @@ worker at once included), when one is frozen (heartbeats.py), or when a check th
 that is replaced (`max_requests`) or retired (TTOU) has the order of its master; one that boots (TTIN) is not judged. As
 many workers as stood at the gate must serve at the end: one that has left by itself is replaced before the commit.
 
+A canary (canary.py) has a second window, in which it grows to its full size. It ends when all of its workers serve.
+
 `judge()` is the whole decision, pure: it compares what was seen with what was seen a moment before. `CommitWindow`
 looks at the board for it.
 """
@@ -36,6 +38,8 @@ class Window(NamedTuple):
     began: int
     seconds: float
     limit: float
+    #: As reasons have it.
+    name: str = "the commit window"
 
     @property
     def ends(self) -> int:
@@ -84,7 +88,7 @@ def judge(before: Seen, now: Seen, window: Window) -> Judgement:
     >>> judge(well, Seen(elapsed=1.04, lost=1, lost_pid=11, lost_status=9), window).reason
     'worker 11 ended in the commit window: killed by SIGKILL'
     """
-    reason = _ended(before, now) or _frozen(now) or _unready(now)
+    reason = _ended(before, now, window) or _frozen(now, window) or _unready(now, window)
     if reason:
         return Judgement(reason=reason)
     if now.elapsed < window.seconds:
@@ -99,7 +103,7 @@ def judge(before: Seen, now: Seen, window: Window) -> Judgement:
         # Nothing more will be known of a worker whose requests may take longer than this.
         late = [(worker, text) for worker, text in late if not worker.occupied]
         left = _joined(late, unknown)
-        over = f"the commit window was not over after {now.elapsed:.0f} s: it waits for {left}"
+        over = f"{window.name} was not over after {now.elapsed:.0f} s: it waits for {left}"
         return Judgement(reason=over if left else "")
     return Judgement(waits_for=_joined(late, unknown))
 
@@ -108,7 +112,7 @@ def _joined(late: list[tuple[WorkerSeen, str]], unknown: list[str]) -> str:
     return "; ".join([*(text for _, text in late), *unknown])
 
 
-def _ended(before: Seen, now: Seen) -> str:
+def _ended(before: Seen, now: Seen, window: Window) -> str:
     here = {worker.pid for worker in now.workers}
     lost = now.lost > before.lost
     # One that was ready and has not begun to serve is not counted as lost by its master.
@@ -119,18 +123,18 @@ def _ended(before: Seen, now: Seen) -> str:
     missing = [worker.pid for worker in before.workers if worker.pid not in here and not worker.retiring]
     pid = now.lost_pid if lost and now.lost_pid else next(iter(missing), 0)
     how = f": {proc.describe(now.lost_status)}" if pid and pid == now.lost_pid else ""
-    return f"worker {pid} ended in the commit window{how}" if pid else "a worker ended in the commit window"
+    return f"worker {pid} ended in {window.name}{how}" if pid else f"a worker ended in {window.name}"
 
 
-def _frozen(now: Seen) -> str:
+def _frozen(now: Seen, window: Window) -> str:
     judged = (worker for worker in now.workers if worker.state in AT_WORK and not worker.retiring)
     silent = next(filter(None, (frozen(worker, now.timeout) for worker in judged)), "")
-    return f"{silent} in the commit window" if silent else ""
+    return f"{silent} in {window.name}" if silent else ""
 
 
-def _unready(now: Seen) -> str:
+def _unready(now: Seen, window: Window) -> str:
     failed = (each for each in now.failing if each.failing_for)
-    return next((f"check {each.name!r} fails in the commit window: {each.text}" for each in failed), "")
+    return next((f"check {each.name!r} fails in {window.name}: {each.text}" for each in failed), "")
 
 
 def _outstanding(worker: WorkerSeen, window: Window) -> str:
@@ -146,9 +150,11 @@ def _outstanding(worker: WorkerSeen, window: Window) -> str:
 class CommitWindow:
     """A window that has begun, on the board of the new generation."""
 
-    def __init__(self, board: Board, seconds: float, limit: float) -> None:
-        self._board = board
-        self.window = Window(clock.now_ns(), seconds, limit)
+    def __init__(self, board: Board, seconds: float, limit: float, *, grows: bool = False) -> None:
+        """`grows` for a generation of which more workers are to serve than stood at the gate: all."""
+        self._board, self._grows = board, grows
+        name = "the growth to its full size" if grows else Window.name
+        self.window = Window(clock.now_ns(), seconds, limit, name)
         self._heartbeats = Heartbeats(board, self.window.began)
         at_work = (WorkerState.READY, WorkerState.SERVING)
         self._at_gate = sum(slot.state in at_work for slot in board.taken_slots())
@@ -170,7 +176,7 @@ class CommitWindow:
             lost_pid=header.lost_pid,
             lost_status=header.lost_status,
             timeout=self._heartbeats.timeout,
-            required=min(self._at_gate, header.workers_wanted),
+            required=header.workers_full if self._grows else min(self._at_gate, header.workers_wanted),
             failing=tuple(self._failing()),
         )
 

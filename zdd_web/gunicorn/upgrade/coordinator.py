@@ -42,6 +42,7 @@ from zdd_web.gunicorn.upgrade.preparation import Preparation
 from zdd_web.gunicorn.upgrade.states import (
     HANDED_OVER,
     RELEASED,
+    SERVES_BESIDE,
     SUCCESSOR,
     Successor,
     SuccessorEvent,
@@ -199,6 +200,9 @@ class UpgradeCoordinator:
         if self._when_active and not self._generation.awaits_promotion:
             self._when_active = False
             self.request()
+        guarded("requests", self._deploys.forget_dead_requests)(
+            signal_waits=self._when_active or self._server.has_queued(signal.SIGUSR2)
+        )
         self.leftovers.follow()
         upgrade = self.upgrade
         if upgrade is None:
@@ -220,6 +224,8 @@ class UpgradeCoordinator:
             self._serve_again(upgrade, verdict.reason)
         elif verdict is not None:
             self._fail(upgrade, verdict.reason)
+        elif upgrade.committed and upgrade.grow(self._settings.commit_window):
+            self._outcome.publish(upgrade)
         elif upgrade.committed:
             self._watch = None
             self._commit(upgrade)
@@ -228,7 +234,7 @@ class UpgradeCoordinator:
 
     def _compare(self, upgrade: Upgrade) -> Verdict | None:
         """Return the verdict of a watch (`upgrade --watch`), None while nothing is against the new generation."""
-        if self._watch is None or upgrade.state is not Successor.COMMITTING:
+        if self._watch is None or upgrade.state not in SERVES_BESIDE:
             return None
         reason = self._watch.judge(is_over=upgrade.committed)
         return Verdict(ready=False, reason=reason) if reason else None
@@ -261,6 +267,8 @@ class UpgradeCoordinator:
         seconds, allowed = self._deploys.watch(self._settings)
         if seconds and upgrade.is_child and upgrade.board is not None:
             self._watch = ErrorWatch(self._generation.board, upgrade.board, allowed)
+        if upgrade.canary and upgrade.board is not None:
+            self._deploys.note_canary(upgrade.canary, upgrade.board.header.workers_full)
         upgrade.go()
         self._outcome.publish(upgrade)
 
@@ -353,12 +361,12 @@ class UpgradeCoordinator:
         if upgrade is None or upgrade.state in HANDED_OVER:
             return
         reason = "the service was stopped"
-        if upgrade.state is Successor.COMMITTING and not upgrade.is_child:
+        if upgrade.state in SERVES_BESIDE and not upgrade.is_child:
             # It serves, and a signal to this process means this one alone: the successor has a pid of its own.
             self._commit(upgrade)
             return
         label = self._deploys.label_of(upgrade.board)
-        if upgrade.state is Successor.COMMITTING:
+        if upgrade.state in SERVES_BESIDE:
             # It has accepted requests: it stops as this generation does, which waits for it.
             self.leftovers.stop(upgrade, sig)
             upgrade.move(SuccessorEvent.STOP)

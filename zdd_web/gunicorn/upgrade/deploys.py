@@ -43,6 +43,7 @@ class _Attempt:
     commit: str = ""
     label: str = ""
     note: str = ""
+    canary: str = ""
     #: What the next generation is to know of the releases before it.
     lineage: Lineage = field(default_factory=Lineage)
 
@@ -111,6 +112,13 @@ class Deploys:
             if request is not None and request.back:
                 self._asked.kind = "rollback"
 
+    def forget_dead_requests(self, *, signal_waits: bool) -> None:
+        """Remove what a command has asked for that ended before it sent SIGUSR2; the tick's call. Raises OSError.
+
+        `signal_waits` when one was caught and not handled yet.
+        """
+        self._box.sweep(signal_waits=signal_waits)
+
     def started(self) -> None:
         """What was asked for is possible, and under way from now on."""
         self._attempt = self._asked
@@ -135,6 +143,26 @@ class Deploys:
             return 0.0, 1.0
         seconds = settings.watch if request.watch is None else request.watch
         return seconds, settings.max_errors if request.max_errors is None else request.max_errors
+
+    def canary(self, settings: Settings) -> str:
+        """Return with how many workers the next generation serves while it is watched; "" for all.
+
+        Raises `UpgradeError` when that was asked for, and nothing is to be watched.
+        """
+        request = self._asked.request or DeployRequest()
+        if request.back:
+            return ""
+        if not (settings.watch if request.watch is None else request.watch):
+            if request.canary is not None:
+                raise UpgradeError(
+                    f"--canary {request.canary}: nothing is watched: give --watch SECONDS too, or set WATCH"
+                )
+            return ""
+        return settings.canary if request.canary is None else request.canary
+
+    def note_canary(self, workers: int, full: int) -> None:
+        """Note with how many workers the new generation is watched."""
+        self._attempt.canary = f"{workers} of {full} workers"
 
     @property
     def next_label(self) -> str:
@@ -217,6 +245,7 @@ class Deploys:
                 seconds=round(clock.since(attempt.began), 3),
                 reason=reason,
                 note=attempt.note if outcome == "done" else "",
+                canary=attempt.canary,
             )
         )
 

@@ -50,6 +50,7 @@ class Preparation:
         self._was_started, self._given, self._reloads = was_started, given, reloads
         #: Of the last upgrade.
         self.boot_log: BootLog | None = None
+        self._canary = ""
         env_file = generation.settings.env_file
         deploys.note_env_file(read_env_file(env_file) if env_file else ())
 
@@ -73,6 +74,7 @@ class Preparation:
             **given,
             board=self._generation.board.fd,
             **self._deploys.hand_on(forks=forks),
+            canary=self._canary if forks else "",
         )
 
     def new_boot_log(self) -> BootLog:
@@ -115,6 +117,7 @@ class Preparation:
 
     def next_launch(self) -> Launch:
         """Return how the successor is started. Raises `UpgradeError`, or `SettingsError` for ENV_FILE."""
+        self._canary = self._deploys.canary(self._settings)
         launch = self._deploys.next_launch(self._settings.release_dir)
         if self._settings.env_file:
             launch = self._deploys.refreshed(launch, read_env_file(self._settings.env_file))

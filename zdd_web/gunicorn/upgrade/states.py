@@ -24,6 +24,7 @@ class Successor(enum.Enum):
     BOOTING = "it has introduced itself: its board is known"
     READY = "its workers stand at the gate, and it asks to serve"
     COMMITTING = "it serves beside this generation, in the commit window"
+    GROWING = "it has passed its watch as a canary, and starts the rest of its workers; both serve"
     PROMOTED = "it is the service; workers of this generation may still accept"
     ACTIVE = "it is the service, alone"
     ENDING = "it ends, and this generation is not to come back; workers of this one may still accept"
@@ -39,6 +40,7 @@ class SuccessorEvent(enum.Enum):
     HELLO = "it introduces itself"
     READY = "it asks to serve"
     GO = "this master lets it"
+    GROW = "a canary has passed its watch"
     CONFIRMED = "the commit window is over"
     LAST_ACCEPT = "no worker of this generation accepts any more"
     RELEASED = "it tells this master not to come back"
@@ -56,6 +58,12 @@ SUCCESSOR: dict[Successor, dict[SuccessorEvent, Successor]] = {
     # For a moment only: the pid file is prepared, which may fail.
     Successor.READY: {SuccessorEvent.GO: Successor.COMMITTING, SuccessorEvent.FAILED: Successor.REJECTED},
     Successor.COMMITTING: {
+        SuccessorEvent.GROW: Successor.GROWING,
+        SuccessorEvent.CONFIRMED: Successor.PROMOTED,
+        SuccessorEvent.FAILED: Successor.REJECTED,
+        SuccessorEvent.STOP: Successor.STOPPING,
+    },
+    Successor.GROWING: {
         SuccessorEvent.CONFIRMED: Successor.PROMOTED,
         SuccessorEvent.FAILED: Successor.REJECTED,
         SuccessorEvent.STOP: Successor.STOPPING,
@@ -77,6 +85,9 @@ SUCCESSOR: dict[Successor, dict[SuccessorEvent, Successor]] = {
 #: It has not been let serve: it may be killed, and no request is lost.
 BEFORE_GO = frozenset({Successor.STARTING, Successor.BOOTING, Successor.READY})
 
+#: It serves, and this generation too: nothing has been handed over.
+SERVES_BESIDE = frozenset({Successor.COMMITTING, Successor.GROWING})
+
 #: It is the service, or was the last that was.
 HANDED_OVER = frozenset(
     {Successor.PROMOTED, Successor.ACTIVE, Successor.ENDING, Successor.ENDED, Successor.LOST},
@@ -91,6 +102,7 @@ OUTCOME: dict[Successor, UpgradeState] = {
     Successor.BOOTING: UpgradeState.BOOTING,
     Successor.READY: UpgradeState.BOOTING,
     Successor.COMMITTING: UpgradeState.COMMITTING,
+    Successor.GROWING: UpgradeState.COMMITTING,
     # An operator who is told "done" expects no answer of the old code to a request sent from now on.
     Successor.PROMOTED: UpgradeState.COMMITTING,
     Successor.ACTIVE: UpgradeState.DONE,
@@ -110,6 +122,8 @@ def when(state: Successor) -> str:
     """
     if state in BEFORE_GO:
         return "before it was ready"
+    if state is Successor.GROWING:
+        return "while it grew to its full size"
     return "after the handover" if state in HANDED_OVER else "in the commit window"
 
 

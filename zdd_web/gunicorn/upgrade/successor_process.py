@@ -35,6 +35,7 @@ from zdd_web.gunicorn.upgrade.states import (
     BEFORE_GO,
     HANDED_OVER,
     RELEASED,
+    SERVES_BESIDE,
     SUCCESSOR,
     Successor,
     SuccessorEvent,
@@ -83,6 +84,8 @@ class Upgrade:
         self.added_paths: tuple[str, ...] = ()
         #: It takes kept connections from the exchange.
         self.takes_connections = False
+        #: With how many workers it serves until its watch is passed; 0 for all.
+        self.canary = 0
         self.board: Board | None = None
         self.status: int | None = None
         self.reopen_number = 0
@@ -93,6 +96,7 @@ class Upgrade:
         self._adopters = proc.ancestors(pid)
         self._user = proc.owner(pid)
         self._window: CommitWindow | None = None
+        self._window_at = 0
         self._judgement = Judgement()
         #: What to compare its boot with, if it takes too long.
         self.hint = ""
@@ -188,10 +192,11 @@ class Upgrade:
         if self.is_stalled():
             reason = f"the new master has stood still for {self._patience:g} s {when(self.state)}"
             return Verdict(ready=False, reason=reason)
-        if self.state is Successor.COMMITTING and self._window is not None:
+        if self.state in SERVES_BESIDE and self._window is not None:
             self._judgement = self._window.judge()
             if self._judgement.reason:
-                return Verdict(ready=False, reason=self._judgement.reason)
+                errors = self._errors() if self.state is Successor.GROWING else []
+                return Verdict(ready=False, reason="; ".join([self._judgement.reason, *errors]))
         return None
 
     def _handle_hello(self, message: Message) -> None:
@@ -199,6 +204,7 @@ class Upgrade:
         self.dropped = tuple(map(_number, _list(message.fields.get("dropped"))))
         self.added_paths = tuple(map(str, _list(message.fields.get("added_paths"))))
         self.takes_connections = message.fields.get("exchange") is True
+        self.canary = _number(message.fields.get("canary"))
         self._read_board(message.fd)
 
     @property
@@ -214,21 +220,35 @@ class Upgrade:
     def go(self) -> None:
         """Let the successor open its gate."""
         self.move(SuccessorEvent.GO)
-        self.went_at = clock.now_ns()
+        self.went_at = self._window_at = clock.now_ns()
         if self.board is not None and self.board.header.layout == LAYOUT:
             left = self.timeout - pauses.since(self.began)
             self._window = CommitWindow(self.board, self.commit_window, max(left, LATE_AT_LEAST))
             self._judgement = Judgement(waits_for="a first look")
         self._channel.send("go")
 
+    def grow(self, seconds: float) -> bool:
+        """Have a canary that has passed its watch start its other workers, and begin the window in which it does.
+
+        It lasts `seconds`, and until all serve, for UPGRADE_TIMEOUT at most. Returns False for one that has all.
+        """
+        if not self.canary or self.state is not Successor.COMMITTING or self._window is None or self.board is None:
+            return False
+        self.move(SuccessorEvent.GROW)
+        self.commit_window, self._window_at = seconds, clock.now_ns()
+        self._window = CommitWindow(self.board, seconds, self.timeout, grows=True)
+        self._judgement = Judgement(waits_for="a first look")
+        self._channel.send("grow")
+        return True
+
     @property
     def committed(self) -> bool:
         """Whether the commit window is over: the successor's master turns, and its workers are confirmed."""
         return (
-            self.state is Successor.COMMITTING
-            and clock.since(self.went_at) >= self.commit_window
+            self.state in SERVES_BESIDE
+            and clock.since(self._window_at) >= self.commit_window
             # It must have turned *after* the window, not just once in it: a stopped master looks alive for a while.
-            and (self.board is None or (self.board.header.tick_at - self.went_at) / 1e9 >= self.commit_window)
+            and (self.board is None or (self.board.header.tick_at - self._window_at) / 1e9 >= self.commit_window)
             and self._judgement.confirmed
         )
 
