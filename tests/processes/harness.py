@@ -162,7 +162,7 @@ class Service:
         #: Requests that a test keeps in hand, closed in `clean_up` at the latest.
         self.held: list[Held] = []
         self._needle = f"ZDD_TEST_MARKER={self.marker}".encode()
-        #: Processes that are not the service's, by pid: to look at all of them in every poll would keep the machine busy.
+        #: Processes that are not the service's, by pid: to read all of them in every poll keeps the machine busy.
         self._strangers: dict[int, int] = {}
         self._matched: dict[str, tuple[object, list[str]]] = {}
         self.write_app(APP)
@@ -362,10 +362,12 @@ class Service:
             if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
             try:
-                if self._needle in Path(f"/proc/{pid}/environ").read_bytes():
+                environ = Path(f"/proc/{pid}/environ").read_bytes()
+                if self._needle in environ:
                     found.append(pid)
-                elif proc.parent(pid) != os.getpid():
-                    # Only a child of this process may still become one of the service, by exec.
+                elif environ and proc.parent(pid) != os.getpid():
+                    # Only a child of this process may still become one of the service, by exec. In the middle of an
+                    # exec the environment is empty: a successor must not be taken for a stranger for good.
                     self._strangers[pid] = inode
             except OSError:
                 continue
