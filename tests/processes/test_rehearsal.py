@@ -203,8 +203,8 @@ def test_deploy_by_any_command_is_measured_from_outside(make_service: MakeServic
     report = tmp_path / "report.json"
     deploy = f"{sys.executable} -m zdd_web.cli upgrade --pid {service.pid}"
     done = subprocess.run(
-        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"{scheme}://127.0.0.1:{service.port}/", "--do", deploy,
-         *trust, "--clients", "4", "--rate", "40", "--json", str(report)],
+        [sys.executable, "-m", "zdd_web.cli", "rehearse", "--url", f"{scheme}://127.0.0.1:{service.port}/", "--do",
+         deploy, *trust, "--clients", "4", "--rate", "40", "--json", str(report)],
         capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
