@@ -31,6 +31,9 @@ from zdd_web.lifecycle import Phase
 from zdd_web.probes import look
 from zdd_web.system import clock, pauses, proc
 
+#: As reasons have the window, unless it is that of a canary which grows.
+COMMIT_WINDOW = "the commit window"
+
 
 class Window(NamedTuple):
     """When it began (monotonic nanoseconds), how long it lasts, and by how much it may be extended, seconds."""
@@ -39,7 +42,7 @@ class Window(NamedTuple):
     seconds: float
     limit: float
     #: As reasons have it.
-    name: str = "the commit window"
+    name: str = COMMIT_WINDOW
 
     @property
     def ends(self) -> int:
@@ -153,7 +156,7 @@ class CommitWindow:
     def __init__(self, board: Board, seconds: float, limit: float, *, grows: bool = False) -> None:
         """`grows` for a generation of which more workers are to serve than stood at the gate: all."""
         self._board, self._grows = board, grows
-        name = "the growth to its full size" if grows else Window.name
+        name = "the growth to its full size" if grows else COMMIT_WINDOW
         self.window = Window(clock.now_ns(), seconds, limit, name)
         self._heartbeats = Heartbeats(board, self.window.began)
         at_work = (WorkerState.READY, WorkerState.SERVING)
