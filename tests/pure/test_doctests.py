@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 
 import pytest
+from gunicorn.app.base import Application
 
 import zdd_web
 from zdd_web import process
@@ -31,6 +32,8 @@ def test_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(process, "_current", None)
             patch.setattr(hooks, "state", None)
             patch.setattr(registry, "shared", registry.Registry())
+            # install() replaces it: the tests of gunicorn's own, in the same process, would find ours.
+            patch.setattr(Application, "run", Application.run)
             module = importlib.import_module(name)
             results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
         assert results.failed == 0, f"{name}: an example prints something else; see above"

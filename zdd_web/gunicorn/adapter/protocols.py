@@ -66,7 +66,9 @@ class Listener(Protocol):
 
 
 class SignalQueue(Protocol):
-    """`queue.SimpleQueue`, or what stands in for it (signal_queue.py)."""
+    """What stands in for gunicorn's `queue.SimpleQueue` (signal_queue.py)."""
+
+    def has(self, item: int) -> bool: ...
 
     def empty(self) -> bool: ...
 
