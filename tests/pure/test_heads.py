@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,7 @@ def asgi_connection(loop: asyncio.AbstractEventLoop) -> Any:
         pass
 
     heads.note_heads(Noting)
+    heads.answer_late_requests(Noting)
     cfg = Config()
     cfg.set("keepalive", 1)
     worker = SimpleNamespace(cfg=cfg, log=Logger(cfg), asgi=app, loop=loop, alive=True, state={})
@@ -187,3 +189,42 @@ def test_a_connection_with_a_part_of_a_head_is_not_closed_as_idle(
         connection.connection_lost(None)
 
     loop.run_until_complete(play())
+
+
+def test_a_request_that_arrives_in_the_turn_in_which_keepalive_ends_is_answered(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    # gunicorn's own closes both.
+    here, client = socket.socketpair()
+
+    class OnSocket(Transport):
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return here if name == "socket" else super().get_extra_info(name, default)
+
+    async def play() -> None:
+        connection, transport = asgi_connection(loop), OnSocket()
+        connection.connection_made(transport)
+        connection.data_received(HEAD)
+        await turns()
+        # Read already, and not yet read.
+        connection.data_received(HEAD)
+        connection._keepalive_timeout()
+        assert not connection._closed
+        await turns()
+        assert transport.written.count(b"HTTP/1.1 200") == 2
+        client.send(HEAD)
+        connection._keepalive_timeout()
+        assert not connection._closed
+        connection.data_received(here.recv(100))
+        await turns()
+        assert transport.written.count(b"HTTP/1.1 200") == 3
+        connection._keepalive_timeout()
+        assert connection._closed
+        connection.connection_lost(None)
+
+    async def turns() -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    with here, client:
+        loop.run_until_complete(play())

@@ -24,6 +24,7 @@ def adapt_protocol(leaving: Callable[[], bool]) -> bool:
     from gunicorn.asgi.protocol import ASGIProtocol
 
     heads.note_heads(ASGIProtocol)
+    heads.answer_late_requests(ASGIProtocol)
     if not hasattr(ASGIProtocol, "_will_close"):
         return False
     will_close: Method = ASGIProtocol._will_close

@@ -6,12 +6,17 @@ such a connection from an idle one.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from zdd_web.gunicorn.adapter.patches import replace
+from zdd_web.system.connection_passing import waiting_bytes
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.adapter.protocols import AsgiProtocol, Method, UvicornProtocol
+
+#: When a connection on which bytes wait is looked at again, seconds.
+LOOK_AGAIN = 0.02
 
 
 def note_heads(protocol: type[Any]) -> None:
@@ -41,6 +46,35 @@ def note_heads(protocol: type[Any]) -> None:
     replace(protocol, feed, feed_and_note)
     replace(protocol, "_on_headers_complete", headers_are_complete)
     replace(protocol, "_on_message_complete", message_is_complete)
+
+
+def answer_late_requests(protocol: type[Any]) -> None:
+    """Have connections of `ASGIProtocol` survive the end of their keepalive when a request has arrived before it.
+
+    A loop that had no CPU for a moment meets both in one turn, the bytes first and then the timer, which only the
+    request's task would cancel, a turn later (test_asgi_closes_an_idle_connection_by_a_timer).
+    """
+    timeout: Method = protocol._keepalive_timeout
+
+    def timeout_if_idle(connection: AsgiProtocol) -> None:
+        ready, transport = connection._request_ready, connection.transport
+        if ready is None or transport is None or transport.is_closing():
+            timeout(connection)
+        elif ready.is_set():
+            return
+        elif _waits(transport):
+            connection._keepalive_handle = asyncio.get_running_loop().call_later(
+                LOOK_AGAIN, connection._keepalive_timeout
+            )
+        else:
+            timeout(connection)
+
+    replace(protocol, "_keepalive_timeout", timeout_if_idle)
+
+
+def _waits(transport: asyncio.Transport) -> bool:
+    connection = transport.get_extra_info("socket")
+    return connection is not None and connection.fileno() >= 0 and waiting_bytes(connection.fileno()) > 0
 
 
 def gunicorn_reads_a_head(connection: AsgiProtocol) -> bool:

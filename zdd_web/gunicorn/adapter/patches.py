@@ -167,6 +167,7 @@ PATCHES: tuple[Patch, ...] = (
     *_methods(_PROTOCOL, "(self, data)", "a head that has begun is a request in hand", "data_received", since=(24,)),
     *_methods(_PROTOCOL, "(self)", "a head that has begun is a request in hand",
               "_on_headers_complete", "_on_message_complete"),
+    *_methods(_PROTOCOL, "(self)", "what has arrived before the end of keepalive is answered", "_keepalive_timeout"),
     *_methods(_UVICORN, "(self)", "the gate comes after lifespan start-up", "_serve"),
 )  # fmt: skip
 

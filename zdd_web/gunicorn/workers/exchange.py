@@ -53,6 +53,10 @@ PATIENCE = 3.0
 #: Sent in one turn of the loop: what arrives meanwhile on others is served before the next ones leave.
 GIVEN_AT_ONCE = 64
 
+#: How long a connection that was taken is kept at least, seconds: a request may have been sent while it travelled, to a
+#: worker that would have read it at once.
+LEFT_AT_LEAST = 1.0
+
 #: Taken in one turn: other workers are to have their share.
 TAKEN_AT_ONCE = 8
 
@@ -217,6 +221,7 @@ class KeptConnections:
             if found is None:
                 break
             connection, handed = found
+            handed = handed._replace(left=max(handed.left, LEFT_AT_LEAST))
             self._slot.received += 1
             taken += 1
             try:
