@@ -447,3 +447,25 @@ def test_help_names_every_command() -> None:
     for command in ("status", "upgrade", "rehearse"):
         assert command in main.commands
         assert f"  {command} " in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--canary", "0"), "must be a number of workers from 1, or '1%' to '100%' of them"),
+        (("--canary", "1.5"), "must be a number of workers from 1, or '1%' to '100%' of them"),
+        (("--canary", ""), "must be a number of workers, or a percentage of them such as 25%"),
+        (("--watch", "0", "--canary", "1"), "--canary 1 needs a watch, and --watch 0 is none: give --watch SECONDS"),
+    ],
+)
+def test_canary_that_cannot_be_is_bad_usage(options: tuple[str, ...], message: str) -> None:
+    result = zdd("upgrade", "--name", "no-such-service", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_canary_of_a_master_that_has_none_is_not_asked_for(masters: Masters, name: str) -> None:
+    masters.start(name)
+    result = zdd("upgrade", "--name", name, "--watch", "60", "--canary", "1")
+    assert result.exit_code == 2
+    assert "the running version of zdd_web starts all workers at once, without a canary" in result.output

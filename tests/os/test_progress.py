@@ -58,6 +58,15 @@ def test_commit_window_names_what_both_have_in_hand(board: Board) -> None:
     assert "1 request and 2 background tasks in hand" in committing(new, retiring)
 
 
+def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> None:
+    old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING)
+    few = dataclasses.replace(seen(board, worker(2, WorkerState.BOOTING)), workers_wanted=1, workers_full=8)
+    assert booting(few) == "worker 0 of 1 is ready (canary, of 8 workers)"
+    assert committing(few, old).startswith("canary: 1 of 8 workers are watched; the new generation has 1 request")
+    grows = seen(board, worker(2, WorkerState.SERVING), worker(3, WorkerState.BOOTING), workers_full=8)
+    assert committing(grows, old).startswith("it grows: 1 of 8 workers serve; the new generation has 2 requests")
+
+
 def test_a_pipe_gets_one_line_for_each_step(
     board: Board, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

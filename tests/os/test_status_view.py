@@ -107,6 +107,19 @@ def test_status_names_the_release_of_each_generation(board: Board) -> None:
     assert [each for each in longest if len(each) > 80] == []
 
 
+def test_status_says_that_a_generation_is_a_canary_and_how_many_workers_it_is_to_have(board: Board) -> None:
+    canary = shown(board, phase=Phase.SERVING, workers_wanted=1, workers_full=512)
+    lines = text(lines_of([shown(board, generation=2, phase=Phase.SERVING), canary], NOW, 80))
+    assert [each for each in lines if "canary" in each] == [
+        "  generation 3 is a canary: 1 of 512 workers until its watch is passed"
+    ]
+    assert "\n".join(lines).count(" 2 of 512 ") == 2
+    # Once it has grown, and where its version does not tell.
+    for full in (1, 0):
+        grown = dataclasses.replace(canary.snapshot, workers_full=full)
+        assert "canary" not in "\n".join(text(lines_of([Shown(canary.generation, grown)], NOW, 80)))
+
+
 def test_status_says_since_when_and_that_a_master_hangs(board: Board) -> None:
     lines = text(lines_of([shown(board, since=3_725, ticked=60, phase=Phase.SERVING)], NOW, 80))
     row = next(line for line in lines if "serving, hangs" in line)
