@@ -1,4 +1,4 @@
-"""What a long rehearsal's report costs: `python -m benchmarks.rehearsal_report [UPGRADES] [REQUESTS]`.
+"""What a long rehearsal's report costs: `python -m benchmarks.rehearsal_report`.
 
 Feeds requests to the tally that a rehearsal feeds, without a server, and makes the report in every format. Prints how
 long that took after the last request, what each request had cost by then, and the peak resident memory of the process.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
+from typing import TextIO
+
+import click
 
 from zdd_web.cli.rehearse import junit, render, report
 from zdd_web.cli.rehearse.html import page
@@ -30,9 +32,8 @@ def phases(upgrades: int) -> list[PhaseSpan]:
     return found
 
 
-def feed(tally: Tally, upgrades: int, requests: int) -> None:
-    """Have each upgrade take a second and the load five more, with a loss in `LOSS_IN` requests."""
-    each = requests // upgrades
+def feed(tally: Tally, upgrades: int, each: int) -> None:
+    """Have each upgrade take a second and the load five more, in `each` requests; one in `LOSS_IN` is lost."""
     for number in range(1, upgrades + 1):
         begin = 6.0 * number
         for n in range(each):
@@ -48,12 +49,15 @@ def feed(tally: Tally, upgrades: int, requests: int) -> None:
             tally.append(Sample(n % 32, "new", "/", at, at, at + took, outcome, 200, generation, "", 12, "abcd"))
 
 
-def main() -> None:
-    """Feed and report."""
-    upgrades, requests = (int(each) for each in (*sys.argv[1:], "1000", "10000000")[:2])
+@click.command()
+@click.option("--upgrades", default=1000, show_default=True, type=click.IntRange(1), help="How many upgrades.")
+@click.option("--requests", default=10_000_000, show_default=True, type=click.IntRange(1), help="How many requests.")
+@click.option("--json", "json_file", type=click.File("w"), help="Write the figures to FILE ('-' for stdout) too.")
+def main(upgrades: int, requests: int, json_file: TextIO | None) -> None:
+    """Feed so many requests to a rehearsal's tally, without a server, and make the report in every format."""
     tally = Tally()
     began = time.monotonic()
-    feed(tally, upgrades, requests)
+    feed(tally, upgrades, max(1, requests // upgrades))
     fed = time.monotonic()
     made = report.of(tally, stop=None, phases=phases(upgrades))
     sizes = {
@@ -64,11 +68,14 @@ def main() -> None:
     }
     done = time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{len(made.handovers):,} upgrades, {made.requests:,} requests, {made.lost:,} lost")
-    print(f"while the load ran: {(fed - began) / requests * 1e6:.1f} us for each request")
+    click.echo(f"{len(made.handovers):,} upgrades, {made.requests:,} requests, {made.lost:,} lost")
+    click.echo(f"while the load ran: {(fed - began) / made.requests * 1e6:.1f} us for each request")
     written = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    print(f"after it: {done - fed:.2f} s for the report in every format (characters: {written})")
-    print(f"most memory: {peak:.0f} MB")
+    click.echo(f"after it: {done - fed:.2f} s for the report in every format (characters: {written})")
+    click.echo(f"peak resident memory: {peak:.0f} MB")
+    if json_file is not None:
+        figures = {"upgrades": len(made.handovers), "requests": made.requests, "seconds": done - fed, "peak_mb": peak}
+        json.dump(figures, json_file, indent=2)
 
 
 if __name__ == "__main__":

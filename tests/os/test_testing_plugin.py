@@ -13,6 +13,7 @@ import zdd_web
 from zdd_web import checks, process, testing, waitgroup
 from zdd_web.errors import LifecycleError
 from zdd_web.flask import ZddWeb
+from zdd_web.probes import Probes
 
 pytest_plugins = ["zdd_web.testing"]
 
@@ -47,6 +48,28 @@ def test_settings_of_the_environment_are_read_anew(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ZDD_WEB_HEALTH_PATH", "/two")
     with testing.kept():
         assert process.current().settings.health_path == "/two"
+
+
+def test_middleware_of_a_module_answers_on_the_paths_of_the_next_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The middleware keeps which paths are probes, and stays when the settings are reset."""
+    probes = Probes()
+    monkeypatch.setenv("ZDD_WEB_HEALTH_PATH", "/one")
+    with testing.kept():
+        assert probes.asks("/one")
+    monkeypatch.setenv("ZDD_WEB_HEALTH_PATH", "/two")
+    with testing.kept():
+        assert (probes.asks("/one"), probes.asks("/two")) == (False, True)
+
+
+def test_a_group_that_a_test_has_closed_is_open_behind_it_and_empty() -> None:
+    group = zdd_web.WaitGroup("of_a_module")
+    with testing.kept():
+        group.add("job")
+        group.close()
+        with pytest.raises(zdd_web.GroupClosed):
+            group.add("job")
+    assert len(group) == 0
+    assert group.go(lambda: 7).result(10) == 7
 
 
 def test_settings_of_an_app_that_a_test_made_do_not_count_any_more() -> None:

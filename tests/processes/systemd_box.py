@@ -137,9 +137,12 @@ class Box:
 
     def run(self, *words: str, timeout: float = 120.0, check: bool = False) -> subprocess.CompletedProcess[str]:
         """Run a command inside."""
-        inside = ["nsenter", "-t", str(self.init), "-a", "--root", "--wd=/", "env", "-i", f"PATH={PATH}",
-                  "LANG=C.UTF-8", "SYSTEMD_PAGER=", "SYSTEMD_COLORS=0", *words]  # fmt: skip
-        return subprocess.run(inside, capture_output=True, text=True, timeout=timeout, check=check)
+        return subprocess.run(self.words(*words), capture_output=True, text=True, timeout=timeout, check=check)
+
+    def words(self, *words: str) -> list[str]:
+        """Return the command that runs a command inside."""
+        return ["nsenter", "-t", str(self.init), "-a", "--root", "--wd=/", "env", "-i", f"PATH={PATH}",
+                "LANG=C.UTF-8", "SYSTEMD_PAGER=", "SYSTEMD_COLORS=0", *words]  # fmt: skip
 
     def systemctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.run("systemctl", *words)

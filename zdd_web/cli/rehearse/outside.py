@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import ssl
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from urllib.parse import urlsplit
 
 from zdd_web.cli.rehearse import report
@@ -70,21 +74,45 @@ def measure(address: Address, command: str | None, plan: Plan, tls: ssl.SSLConte
     return report.of(tally, stop=None, scenarios=found, generator=load.health(), interrupted=interrupted)
 
 
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Have SIGINT and SIGTERM wait: an exception inside of Popen would leave a process that nothing can end."""
+    came: list[tuple[int, FrameType | None]] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *signalled: came.append(signalled)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for signalled in came:
+        handler = before[signal.Signals(signalled[0])]
+        if callable(handler):
+            handler(*signalled)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(ENDS_WITHIN)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def _run(command: str, tally: Tally, settle: float) -> ScenarioResult:
     requests, lost = tally.totals()
     begun_at = time.monotonic()
     tally.changes_at(begun_at)
-    # What it prints is not the report: that may be JSON, for a program.
-    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _interrupts_deferred():
+            # What it prints is not the report: that may be JSON, for a program.
+            process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
         status = process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        try:
-            process.wait(ENDS_WITHIN)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            _end(process)
         raise
     ended_at = time.monotonic()
     time.sleep(settle)
