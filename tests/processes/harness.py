@@ -366,10 +366,12 @@ class Service:
             if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
             try:
-                if self._needle in Path(f"/proc/{pid}/environ").read_bytes():
+                environ = Path(f"/proc/{pid}/environ").read_bytes()
+                if self._needle in environ:
                     found.append(pid)
-                elif proc.parent(pid) != os.getpid():
-                    # Only a child of this process may still become one of the service, by exec.
+                elif environ and proc.parent(pid) != os.getpid():
+                    # Only a child of this process may still become one of the service, by exec. In the middle of an
+                    # exec the environment is empty: a successor must not be taken for a stranger for good.
                     self._strangers[pid] = inode
             except OSError:
                 continue

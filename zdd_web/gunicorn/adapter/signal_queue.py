@@ -76,7 +76,9 @@ def replace_queue(arbiter: Arbiter) -> None:
 def waits(arbiter: Arbiter, sig: int) -> bool:
     """Tell whether the loop has yet to handle a signal."""
     waiting = arbiter.SIG_QUEUE
-    return sig in waiting if isinstance(waiting, list) else waiting.has(sig)
+    if isinstance(waiting, list):
+        return sig in waiting
+    return isinstance(waiting, SignalQueue) and waiting.has(sig)
 
 
 def take(arbiter: Arbiter) -> list[int]:

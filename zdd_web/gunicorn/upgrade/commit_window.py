@@ -31,7 +31,7 @@ from zdd_web.lifecycle import Phase
 from zdd_web.probes import look
 from zdd_web.system import clock, pauses, proc
 
-#: As reasons have the window, unless it is that of a canary which grows.
+#: What the window is called in reasons.
 COMMIT_WINDOW = "the commit window"
 
 
