@@ -1,7 +1,7 @@
 """
 One HTTP client, and one classified `Sample` for every request.
 
-A verdict is only as good as the classification, which rests on what the kernel tells a client:
+A verdict is only as good as the classification, which rests on what the kernel reports:
 
 - *When a close is noticed* separates a loss from none. A kept-alive connection is looked at in the very step
   that writes the request; found closed there, nothing was sent and any client may retry: STALE. Closed
@@ -171,7 +171,7 @@ class Client:
             exchange.detail = gone
             return Outcome.INVALID if gone == _UNASKED else Outcome.STALE
         written = connection.http.send(head(request, self._target.host, self.kind, exchange.number))
-        assert written is not None  # None is what h11 says to a ConnectionClosed
+        assert written is not None  # h11 returns None for a ConnectionClosed alone
         if request.body:
             written += connection.http.send(h11.Data(data=request.body)) or b""
         connection.http.send(h11.EndOfMessage())
@@ -272,7 +272,7 @@ def _closed_by_peer(wire: Wire) -> str:
         return str(exc)
     if data is None:
         return ""
-    # A reply that comes a second time. Some servers say 408 to an idle connection before they close it.
+    # A reply that comes a second time. Some servers send 408 on an idle connection before they close it.
     if data[:7] == b"HTTP/1." and data[9:12].isdigit() and data[9:12] != b"408":
         return _UNASKED
     return "unsolicited bytes" if data else "end of file"

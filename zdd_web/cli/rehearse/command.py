@@ -202,7 +202,7 @@ def _warn_about_paths(host: str, port: int, plan: Plan, tls: SSLContext | None =
     import ssl
 
     for request in plan.requests:
-        # An upload has effects, and a stream has no end: the load will tell.
+        # An upload has effects, and a stream has no end: the load will show it.
         if request.method != "GET" or request.stream:
             continue
         path = request.path

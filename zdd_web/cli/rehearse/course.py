@@ -195,7 +195,7 @@ class Course:
         )
 
     def _end(self) -> StopResult:
-        # Clients begin nothing new from now on, as after a load balancer took this backend out; what they have in hand
+        # Clients begin nothing new from now on, as after a load balancer took this backend out; what is in flight
         # at the signal must still be answered.
         self._until_alone()
         # Before the signal, not beside it: a connection to a closed listener is refused, which the service cannot help.

@@ -7,7 +7,7 @@ import textwrap
 from zdd_web.cli.grid import grid as tabulate
 from zdd_web.cli.rehearse.report import Around, Outcome, Report
 
-# A server that died loses thousands; the first ones tell why.
+# A server that died loses thousands; the first ones show why.
 _LOSSES_SHOWN = 40
 _DIFFERENCES_SHOWN = 10
 _WIDTH = 100

@@ -43,7 +43,7 @@ class Around:
     lost: int
     generations: tuple[int, ...]
     early_answers: int  # by the new generation, before it was let in
-    longest_stall: float  # seconds without a complete reply to anybody
+    longest_stall: float  # seconds without a complete reply to any client
 
     @property
     def seconds(self) -> float | None:

@@ -2,7 +2,7 @@
 
 Settings that touch what a production service may own are overridden: in a configuration file of the rehearsal's that
 runs the user's first, on the command line, which wins over both the file and GUNICORN_CMD_ARGS, and, for zdd_web's own,
-in the environment, which wins over all that an app may say. What the user passes for those is refused, not silently
+in the environment, which wins over all that an app may set. What the user passes for those is refused, not silently
 dropped.
 """
 

@@ -1,4 +1,4 @@
-"""The bytes of one connection, as they are or under TLS, and what the kernel tells of its end.
+"""The bytes of one connection, plain or under TLS, and how the kernel reports its end.
 
 client.py decides by that: how a connection was closed, RST or FIN, and whether before or after a request was written.
 asyncio's TLS shows neither, so TLS is driven here, over the same raw socket. A `close_notify` counts as the end of file
@@ -92,7 +92,7 @@ class TLSWire(Wire):
         return data
 
     def arrived(self) -> bytes | None:
-        # Session tickets arrive unasked, and are not a word of the server's.
+        # Session tickets arrive unasked too: TLS takes them, and they are not a reply.
         while (data := self._read(_PEEK)) is None:
             try:
                 self._take(self.sock.recv(_RECEIVE))
