@@ -154,7 +154,7 @@ PATCHES: tuple[Patch, ...] = (
     *_values("gunicorn.workers.ggevent", "accepts from queues, and closes in our order", "StreamServer"),
     *_methods("gunicorn.http.unreader.SocketUnreader", ("(self)", "(self, size_hint=None)"),
               "a head that has begun is a request in hand", "chunk"),
-    *_values("gunicorn.http", "kept connections come and go by the exchange", "get_parser"),
+    *_values("gunicorn.http", "kept connections come and go by the exchange", "get_parser", since=(24,)),
     # -- asgi and uvicorn. No `since`: before 25.3 the protocol cannot be asked, and such a start ends.
     *_methods(_ASGI, "(self)", "the gate comes after lifespan start-up, and draining before the end",
               "_serve", "_shutdown", since=(24,)),
