@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from gunicorn.app.base import Application
 
 from zdd_web import process, waitgroup
 from zdd_web.board import Board
@@ -39,8 +37,6 @@ def nothing_is_left_behind() -> Iterator[None]:
     before = descriptors()
     yield
     process._current = waitgroup.observer = None
-    # What a configuration file puts in its place is for the rest of a process, which has others to test.
-    Application.run = inspect.unwrap(Application.run)  # type: ignore[method-assign]
     give_up = time.monotonic() + 5
     while descriptors() - before and time.monotonic() < give_up:
         gc.collect()  # a mapping that is part of a cycle is not a leak

@@ -16,7 +16,7 @@ from zdd_web.board import Board
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import exchange
-from zdd_web.gunicorn.workers.exchange import GIVEN_AT_ONCE, TAKEN_AT_ONCE, KeptConnections
+from zdd_web.gunicorn.workers.exchange import GIVEN_AT_ONCE, LEFT_AT_LEAST, TAKEN_AT_ONCE, KeptConnections
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock, connection_passing
 from zdd_web.system.connection_passing import Handed
@@ -275,6 +275,37 @@ def test_which_workers_give_and_which_take(
     assert worker.kept.hands_over() is gives
     worker.kept.turn()
     assert worker.store.watches is takes
+
+
+def test_a_connection_whose_time_was_nearly_over_is_kept_for_a_request_that_is_on_its_way(
+    make: Callable[..., Worker],
+) -> None:
+    leaving, serving = make(), make()
+    leaving.store.connect(2)
+    leaving.store.kept[0] = (leaving.store.kept[0][0], Handed(0.01, 1, ""))
+    leaving.leave()
+    hand_over = leaving.kept.leaving(lambda: None, None)
+    assert hand_over is not None
+    hand_over.over()
+    assert serving.kept.take_some() == 2
+    assert [handed.left for _, handed in serving.store.kept] == [LEFT_AT_LEAST, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("successor", "gives"),
+    [
+        (Phase.SERVING, True),
+        (Phase.RETIRING, True),
+        (Phase.LAME_DUCK, False),
+        (Phase.DRAINING, False),
+        (Phase.STOPPED, False),
+    ],
+)
+def test_nothing_is_given_to_a_successor_that_stops(make: Callable[..., Worker], successor: Phase, gives: bool) -> None:
+    worker = make()
+    header = worker.board.header
+    header.phase, header.successor_takes, header.successor_phase = Phase.RETIRING, 1, successor
+    assert worker.kept.hands_over() is gives
 
 
 def test_a_worker_that_goes_takes_nothing(make: Callable[..., Worker]) -> None:

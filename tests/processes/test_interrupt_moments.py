@@ -208,7 +208,8 @@ def in_phase(service: Service, phase: Phase) -> None:
     until(phase.label, lambda: service.generations()[-1].snapshot().phase is phase, service)
 
 
-def test_drain_whose_signal_the_master_has_not_taken_is_followed(service: Service):
+@pytest.mark.parametrize("leaves", [False, True])
+def test_drain_whose_signal_the_master_has_not_taken(service: Service, leaves: bool):
     service.start()
     master = service.pid
     with stopped(master):
@@ -217,20 +218,11 @@ def test_drain_whose_signal_the_master_has_not_taken_is_followed(service: Servic
         command.interrupt()
         command.says(GOES_ON)
         assert service.snapshot().phase is Phase.SERVING
-    assert NOTHING_LOST in command.ends(0).splitlines()[-1]
-    service.ends(0)
-
-
-def test_drain_whose_signal_the_master_has_not_taken_is_left(service: Service):
-    service.start()
-    master = service.pid
-    with stopped(master):
-        command = Command(service, "drain")
-        until_pending(service, master, signal.SIGTERM)
-        command.interrupt()
-        command.says(GOES_ON)
-        command.interrupt()
-        assert "left: the stop goes on" in command.ends(LEFT)
+        if leaves:
+            command.interrupt()
+            assert "left: the stop goes on" in command.ends(LEFT)
+    if not leaves:
+        assert NOTHING_LOST in command.ends(0).splitlines()[-1]
     service.ends(0)
 
 

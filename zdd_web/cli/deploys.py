@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -43,26 +44,23 @@ def _open(generation: Generation) -> int:
 
 def share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Read a share of requests, as the setting MAX_ERRORS does; for click."""
-    if value is None:
-        return None
-    try:
-        found: float = NORMALISE["max_errors"](value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+    found: float | None = _as_setting("max_errors", value)
     return found
 
 
 def canary(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Read how many workers a canary has, as the setting CANARY does; for click."""
-    if value is None:
-        return None
-    try:
-        found: str = NORMALISE["canary"](value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    if not found:
+    found: str | None = _as_setting("canary", value)
+    if found == "":
         raise click.BadParameter("must be a number of workers, or a percentage of them such as 25%")
     return found
+
+
+def _as_setting(name: str, value: str | None) -> Any:
+    try:
+        return None if value is None else NORMALISE[name](value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 class Asked:

@@ -58,23 +58,17 @@ def answer_late_requests(protocol: type[Any]) -> None:
 
     def timeout_if_idle(connection: AsgiProtocol) -> None:
         ready, transport = connection._request_ready, connection.transport
+        # None in HTTP/2.
         if ready is None or transport is None or transport.is_closing():
             timeout(connection)
-        elif ready.is_set():
-            return
-        elif _waits(transport):
-            connection._keepalive_handle = asyncio.get_running_loop().call_later(
-                LOOK_AGAIN, connection._keepalive_timeout
-            )
-        else:
-            timeout(connection)
+        elif not ready.is_set():
+            if waiting_bytes(transport.get_extra_info("socket")):
+                later = asyncio.get_running_loop().call_later
+                connection._keepalive_handle = later(LOOK_AGAIN, connection._keepalive_timeout)
+            else:
+                timeout(connection)
 
     replace(protocol, "_keepalive_timeout", timeout_if_idle)
-
-
-def _waits(transport: asyncio.Transport) -> bool:
-    connection = transport.get_extra_info("socket")
-    return connection is not None and connection.fileno() >= 0 and waiting_bytes(connection.fileno()) > 0
 
 
 def gunicorn_reads_a_head(connection: AsgiProtocol) -> bool:

@@ -11,32 +11,16 @@ from __future__ import annotations
 import gc
 
 
-class SharedHeap:
-    """The objects that the master had at its last fork of a new app."""
+def freeze() -> None:
+    """Keep all objects of this process out of garbage collection: once, before the first fork.
 
-    def __init__(self) -> None:
-        self._is_frozen = False
+    Collects first: what is garbage now could not be collected later, with whatever it holds open. For good, since a
+    master never loads its app again: SIGHUP is refused with `preload_app`.
 
-    def freeze(self) -> None:
-        """Keep all objects of this process out of garbage collection, once; before a fork.
-
-        Collects first: what is garbage now could not be collected later, with whatever it holds open.
-
-        >>> heap = SharedHeap()
-        >>> heap.freeze()
-        >>> gc.get_freeze_count() > 0
-        True
-        >>> heap.thaw()
-        >>> gc.get_freeze_count()
-        0
-        """
-        if not self._is_frozen:
-            self._is_frozen = True
-            gc.collect()
-            gc.freeze()
-
-    def thaw(self) -> None:
-        """Have them collected again: after a reload the app of before is garbage."""
-        if self._is_frozen:
-            self._is_frozen = False
-            gc.unfreeze()
+    >>> freeze()
+    >>> gc.get_freeze_count() > 0
+    True
+    >>> gc.unfreeze()
+    """
+    gc.collect()
+    gc.freeze()

@@ -40,6 +40,7 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
+from zdd_web.gunicorn.master import heap
 from zdd_web.gunicorn.master.boot import Boot
 from zdd_web.gunicorn.master.capacity import Capacity, too_many_workers
 from zdd_web.gunicorn.master.probe_process import ProbePort
@@ -229,6 +230,7 @@ class Master:
                  grace_period=settings.grace_period, drain_delay=settings.drain_delay,
                  kubernetes="yes" if IN_KUBERNETES in os.environ else "no", name=self.header.name,
                  release=self.deploys.label, **self.canary.described)  # fmt: skip
+        heap.freeze()
 
     def _interval(self) -> float:
         if self.generation.phase is Phase.SERVING and self._settled():
@@ -313,8 +315,7 @@ class Master:
         }
 
     def _reloaded(self) -> None:
-        # A new configuration is in force, and with `preload_app` a new app: every worker is to be replaced.
-        self.workforce.heap.thaw()
+        # A new configuration is in force: every worker is to be replaced.
         self.roster.outdate()
         # What could not boot before may well do now: it was proved a moment ago.
         self.roster.booted()

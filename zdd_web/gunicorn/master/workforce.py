@@ -13,7 +13,6 @@ from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.master.capacity import Capacity
-from zdd_web.gunicorn.master.heap import SharedHeap
 from zdd_web.gunicorn.master.plan import plan
 from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
@@ -46,7 +45,6 @@ class Workforce:
         self._server, self._generation, self._header = server, generation, generation.header
         self._roster, self._listening, self._capacity, self._wanted = roster, listening, capacity, wanted
         self._stop, self._gate, self._start_message = stop, gate, start_message
-        self.heap = SharedHeap()
 
     def _handle_exited_workers(self) -> None:
         for gone in self._roster.reconcile():
@@ -116,7 +114,6 @@ class Workforce:
 
     def _spawn(self) -> None:
         master = os.getpid()
-        self.heap.freeze()
         try:
             self._server.spawn_worker()
             self._roster.note_forks()

@@ -2,8 +2,7 @@
 
 From `Queues` `loop.create_server()` cannot accept: uvloop accepts in C, from a real socket. And a server of asyncio's
 own loops drops connections when it is closed: what it has accepted in the same turn of the loop is to be attached to it
-a turn later, which fails silently, and the client is reset; shown in tests/os. Here nothing is
-attached.
+a turn later, which fails silently, and the client is reset; shown in tests/os. Here nothing is attached.
 """
 
 from __future__ import annotations
