@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.processes.harness import Service, until
+from zdd_web import deploy_request
+from zdd_web.deploy_request import DeployRequest, Standing
+from zdd_web.service import Generation
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,3 +103,8 @@ def runs(service: Service, releases: Releases, name: str, generation: int) -> No
     assert Path(found["cwd"]).resolve() == releases.path(name).resolve()
     assert Path(found["prefix"]).resolve() == releases.path(name).resolve()
     assert Path(found["executable"]).parent.resolve() == (releases.path(name) / "bin").resolve()
+
+
+def standing(generation: Generation, request: DeployRequest) -> AbstractContextManager[Standing]:
+    """Have a request stand in a master's box, as a command does before it sends its signal."""
+    return deploy_request.standing(generation.pid, generation.header.request_fd, os.geteuid(), request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.processes.harness import Service, until
-from tests.processes.releases import runs
+from tests.processes.releases import runs, standing
 from tests.processes.test_interrupt_moments import stopped, until_pending
 from tests.processes.test_rollback import deploy, order, releases
-from zdd_web import deploy_request
 from zdd_web.deploy_request import DeployRequest
 
 __all__ = ["releases"]
@@ -74,9 +72,7 @@ def test_request_whose_signal_never_came_is_forgotten_before_a_later_signal(rele
     service, all_releases = releases
     service.start()
     generation = service.is_active()
-    with deploy_request.standing(
-        generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(to=str(all_releases.path("r3")))
-    ):
+    with standing(generation, DeployRequest(to=str(all_releases.path("r3")))):
         pass  # it has ended before it sent the signal
     box = box_of(service)
     until("an empty box", lambda: text_in(box) == b"", service)
@@ -91,9 +87,7 @@ def test_plain_upgrade_by_the_command_replaces_what_a_dead_one_has_left(releases
     generation = service.is_active()
     all_releases.flip("r2")
     with stopped(generation.pid):
-        with deploy_request.standing(
-            generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(back=True)
-        ):
+        with standing(generation, DeployRequest(back=True)):
             pass
         command = subprocess.Popen([sys.executable, "-m", "zdd_web", "upgrade", "--name", service.name])
         until_pending(service, generation.pid, signal.SIGUSR2)
@@ -105,9 +99,7 @@ def test_plain_upgrade_does_not_take_the_request_of_a_command_that_has_not_sent_
     service, all_releases = releases
     service.start()
     generation = service.is_active()
-    with deploy_request.standing(
-        generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(to=str(all_releases.path("r3")))
-    ):
+    with standing(generation, DeployRequest(to=str(all_releases.path("r3")))):
         assert "another command has" in order(service, "upgrade", status=2)
         assert service.matches(r"event=(refused|upgrade)") == []
     runs(service, all_releases, "r1", 1)
@@ -118,7 +110,7 @@ def test_plain_upgrade_beside_a_command_whose_request_was_taken_is_up_to_the_mas
     service.start()
     generation = service.is_active()
     # A command that stands still, such as by Ctrl-Z: it holds its lock, and nothing is asked for any more.
-    with deploy_request.standing(generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(back=True)):
+    with standing(generation, DeployRequest(back=True)):
         service.signal(signal.SIGUSR2)
         assert "no other release has served" in service.wait_for(r"event=refused signal=USR2")
         all_releases.flip("r2")

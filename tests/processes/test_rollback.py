@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 
 import pytest
 
 from tests.processes.harness import Service, answered_from, until
-from tests.processes.releases import Releases, by_module, by_script, runs, told
+from tests.processes.releases import Releases, by_module, by_script, runs, standing, told
 from tests.processes.test_frameworks import run
-from zdd_web import deploy_request
 from zdd_web.deploy_request import DeployRequest
 
 
@@ -169,9 +167,7 @@ def test_two_commands_at_a_time_exclude_each_other(releases):
     service, releases = releases
     service.start()
     generation = service.is_active()
-    with deploy_request.standing(
-        generation.pid, generation.header.request_fd, os.geteuid(), DeployRequest(to=str(releases.path("r3")))
-    ):
+    with standing(generation, DeployRequest(to=str(releases.path("r3")))):
         assert "another command has" in order(service, "rollback", status=2)
         service.signal(signal.SIGUSR2)
         service.wait_for(r"event=upgrade\.committed")
