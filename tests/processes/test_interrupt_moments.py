@@ -309,7 +309,8 @@ def test_drain_that_cuts_off_a_request_says_so_after_an_interrupt(service: Servi
 def test_drain_of_a_service_that_boots(service: Service):
     service.deploy("1", at_import=GO_ON)
     service.spawn()
-    service.wait_for(r"event=boot\.started")
+    # Before gunicorn has handlers, a moment after `boot.started`, SIGTERM ends the master as it ends any process.
+    service.wait_for("Booting worker", times=service.workers)
     with stopped(service.generations()[0].pid):
         command = Command(service, "drain")
         until_pending(service, service.generations()[0].pid, signal.SIGTERM)

@@ -69,8 +69,10 @@ def until_state(service: Service, *states: UpgradeState) -> None:
 
 
 def serves(service: Service, generation: int) -> None:
-    assert {service.get().generation for _ in range(8)} == {generation}
+    # Workers of a generation that was withdrawn answer what they have accepted before they read their own signal.
     service.until_one_generation()
+    service.until_alone()
+    assert {service.get().generation for _ in range(8)} == {generation}
     assert service.snapshot().generation == generation
 
 

@@ -16,13 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.certificates import self_signed
+from tests.helpers.ports import free_port
 from tests.processes.harness import PATIENCE, Held, Service, ask_unix, successor, until
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port that nobody has at the moment."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        return int(probe.getsockname()[1])
 
 
 def bound_to(service: Service, *binds: str) -> Service:

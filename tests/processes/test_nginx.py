@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import Service, answered_from, lost, until
-from tests.processes.test_listeners import bound_to, free_port, start
+from tests.processes.test_listeners import bound_to, start
 from zdd_web.cli.rehearse.load import Load, LoadThread
 
 NGINX = """

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import zdd_web
+from tests.helpers.ports import free_port
 from tests.processes.harness import Service, answered_from
-from tests.processes.test_systemd_mode import free_port
 
 OLDER = Path(__file__).parents[1] / "data" / "zdd_web-0.1.0-py3-none-any.whl"
 THIS = Path(str(zdd_web.__file__)).parents[1]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import (
     PATIENCE,
     Held,
@@ -517,9 +518,7 @@ def test_address_in_use_ends_the_start(one: Service) -> None:
 
 
 def test_the_apps_own_address_ends_the_start(one: Service) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     one.bind = f"127.0.0.1:{port}"
     process = one.configure(probe_bind=f"0.0.0.0:{port}").spawn()
     assert process.wait(PATIENCE) == 1

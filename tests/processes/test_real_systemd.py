@@ -7,7 +7,6 @@ import http.client
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes import systemd_box
 from tests.processes.harness import APP, PATIENCE, _knows_control_socket, answered_from, lost, until
 from tests.processes.systemd_box import Box, CannotBoot, booted
@@ -75,8 +75,7 @@ class Unit:
         self.service, self.socket = f"{name}.service", f"{name}.socket"
         self.directory = box.directory / name
         self.directory.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.deploy("1")
         (self.directory / "gunicorn.conf.py").write_text(CONF.format(name=name, grace_period=GRACE_PERIOD))
         box.write_unit(self.socket, SOCKET.format(port=self.port))
@@ -260,8 +259,7 @@ def test_notify_reload_is_an_upgrade(make_unit: Callable[..., Unit], box: Box):
 def test_the_examples_units_do_as_they_are(box: Box, example: str):
     files = systemd_box.ROOT / f"example_{example}" / "deploy"
     name = f"example-{example}"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = re.sub(r"/srv/[^ ]*/\.venv/bin", str(Path(sys.executable).parent), (files / f"{name}.service").read_text())
     text = text.replace(f"/srv/{name}/current", str(systemd_box.ROOT))
     # This machine's interpreter may be where only root may look.

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.certificates import self_signed
+from tests.helpers.ports import free_port
 from tests.processes.harness import Service, until
-from tests.processes.test_listeners import bound_to, free_port, start
+from tests.processes.test_listeners import bound_to, start
 from zdd_web.cli.rehearse import server
 from zdd_web.cli.rehearse.server import RehearsalError
 from zdd_web.service import Generation, generations

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import Service, until
 from tests.processes.systemd_box import Box
-from tests.processes.test_listeners import free_port
 from tests.processes.test_nginx import NGINX
 from tests.processes.test_real_systemd import Unit, box, make_unit
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.helpers.casting import PLAYS_ALL
+from tests.helpers.ports import free_port
 from tests.processes.harness import (
     WORKER_CLASSES,
     Held,
@@ -25,7 +26,7 @@ from tests.processes.harness import (
     skip_unless_installed,
     until,
 )
-from tests.processes.test_listeners import free_port, refused
+from tests.processes.test_listeners import refused
 from tests.processes.test_worker_classes import deploy
 from zdd_web.board import Slot
 from zdd_web.board.admission import Admission

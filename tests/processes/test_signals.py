@@ -252,9 +252,10 @@ def ends_and_the_old_one_serves(scene: Scene, sig: signal.Signals) -> None:
     scene.gone(scene.master)
     service.wait_for("event=upgrade.failed")
     assert old.phase is Phase.SERVING
+    # Its workers answer what they have accepted, and accept until they have read their own signal.
+    service.until_alone()
     assert service.get().generation == 1
     assert service.pid_file.read_text() == f"{old.master}\n"
-    service.until_alone()
     scene.release()
     service.upgrade()
     assert until("generation 2", lambda: service.get().generation == 2, service)

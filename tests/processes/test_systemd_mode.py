@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import Service, answered_from, until
 
 pytestmark = pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="no systemd-socket-activate")
@@ -21,11 +22,6 @@ QUICK = """
 import os
 os.environ["ZDD_WEB_COMMIT_WINDOW"] = "0"
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture

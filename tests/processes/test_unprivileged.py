@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import PATIENCE, Service, answered_from, generations_of, until
-from tests.processes.test_listeners import free_port
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome, Sample
 

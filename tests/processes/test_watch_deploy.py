@@ -64,6 +64,7 @@ def test_release_that_fails_a_tenth_of_its_requests_is_taken_back(watched):
     assert really_lost(load) == [], service.log()
     # All that failed was answered by the release that was taken back.
     assert {sample.generation for sample in lost(load)} == {2}
+    service.until_alone()
     assert service.get().version == "1"
     entries = json.loads(service.run("history", "--json", "--name", service.name).stdout)["entries"]
     assert (entries[-1]["outcome"], entries[-1]["generation"]) == ("failed", 2)
@@ -79,6 +80,7 @@ def test_release_whose_worker_dies_is_taken_back(watched):
         done = deploy(service, load, "--watch", "60")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "ended in the commit window" in done.stderr
+    service.until_alone()
     assert service.get().version == "1"
     # What the dead worker had in hand went with it; what the other one has is answered.
     assert {sample.generation for sample in really_lost(load)} <= {2, None}

@@ -29,7 +29,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.ports import free_port
 from tests.processes.harness import APP, Service, lost
 from tests.soak.attacks import ATTACKS, HOSTILE_VIEWS, Bystander, timed_out
 from zdd_web import service as finder
@@ -577,18 +577,6 @@ STEPS: list[tuple[int, Callable[[Walk], None]]] = [
 
 
 # -- the command
-
-
-def free_port() -> int:
-    """Find a port that no client of this machine is given while the service is down."""
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.sample(range(max(10_000, low - 15_000), low - 1), 200):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-    raise SystemExit("no free port")
 
 
 def walk_once(seed: int, number: int, worker_class: str) -> tuple[str, Walk]:
