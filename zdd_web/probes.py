@@ -102,16 +102,16 @@ class Probes:
         self._brought = brought
         self._own = own
         # Kept, since each request of the app is looked up in it; in one attribute, so that threads see all or nothing.
-        self._made: tuple[Settings | None, Settings | None, int, dict[str, tuple[Probe, str]]] = (None, None, 0, {})
+        self._made: tuple[int, Settings | None, dict[str, tuple[Probe, str]]] = (-1, None, {})
 
     def forget(self) -> None:
         """Have the app's settings read again: they have changed."""
-        self._made = (None, None, 0, {})
+        self._made = (-1, None, {})
 
     def asks(self, path: str) -> bool:
         """Tell whether a path is a probe; for everybody else's requests this is all that happens."""
-        made_of, _, latest, paths = self._made
-        if made_of is not process.current().settings or latest != checks.latest():
+        version, _, paths = self._made
+        if version != registry.version:
             paths = self._make()
         return path in paths
 
@@ -134,7 +134,7 @@ class Probes:
         """
         if not self.asks(path):
             return None
-        _, settings, _, paths = self._made
+        _, settings, paths = self._made
         asked = paths.get(path)
         if asked is None or settings is None:
             return None  # forgotten in between
@@ -154,12 +154,12 @@ class Probes:
 
     def _make(self) -> dict[str, tuple[Probe, str]]:
         here = process.current()
-        settings, latest = here.settings, checks.latest()
+        settings, version = here.settings, registry.version
         own = of_app(settings, here.fixed, self._brought()) if self._brought else settings
         if here.alone:
             # gunicorn's workers do so before they serve.
             checks.load(own.checks, into=self._checks)
-            latest = checks.latest()
+            version = registry.version
         paths = table(own, self._checks.kinds() if here.alone else checks.kinds())
-        self._made = settings, own, latest, paths
+        self._made = version, own, paths
         return paths

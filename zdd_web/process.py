@@ -34,15 +34,13 @@ class Process:
     """What this process knows of itself and of its generation."""
 
     def __init__(self, board: Board, slot: Slot | None, settings: Settings, fixed: Collection[str] = ()) -> None:
-        self.board, self.slot, self.settings = board, slot, settings
+        self.board, self.slot = board, slot
+        self.settings = settings
         #: The settings that no app may set for itself, by name.
         self.fixed = fixed
         #: This worker alone is on its way out.
         self.going = False
-        # Bound once: these run on every request.
-        self._words = board.header.words
-        self._at = slot.base if slot is not None else -1
-        self._retire_at = slot.order.base + Order.retire.index if slot is not None else -1
+        self.is_leaving = self._leaving()
         if slot is not None:
             waitgroup.observer = self._tasks_changed
         #: There is no gunicorn.
@@ -66,11 +64,26 @@ class Process:
         """The phase of this process's generation, read from the board."""
         return Phase(self.board.header.phase)
 
-    def is_leaving(self) -> bool:
-        """Whether replies should close their connection: the generation or this worker is on its way out."""
-        if self.going or self._words[_PHASE] in LEAVING:
-            return True
-        return self._retire_at >= 0 and bool(self._words[self._retire_at])
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        registry.changed()
+
+    def _leaving(self) -> Callable[[], bool]:
+        # A closure, since it is called for each reply. Without a slot there is no order: a phase that never leaves.
+        words, phase, leaving = self.board.header.words, Header.phase.index, LEAVING
+        retire = self.slot.order.base + Order.retire.index if self.slot is not None else -1
+
+        def is_leaving() -> bool:
+            """Tell whether the generation, or this worker, is on its way out."""
+            return words[phase] in leaving or self.going or (retire >= 0 and words[retire] != 0)
+
+        return is_leaving
 
     @property
     def deadline_ns(self) -> int:
@@ -79,27 +92,6 @@ class Process:
         if header.deadline:
             return header.deadline
         return self.slot.retire_deadline if self.slot is not None else clock.NEVER
-
-    def request_counters(self) -> tuple[Callable[[], None], Callable[[], int]]:
-        """Return what counts a request in, and what counts it out and returns how many that makes.
-
-        Closures, since they run on every request; with a lock, since threads of one worker share its words.
-        """
-        assert self.slot is not None
-        words, lock = self._words, threading.Lock()
-        in_flight, requests = self._at + Slot.in_flight.index, self._at + Slot.requests.index
-
-        def started() -> None:
-            with lock:
-                words[in_flight] += 1
-
-        def finished() -> int:
-            with lock:
-                words[in_flight] -= 1
-                total = words[requests] = words[requests] + 1
-            return total
-
-        return started, finished
 
     def checks_runner(self, loop: Any = None) -> checks.Runner:
         """Make what runs the checks of this process, and have the board hold them, without a result yet."""
@@ -171,16 +163,21 @@ def _write(slot: Slot, state: checks.State) -> None:
     slot.checks = max(slot.checks, state.index + 1)
 
 
-_PHASE = Header.phase.index
-
 _current: Process | None = None
 
 
 def attach(board: Board, slot: Slot | None, settings: Settings, fixed: Collection[str] = ()) -> Process:
     """Make a board this process's own; the gunicorn hooks call it, in the master and after each fork."""
+    made = Process(board, slot, settings, fixed)
+    use(made)
+    return made
+
+
+def use(handle: Process | None) -> None:
+    """Have this be the handle of this process; None has the next call of `current()` make one."""
     global _current
-    _current = Process(board, slot, settings, fixed)
-    return _current
+    _current = handle
+    registry.changed()
 
 
 def current() -> Process:
@@ -225,14 +222,14 @@ def remember() -> Callable[[], None]:
     apps, restore_checks, restore_hooks = set(_apps), registry.remember(), waitgroup.remember_hooks()
 
     def restore() -> None:
-        global _current
         reset()
         restore_checks()
         restore_hooks()
         for app in set(_apps) - apps:
             del _apps[app]
         # With its board and the settings of the environment as it was.
-        _current = waitgroup.observer = None
+        use(None)
+        waitgroup.observer = None
 
     return restore
 

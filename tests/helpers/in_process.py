@@ -31,12 +31,14 @@ def descriptors() -> set[tuple[int, str]]:
 def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor open or a child process unreaped."""
     # A board that another test has closed is not this one's.
-    process._current = waitgroup.observer = None
+    process.use(None)
+    waitgroup.observer = None
     # Nor is a loop that another test has played: its turns do not come any more, which looks like a pause.
     pauses.forget()
     before = descriptors()
     yield
-    process._current = waitgroup.observer = None
+    process.use(None)
+    waitgroup.observer = None
     give_up = time.monotonic() + 5
     while descriptors() - before and time.monotonic() < give_up:
         gc.collect()  # a mapping that is part of a cycle is not a leak
@@ -45,6 +47,15 @@ def nothing_is_left_behind() -> Iterator[None]:
     assert descriptors() - before == set()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.fixture
+def no_handle() -> Iterator[None]:
+    """Have this process make its handle anew, from the environment as it is then."""
+    before = process._current
+    process.use(None)
+    yield
+    process.use(before)
 
 
 @pytest.fixture
@@ -61,6 +72,6 @@ def service() -> Iterator[Callable[..., Board]]:
         return board
 
     yield attach
-    process._current = before
+    process.use(before)
     for board in boards:
         board.close()

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.helpers.in_process import nothing_is_left_behind, service
+from tests.helpers.in_process import no_handle, nothing_is_left_behind, service
 
-__all__ = ["nothing_is_left_behind", "service"]
+__all__ = ["no_handle", "nothing_is_left_behind", "service"]

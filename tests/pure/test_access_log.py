@@ -102,10 +102,11 @@ def test_paths_outside_gunicorn_are_those_of_each_app() -> None:
         assert not passes(runserver("/django-up", 200), runserver)
 
 
+@pytest.mark.usefixtures("no_handle")
 def test_settings_that_cannot_work_lose_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with override_settings(ZDD_WEB={"NO_SUCH": 1}):
         assert passes(runserver("/no-probe", 200), runserver)
-    monkeypatch.setattr(process, "_current", None)
+    process.use(None)
     monkeypatch.setenv("ZDD_WEB_GRACE_PERIOD", "soon")
     assert passes(gunicorn("/livez", 200))
 

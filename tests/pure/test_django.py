@@ -147,8 +147,8 @@ def test_override_is_taken_back_after_it(ask: Ask) -> None:
     assert (ask("GET", "/ready").status_code, ask("GET", "/readyz").status_code) == (404, 200)
 
 
+@pytest.mark.usefixtures("no_handle")
 def test_paths_that_something_stronger_has_set_stay(ask: Ask, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_current", None)
     monkeypatch.setenv("ZDD_WEB_READINESS_PATH", "/environment")
     settings.ZDD_WEB = {"READINESS_PATH": "/ready", "HEALTH_PATH": "/health", "GRACE_PERIOD": 20}
     paths = ["/environment", "/ready", "/health"]

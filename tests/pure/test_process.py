@@ -12,6 +12,7 @@ import zdd_web
 from tests.helpers.threads import at_once
 from zdd_web import process, waitgroup
 from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
@@ -20,11 +21,12 @@ from zdd_web.settings import Settings
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     # What a worker does to this process is taken back.
-    monkeypatch.setattr(process, "_current", None)
+    process.use(None)
     monkeypatch.setattr(waitgroup, "observer", None)
     board = Board.create("unit", slots=1)
     yield board
-    process._current = waitgroup.observer = None
+    process.use(None)
+    waitgroup.observer = None
     board.close()
 
 
@@ -110,17 +112,19 @@ def test_background_work_of_a_worker_stands_in_its_slot(worker: Process) -> None
 
 def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Process) -> None:
     assert worker.slot is not None
-    started, finished = worker.request_counters()
+    counter = RequestCounter(worker, 1 << 60, (), lambda _: True)
 
     def serve() -> None:
         for _ in range(500):
-            started()
-            finished()
+            counter.started(None, "a request")
+            counter.finished(None, "a request", {}, None)
 
     at_once(8, serve)
-    started()
+    counter.started(None, "a request")
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
-    finished()
+    counter.stop()
+    counter.finished(None, "a request", {}, None)
+    assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000), "it is cut off, and not finished"
 
 
 def test_worker_says_its_state_and_since_when(worker: Process) -> None:

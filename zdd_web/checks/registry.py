@@ -43,17 +43,20 @@ _all: weakref.WeakSet[Registry] = weakref.WeakSet()
 _all_lock = threading.Lock()
 
 _numbers = itertools.count(1)
-_latest = 0
+
+#: What `latest()` returns, for what is called on every request.
+version = 0
 
 
 def latest() -> int:
-    """Return a number that changes with every registry: asked on every request, to learn of new checks."""
-    return _latest
+    """Return a number that changes whenever a check of any registry does, or the settings of this process."""
+    return version
 
 
-def _changed() -> None:
-    global _latest
-    _latest = next(_numbers)
+def changed() -> None:
+    """Have whatever was made of checks and settings be made again: one of them has changed."""
+    global version
+    version = next(_numbers)
 
 
 class Registry:
@@ -71,7 +74,7 @@ class Registry:
         self.number = next(_numbers)
         with _all_lock:
             _all.add(self)
-        _changed()
+        changed()
 
     def check(
         self, name: str, *, kind: str = "readiness", timeout: float = 2.0, interval: float = 10.0, critical: bool = True
@@ -87,7 +90,7 @@ class Registry:
                 raise SettingsError(f"check {name!r} is one too many: a process may have {MAX_CHECKS}; combine some")
             made = Check(name, function, float(timeout), float(interval), bool(critical), _KINDS[kind])
             self._checks[name] = made
-            _changed()
+            changed()
             if listener is not None:
                 listener(made)
             return function
@@ -109,7 +112,7 @@ class Registry:
     def clear(self) -> None:
         """Forget its checks, but for those that are shared."""
         self._checks.clear()
-        _changed()
+        changed()
 
 
 #: The checks that all apps of this process have.
@@ -178,7 +181,7 @@ def remember() -> Callable[[], None]:
         for registry in since:
             registry.clear()
         # Where no app was made since, nothing else has noted that the shared ones are others.
-        _changed()
+        changed()
 
     return restore
 

@@ -147,8 +147,10 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_c
 
     def murder_pending_of_a_leaving_worker() -> None:
         nonlocal ends_at
+        if not worker.pending_conns:
+            return
         # A connection that is handed over keeps its time.
-        if process.going and worker.pending_conns and are_to_close():
+        if process.going and are_to_close():
             now = time.monotonic()
             ends_at = ends_at or now + QUIET
             for conn in worker.pending_conns:
@@ -166,7 +168,8 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_c
 
     replace(_Connection, "wait_for_data", wait_for_data_unless_leaving)
     replace(worker, "murder_pending", murder_pending_of_a_leaving_worker)
-    replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
+    if WindDown.needed_by(worker):
+        replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
 
 
 class WindDown:

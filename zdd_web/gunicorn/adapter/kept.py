@@ -15,6 +15,10 @@ class Keeper(Protocol):
     def turn(self) -> None:
         """Look whether the exchange is to be watched, and close what is idle in a lame duck; once a turn."""
 
+    @property
+    def is_in_haste(self) -> bool:
+        """Whether `pause()` may limit the wait: looked at in each turn of a loop, and cheaper."""
+
     def pause(self) -> float | None:
         """Return for how long the loop may wait at most, seconds; None for as long as it likes."""
 

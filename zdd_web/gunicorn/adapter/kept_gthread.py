@@ -30,6 +30,9 @@ R = TypeVar("R")
 
 _TConn: Method = gthread.TConn
 
+#: How often a busy loop looks at what changes seldom, seconds.
+LOOKS_EVERY = 0.01
+
 
 def store_for(worker: object, kept: Keeper) -> GthreadConnections | None:
     """Return the store of a gthread worker; None for other workers, and before 24."""
@@ -55,8 +58,10 @@ class GthreadConnections:
             run()
 
         def wait_a_turn(timeout: float) -> None:
-            pause = kept.pause()
-            wait(timeout if pause is None else min(timeout, pause))
+            if kept.is_in_haste:
+                pause = kept.pause()
+                timeout = timeout if pause is None else min(timeout, pause)
+            wait(timeout)
 
         replace(worker, "run", run_and_watch)
         replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
@@ -64,7 +69,7 @@ class GthreadConnections:
         replace(
             worker, "is_parent_alive", lambda: os.getppid() == worker.ppid or kept.hands_over() or is_parent_alive()
         )
-        self._murder_keepalived = replace(worker, "murder_keepalived", self._close_one_by_one)
+        replace(worker, "murder_keepalived", self._closing_one_by_one())
         if hasattr(worker, "handle_http2"):
             replace(worker, "handle_http2", self._counting_http2(worker.handle_http2))
 
@@ -79,22 +84,37 @@ class GthreadConnections:
 
         return handle_and_count
 
-    def _close_one_by_one(self, force: bool = False) -> None:
-        """Close what has been idle for too long, with a last look at each.
+    def _closing_one_by_one(self) -> Callable[..., None]:
+        """Return what closes connections that have been idle for too long, with a last look at each.
 
         gunicorn looks once for all of them (test_gthread_closes_idle_connections_each_turn), and then starts requests
         and closes others, for milliseconds. A request that arrives in between is reset unread, and no client may repeat
         a POST.
+
+        A closure: it is called once a turn in every release, whatever has woken the loop, thousands of times a second.
+        What it has to do beside that is done seldom.
         """
-        # Once a turn in every release, whatever has woken the loop.
-        self._kept.turn()
-        worker = self._worker
-        now = time.monotonic()
-        kept = worker.keepalived_conns
+        connections, monotonic, due = self._worker.keepalived_conns, time.monotonic, 0.0
+        murder_keepalived = self._worker.murder_keepalived
+
+        def close_one_by_one(force: bool = False) -> None:
+            nonlocal due
+            now = monotonic()
+            if now >= due or force:
+                due = now + LOOKS_EVERY
+                self._kept.turn()
+                self._close_expired(now, force=force)
+                # Nothing is left for gunicorn's own; what it was replaced by before has its turn (gthread.py).
+                murder_keepalived(**({"force": True} if force else {}))
+            elif connections and connections[0].timeout <= now:
+                self._close_expired(now, force=False)
+
+        return close_one_by_one
+
+    def _close_expired(self, now: float, *, force: bool) -> None:
+        kept = self._worker.keepalived_conns
         while kept and (force or kept[0].timeout <= now):
             self._close(kept[0], look=not force)
-        # Nothing is left for gunicorn's own; what it was replaced by before has its turn (gthread.py).
-        self._murder_keepalived(**({"force": True} if force else {}))
 
     def _close(self, conn: GthreadConnection, *, look: bool) -> bool:
         worker = self._worker

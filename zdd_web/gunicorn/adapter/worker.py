@@ -98,7 +98,7 @@ class WorkerFacade:
 
         A reply closes its connection where `are_to_close()` is true.
         """
-        _close_connections_when(are_to_close)
+        _close_connections_when(process.is_leaving, are_to_close)
         self._remember_names()
         gthread.adapt(self.raw, process, are_to_close)
         sync.adapt(self.raw, process)
@@ -246,8 +246,10 @@ def _same(name: SocketName) -> SocketName:
     return name
 
 
-def _close_connections_when(leaving: Callable[[], bool]) -> None:
-    """Have a reply carry `Connection: close` if `leaving()` is true when its headers are written, in this process.
+def _close_connections_when(is_leaving: Callable[[], bool], are_to_close: Callable[[], bool]) -> None:
+    """Have a reply carry `Connection: close` if `are_to_close()` when its headers are written, in this process.
+
+    That is asked of a process that `is_leaving()`, since this is done for each reply.
 
     Not decided when the request begins: the reply may come a minute later. And once for each reply: a later look
     (tests/contract: test_gthread_asks_the_reply_whether_to_close) must find what the headers have announced.
@@ -255,7 +257,7 @@ def _close_connections_when(leaving: Callable[[], bool]) -> None:
     default_headers: Method = Reply.default_headers
 
     def headers(response: Response) -> object:
-        if not response.must_close and leaving():
+        if is_leaving() and not response.must_close and are_to_close():
             response.force_close()
         return default_headers(response)
 

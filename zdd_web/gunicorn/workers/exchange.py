@@ -131,6 +131,8 @@ class KeptConnections:
         self._gave_up = False
         #: Handing over has begun, and waits for the exchange rather than for a request.
         self.is_busy = False
+        #: See `Keeper`; it has begun to hand over, or to close what is idle, and does not go back.
+        self.is_in_haste = False
         #: How many bytes of messages lay there when that last changed, and when.
         self._lay, self._lay_since = 0, 0.0
         #: How many connections were idle when the lame duck was first seen.
@@ -246,7 +248,7 @@ class KeptConnections:
         """
         if not self.hands_over():
             return without
-        self.is_busy = True
+        self.is_busy = self.is_in_haste = True
         return HandingOver(self, stop_accepting, without)
 
     @property
@@ -309,6 +311,7 @@ class KeptConnections:
         idle = store.idle()
         if self._at_lame_duck is None:
             self._at_lame_duck = len(idle)
+            self.is_in_haste = True
         share = 1 - clock.since(self._header.stop_since) / delay
         stay = max(0, math.ceil(self._at_lame_duck * share))
         for connection in idle[: max(0, len(idle) - stay)]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zdd_web import checks, log, waitgroup
-from zdd_web.board import Header
+from zdd_web.board import Header, Slot
 from zdd_web.gunicorn.workers.late_arrivals import LateCounter
 from zdd_web.health import table
 from zdd_web.lifecycle import STOPPING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RequestCounter:
-    """Counts on a slot; `started()` and `finished()` are gunicorn's `pre_request` and `post_request`.
+    """Counts on a slot.
 
     A worker that has answered `limit` requests asks its master to replace it. `is_on_new_connection(request)` tells
     whether a request that came after the begin of a stop is on a connection that did so too.
@@ -34,25 +34,64 @@ class RequestCounter:
         self._is_on_new_connection = is_on_new_connection
         self._words, self._seldom_lock = process.board.header.words, threading.Lock()
         self._late = LateCounter(self._slot, process.settings.drain_delay, trusted)
-        self._count_in, self._count_out = process.request_counters()
+        # Threads of one worker share its words.
+        self._lock = threading.Lock()
+        #: gunicorn's `pre_request` and `post_request`. Closures, since they run on every request.
+        self.started = self._counting_in()
+        self.finished, self.stop = self._counting_out()
 
-    def started(self, worker: object, request: Any) -> None:
-        """Count a request in."""
-        self._count_in()
-        waitgroup.current_request.set(request)
+    def _counting_in(self) -> Callable[[object, Any], None]:
+        words, lock, in_flight = self._words, self._lock, self._slot.base + Slot.in_flight.index
+        phase, stopping, set_request = Header.phase.index, STOPPING, waitgroup.current_request.set
+
+        def started(worker: object, request: Any) -> None:
+            """Count a request in."""
+            with lock:
+                words[in_flight] += 1
+            set_request(request)
+            if words[phase] in stopping:
+                self._started_late(request)
+
+        return started
+
+    def _started_late(self, request: Any) -> None:
         # Probes are sent to the end, by those that act on them.
-        if self._words[_PHASE] in STOPPING and not self._is_probe(request):
+        if not self._is_probe(request):
             by = clock.now_ns() - self._process.board.header.stop_since
             self._late.count(request, by, is_new=self._is_on_new_connection(request))
 
-    def finished(self, worker: object, request: Any, environ: object, response: Response | None) -> None:
-        """Count a request out, and ask to be replaced at `max_requests`."""
-        if self._count_out() >= self._limit and not self._slot.recycle_requested:
+    def _counting_out(self) -> tuple[Callable[[object, Any, object, Response | None], None], Callable[[], None]]:
+        words, lock, limit = self._words, self._lock, self._limit
+        in_flight, requests = self._slot.base + Slot.in_flight.index, self._slot.base + Slot.requests.index
+        one = 1
+
+        def finished(worker: object, request: Any, environ: object, response: Response | None) -> None:
+            """Count a request out, and ask to be replaced at `max_requests`."""
+            with lock:
+                words[in_flight] -= one
+                total = words[requests] = words[requests] + one
+            if total >= limit:
+                self._reached_limit()
+            try:
+                is_error = response.status_code >= 500  # type: ignore[union-attr, operator]
+            except (AttributeError, TypeError):
+                # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn
+                # answers 500.
+                is_error = response is not None
+            if is_error:
+                self.failed(request)
+
+        def stop() -> None:
+            """Leave what is in hand in the count: it is cut off, and not finished."""
+            nonlocal one
+            one = 0
+
+        return finished, stop
+
+    def _reached_limit(self) -> None:
+        if not self._slot.recycle_requested:
             self._slot.recycle_requested = 1
             log.emit("worker.recycled", pid=os.getpid(), requests=self._slot.requests)
-        # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers 500.
-        if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
-            self.failed(request)
 
     def failed(self, request: Any) -> None:
         """Count a reply with a status of 500 or more; that of a probe is its proper answer."""
@@ -60,14 +99,7 @@ class RequestCounter:
             with self._seldom_lock:
                 self._slot.server_errors += 1
 
-    def stop(self) -> None:
-        """Leave what is in hand in the count: it is cut off, and not finished."""
-        self._count_out = lambda: 0
-
     def _is_probe(self, request: Any) -> bool:
         # At the end: an app may be mounted somewhere.
         path: str = request.path
         return path.endswith(tuple(table(self._process.settings, checks.kinds())))
-
-
-_PHASE = Header.phase.index
