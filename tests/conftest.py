@@ -3,6 +3,7 @@ from __future__ import annotations
 import compileall
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -38,6 +39,20 @@ def pytest_report_header() -> list[str]:
         f"hypothesis profile: {PROFILE} (HYPOTHESIS_PROFILE=dev|ci)",
         *description(),
     ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have processes that are done take tests from the others, with `pytest -n 6` and no `--dist`.
+
+    xdist deals tests out by the hundred, and some of ours take a thousand times as long as others: the last process
+    was alone for the last minutes, with one of two cores.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -323,7 +323,7 @@ class Service:
 
         Each client rests for `pause` seconds after an answer.
         """
-        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, pause, 20.0))
+        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, think=pause, timeout=20.0, pace=pause))
         with load:
             answered_from(load, 50)
             yield load
