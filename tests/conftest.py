@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import compileall
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-import zdd_web
+from tests.helpers import bytecode
 from tests.helpers.casting import description
 from tests.helpers.skips import AllowedSkips
 from tests.helpers.tiers import Tiers
@@ -27,8 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tiers(config), "zdd_web_tiers")
     if not hasattr(config, "workerinput"):
-        # Services write no bytecode, and compiling the package took each of their starts 0.2 s of CPU.
-        compileall.compile_dir(os.path.dirname(zdd_web.__file__), quiet=2)
+        bytecode.write(config)
     if allowed := config.getoption("allowed_skips"):
         config.pluginmanager.register(AllowedSkips(Path(allowed)), "zdd_web_allowed_skips")
 
