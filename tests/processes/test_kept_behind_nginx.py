@@ -46,7 +46,7 @@ class Clients:
 
     def _run(self, number: int) -> None:
         with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as connection:
-            while not self._ends.wait(0.002):
+            while not self._ends.wait(0.01):
                 number += 1
                 try:
                     head = ask(connection, REQUESTS[number % 2]).lower()

@@ -15,7 +15,8 @@ from zdd_web.lifecycle import Phase
 def test_new_code_takes_over_without_a_lost_request(service: Service):
     service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
-    with service.under_load() as load:
+    # As dense as it gets, here at least.
+    with service.under_load(pause=0.01) as load:
         for number in (2, 3):
             service.deploy(str(number))
             service.upgrade()
