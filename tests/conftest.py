@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tiers(config), "zdd_web_tiers")
+    config.addinivalue_line("markers", "begins_first: takes a minute beside others, and is begun before them")
     if not hasattr(config, "workerinput"):
         bytecode.write(config)
     if allowed := config.getoption("allowed_skips"):
@@ -37,6 +38,13 @@ def pytest_report_header() -> list[str]:
         f"hypothesis profile: {PROFILE} (HYPOTHESIS_PROFILE=dev|ci)",
         *description(),
     ]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side, begin with the tests that take longest: one that is begun last is waited for by all others."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("begins_first") is None)
 
 
 @pytest.hookimpl(optionalhook=True)

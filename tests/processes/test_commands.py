@@ -169,6 +169,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("example", ["example_flask", "example_django"])
+@pytest.mark.begins_first
 def test_rehearsal_of_an_example_loses_nothing(tmp_path: Path, example: str, worker_class: str):
     report = tmp_path / "report.json"
     database = {"DATABASE_PATH": str(tmp_path / "db.sqlite3"), "WORKER_CLASS": worker_class}

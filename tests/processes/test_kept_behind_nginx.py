@@ -62,6 +62,7 @@ class Clients:
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("worker_class", ["gthread", "gevent"])
+@pytest.mark.begins_first
 def test_upstream_connections_of_nginx_stay_across_five_upgrades(
     make_service: Callable[..., Service], worker_class: str, tmp_path: Path
 ):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import pytest
+
 from tests.processes.harness import Service, answered_from, generations_of, until
 from zdd_web.lifecycle import Phase
 
@@ -201,6 +203,7 @@ def launches(service: Service):
     }
 
 
+@pytest.mark.begins_first
 def test_every_way_to_launch_survives_an_upgrade(make_service):
     for way in ("console script", "python -m", "python -X dev -m", "-c file", "-c python:module", "app factory"):
         service = make_service("gthread", workers=1)
