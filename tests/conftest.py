@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import compileall
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
-import zdd_web
+from tests.helpers import bytecode
 from tests.helpers.casting import description
 from tests.helpers.skips import AllowedSkips
 from tests.helpers.tiers import Tiers
@@ -25,9 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tiers(config), "zdd_web_tiers")
+    config.addinivalue_line("markers", "begins_first: takes a minute beside others, and is begun before them")
     if not hasattr(config, "workerinput"):
-        # Services write no bytecode, and compiling the package took each of their starts 0.2 s of CPU.
-        compileall.compile_dir(os.path.dirname(zdd_web.__file__), quiet=2)
+        bytecode.write(config)
     if allowed := config.getoption("allowed_skips"):
         config.pluginmanager.register(AllowedSkips(Path(allowed)), "zdd_web_allowed_skips")
 
@@ -38,6 +38,27 @@ def pytest_report_header() -> list[str]:
         f"hypothesis profile: {PROFILE} (HYPOTHESIS_PROFILE=dev|ci)",
         *description(),
     ]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side, begin with the tests that take longest: one that is begun last is waited for by all others."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("begins_first") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have processes that are done take tests from the others, with `pytest -n 6` and no `--dist`.
+
+    xdist deals tests out by the hundred, and some of ours take a thousand times as long as others: the last process
+    was alone for the last minutes, with one of two cores.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def until(what: str, probe: Callable[[], T | None], service: Service | None = No
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {patience:g} s for {what}\n{service.describe() if service else ''}")
         # To look through /proc takes 10 ms: tests that wait would keep the machine busy, and each other waiting.
-        time.sleep(min(0.2, max(0.01, 5 * (time.thread_time() - began))))
+        time.sleep(min(0.2, max(0.01, 10 * (time.thread_time() - began))))
 
 
 @dataclass(frozen=True)
@@ -321,9 +321,10 @@ class Service:
     def under_load(self, clients: int = 16, *, may_lose: bool = False, pause: float = 0.05) -> Iterator[LoadThread]:
         """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`.
 
-        Each client rests for `pause` seconds after an answer.
+        Each client rests for `pause` seconds after an answer. In tests that run side by side a shorter rest is no more
+        load, but a wait for the CPU that the clients of all of them take.
         """
-        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, pause, 20.0))
+        load = LoadThread(Load("127.0.0.1", self.port, ("/",), clients, 0.5, think=pause, timeout=20.0, pace=pause))
         with load:
             answered_from(load, 50)
             yield load
@@ -366,7 +367,8 @@ class Service:
             if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
             try:
-                environ = Path(f"/proc/{pid}/environ").read_bytes()
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    environ = file.read()
                 if self._needle in environ:
                     found.append(pid)
                 elif environ and proc.parent(pid) != os.getpid():

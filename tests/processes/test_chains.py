@@ -50,6 +50,7 @@ def test_four_generations_at_once_and_a_fifth_is_refused_with_the_reason(service
     ends_without_a_trace(service, status=None)
 
 
+@pytest.mark.begins_first
 def test_ten_upgrades_by_command_as_fast_as_they_go(service: Service):
     configure(service).start()
     seen = []

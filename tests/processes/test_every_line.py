@@ -63,5 +63,6 @@ def told_to_leave_at_each_line(service: Service, lines: int) -> None:
 
 #: The first lines of the loop begin and end a request. tests/processes/long has 2,000 of each.
 @pytest.mark.parametrize(("worker_class", "lines"), [("sync", 260), ("gthread", 160)])
+@pytest.mark.begins_first
 def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, worker_class: str, lines: int):
     told_to_leave_at_each_line(make_service(worker_class, workers=1), lines)

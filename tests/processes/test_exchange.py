@@ -38,7 +38,7 @@ def keeping(
 
 @contextmanager
 def asking(service: Service, count: int = MANY) -> Iterator[KeptClients]:
-    clients = KeptClients(service.port, count, pause=0.002).start()
+    clients = KeptClients(service.port, count, pause=0.005).start()
     try:
         clients.until_asked(50)
         yield clients

@@ -129,6 +129,7 @@ def connections(pid: int) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.begins_first
 def test_nothing_grows_along_a_chain_of_upgrades(make_service) -> None:
     service = make_service().start()
     taken: dict[int, Figures] = {}

@@ -46,7 +46,7 @@ class Clients:
 
     def _run(self, number: int) -> None:
         with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as connection:
-            while not self._ends.wait(0.002):
+            while not self._ends.wait(0.01):
                 number += 1
                 try:
                     head = ask(connection, REQUESTS[number % 2]).lower()
@@ -62,6 +62,7 @@ class Clients:
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("worker_class", ["gthread", "gevent"])
+@pytest.mark.begins_first
 def test_upstream_connections_of_nginx_stay_across_five_upgrades(
     make_service: Callable[..., Service], worker_class: str, tmp_path: Path
 ):

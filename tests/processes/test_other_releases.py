@@ -5,6 +5,7 @@ The older one is tests/data/zdd_web-0.1.0-py3-none-any.whl, built from commit b5
 
 from __future__ import annotations
 
+import compileall
 import shutil
 import sys
 import zipfile
@@ -27,13 +28,14 @@ print("package=" + os.path.realpath(os.path.dirname(os.path.dirname(zdd_web.__fi
 """
 
 
-@pytest.fixture
-def packages(tmp_path: Path) -> Path:
-    """A symlink that leads to the directory of this release or of the older one; its neighbour `older` is unpacked."""
-    older = tmp_path / "older"
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the older release is unpacked, and compiled as an installer would: its masters write no bytecode."""
+    directory = tmp_path_factory.mktemp("releases") / "older"
     with zipfile.ZipFile(OLDER) as wheel:
-        wheel.extractall(older)
-    return tmp_path / "current"
+        wheel.extractall(directory)
+    compileall.compile_dir(directory, quiet=2)
+    return directory
 
 
 def lead(link: Path, target: Path) -> None:
@@ -45,9 +47,10 @@ def lead(link: Path, target: Path) -> None:
 @pytest.mark.parametrize("worker_class", ["sync", "gthread"])
 @pytest.mark.parametrize("listener", ["fd", "reuseport", "systemd"])
 def test_upgrades_to_and_from_an_older_release_lose_nothing(
-    make_service: Callable[..., Service], packages: Path, worker_class: str, listener: str
+    make_service: Callable[..., Service], tmp_path: Path, older: Path, worker_class: str, listener: str
 ) -> None:
-    older, this = packages.with_name("older"), THIS
+    # A symlink that leads to the directory of one release or of the other.
+    packages, this = tmp_path / "current", THIS
     service = make_service(worker_class, workers=2, listener=listener)
     service.environ["PYTHONPATH"] = str(packages)
     service.configure(CONF)

@@ -123,7 +123,7 @@ def is_gone(service: Service, port: int) -> None:
 @contextlib.contextmanager
 def prober(port: int, path: str = READY, think: float = 0.02) -> Iterator[LoadThread]:
     """Ask about two hundred times a second, over new and kept connections; all must be told 200."""
-    load = LoadThread(Load("127.0.0.1", port, (path,), 4, 0.5, think, 20.0))
+    load = LoadThread(Load("127.0.0.1", port, (path,), 4, 0.5, think, 20.0, pace=think))
     with load:
         answered_from(load, 20)
         yield load

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -204,14 +204,6 @@ def refused(scene: Scene, sig: signal.Signals) -> None:
     scene.send(sig)
     assert "reason=" in scene.service.wait_for(rf"\[{scene.master}\].*event=refused signal={sig.name[3:]}")
     assert scene.phase is before
-    if scene.phase is Phase.BOOTING and not scene.other:
-        scene.release()
-        scene.service.wait_for("event=phase.serving")
-    elif scene.other and before is not Phase.RETIRING:
-        # The upgrade goes its way.
-        scene.release()
-        scene.service.wait_for("event=upgrade.committed")
-        assert until("generation 2", lambda: scene.service.get().generation == 2, scene.service)
 
 
 def no_effect(scene: Scene, sig: signal.Signals) -> None:
@@ -224,6 +216,18 @@ def no_effect(scene: Scene, sig: signal.Signals) -> None:
     assert {worker.pid for worker in after.workers} <= {worker.pid for worker in before.workers}
     if before.phase in SPAWNING:
         assert len(after.workers) == len(before.workers) == scene.service.workers
+
+
+def goes_its_way(scene: Scene) -> None:
+    """The start, the upgrade or the drain that a signal has not changed comes to its end."""
+    before = scene.phase
+    if before is Phase.BOOTING and not scene.other:
+        scene.release()
+        scene.service.wait_for("event=phase.serving")
+    elif scene.other and before is not Phase.RETIRING:
+        scene.release()
+        scene.service.wait_for("event=upgrade.committed")
+        assert until("generation 2", lambda: scene.service.get().generation == 2, scene.service)
     if scene.upload is not None:
         assert scene.upload.is_answered()
         scene.gone(scene.master)
@@ -420,6 +424,9 @@ OUTCOMES: dict[str, Callable[[Scene, signal.Signals], None]] = {
     "one less": one_less,
 }
 
+#: Outcomes that leave the phase as it was: all of one phase are played in one scene.
+QUIET = {"refused", "no effect", "reopens logs"}
+
 #: Outcomes that leave somebody serving: nobody may lose a request meanwhile.
 HARMLESS = {
     "refused", "no effect", "ends; the old one serves", "reloads", "upgrades", "upgrades once active",
@@ -479,18 +486,36 @@ def test_the_page_has_every_phase_and_signal_and_no_unknown_cell() -> None:
     assert {cell.outcome for cell in CELLS} == set(OUTCOMES)
 
 
-@pytest.mark.parametrize("cell", CELLS + SYNC, ids=str)
-def test_the_page_says_what_a_signal_does(cell: Cell, make_service) -> None:
-    service = make_service(cell.worker_class)
+def scenes() -> list[list[Cell]]:
+    """Return the cells that are played one after the other, with one service: the quiet ones of a phase, or one."""
+    quiet = [[cell for cell in CELLS if cell.phase == phase and cell.outcome in QUIET] for phase in PHASES]
+    return quiet + [[cell] for cell in CELLS + SYNC if cell.outcome not in QUIET]
+
+
+def name(played: list[Cell]) -> str:
+    return str(replace(played[0], signal="_".join(cell.signal for cell in played)))
+
+
+@pytest.mark.parametrize("played", scenes(), ids=name)
+def test_the_page_says_what_a_signal_does(played: list[Cell], make_service) -> None:
+    first = played[0]
+    service = make_service(first.worker_class)
     service.arguments = ["--access-logfile", str(service.directory / "access")]
-    scene = PHASES[cell.phase](service)
-    sig = signal.Signals[f"SIG{cell.signal}"]
-    if cell.phase in ANSWERED and cell.outcome in HARMLESS and not cuts(cell):
+    scene = PHASES[first.phase](service)
+
+    def play() -> None:
+        for cell in played:
+            print(f"{cell}: {cell.outcome}")
+            OUTCOMES[cell.outcome](scene, signal.Signals[f"SIG{cell.signal}"])
+        if first.outcome in QUIET:
+            goes_its_way(scene)
+
+    if first.phase in ANSWERED and first.outcome in HARMLESS and not cuts(first):
         with service.under_load(clients=4) as load:
-            OUTCOMES[cell.outcome](scene, sig)
+            play()
             answered_from(load, 20)
     else:
-        OUTCOMES[cell.outcome](scene, sig)
+        play()
     scene.finish()
 
 

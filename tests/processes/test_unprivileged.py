@@ -126,6 +126,7 @@ def unanswered(load: LoadThread) -> list[Sample]:
     return [sample for sample in load.samples if sample.outcome not in (Outcome.OK, Outcome.STALE)]
 
 
+@pytest.mark.begins_first
 def test_twenty_unrelated_masters_without_privileges_replace_each_other_and_lose_nothing(
     make_service: Callable[..., Service], python: Python, worker_class: str
 ) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import pytest
+
 from tests.processes.harness import Service, answered_from, generations_of, until
 from zdd_web.lifecycle import Phase
 
@@ -15,7 +17,8 @@ from zdd_web.lifecycle import Phase
 def test_new_code_takes_over_without_a_lost_request(service: Service):
     service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
-    with service.under_load() as load:
+    # As dense as it gets, here at least.
+    with service.under_load(pause=0.01) as load:
         for number in (2, 3):
             service.deploy(str(number))
             service.upgrade()
@@ -200,6 +203,7 @@ def launches(service: Service):
     }
 
 
+@pytest.mark.begins_first
 def test_every_way_to_launch_survives_an_upgrade(make_service):
     for way in ("console script", "python -m", "python -X dev -m", "-c file", "-c python:module", "app factory"):
         service = make_service("gthread", workers=1)
