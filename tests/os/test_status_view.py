@@ -149,7 +149,20 @@ def test_live_board_shows_generations_side_by_side(board: Board, width: int, gen
     assert "database-replica-2" in file.getvalue()
 
 
-def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
+def test_live_board_names_the_oldest_tasks(board: Board) -> None:
+    slot = board.slot(0)
+    slot.order.taken, slot.tasks = 1, 3
+    for index, (name, seconds) in enumerate([("report \x1b[2J", 75), ("mail", 3)]):
+        slot.task(index).name, slot.task(index).started = name, NOW.monotonic - seconds * SECOND
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
+    assert "task report \\x1b[2J: 1 min 15 s" in file.getvalue()
+    assert "task mail: 3 s" in file.getvalue()
+    assert "1 more task " in file.getvalue()
+
+
+def test_live_board_shows_checks_and_the_oldest_task_of_an_earlier_version(board: Board) -> None:
     slot = board.slot(0)
     slot.order.taken, slot.tasks, slot.oldest_task, slot.checks = 1, 1, NOW.monotonic - 75 * SECOND, 2
     for index, (name, result, message) in enumerate([("db", 1, ""), ("cache", 2, "no \x1b[31mroute")]):
@@ -158,7 +171,7 @@ def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
     console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
-    assert "oldest background task: 1 min 15 s" in file.getvalue()
+    assert "1 background task, the oldest: 1 min 15 s" in file.getvalue()
     assert "check db: passed" in file.getvalue()
     assert "check cache: failed: no \\x1b[31mroute" in file.getvalue()
 

@@ -37,6 +37,7 @@ from zdd_web.board.layout import (
     LAYOUT,
     MAGIC,
     MOST_LISTENERS,
+    NAMED_TASKS,
     Header,
     ListenerRecord,
     Order,
@@ -208,6 +209,8 @@ class Board:
                 slot.error = slot.late_peer = ""
                 slot.handed_over = slot.received = slot.closed_idle = 0
                 slot.server_errors = slot.oldest_task = slot.heartbeat = slot.late_new_by = 0
+                for task in range(NAMED_TASKS):
+                    slot.task(task).started = 0
                 for quarter in Slot.LATE_QUARTERS:
                     words[slot.base + quarter.index] = 0
                 slot.state = WorkerState.BOOTING

@@ -25,6 +25,8 @@ from zdd_web.health.view import Result
 
 #: How often the boards are read, seconds. Each look is one at all processes, see lookup.py.
 EVERY = 0.5
+#: How many background tasks of a generation are named.
+MOST_TASKS = 4
 #: Below that, two generations do not fit side by side.
 LEAST_WIDTH = 38
 
@@ -124,17 +126,38 @@ def _queues(snapshot: Snapshot) -> Iterator[Text]:
 
 
 def _work(shown: Shown, now: Now) -> Iterator[Text]:
-    """The oldest background task, and what the checks found last."""
+    """The oldest background tasks, and what the checks found last."""
     try:
         found = shown.generation.board
     except BoardError:
         return
-    oldest = min((slot.oldest_task for slot in found.taken_slots() if slot.tasks and slot.oldest_task), default=0)
-    if oldest:
-        yield Text(f"oldest background task: {now.age(oldest)}", style=screen.BUSY)
+    yield from _tasks(found, now)
     for name, (result, message) in sorted(checks(found).items()):
         text = f"check {name}: {result.name.lower()}" + (f": {message}" if message and result in WRONG else "")
         yield Text(text, style=RESULT_STYLES.get(result, screen.FAINT))
+
+
+def _tasks(found: Board, now: Now) -> Iterator[Text]:
+    oldest = oldest_tasks(found)
+    for began, name in oldest[:MOST_TASKS]:
+        yield Text(f"task {name}: {now.age(began)}", style=screen.BUSY)
+    # Each worker names few, and one of an earlier version none.
+    others = sum(slot.tasks for slot in found.taken_slots()) - len(oldest[:MOST_TASKS])
+    if others > 0:
+        since = "" if oldest else _oldest_task(found, now)
+        yield Text(f"{count(others, 'more task' if oldest else 'background task')}{since}", style=screen.BUSY)
+
+
+def _oldest_task(found: Board, now: Now) -> str:
+    oldest = min((slot.oldest_task for slot in found.taken_slots() if slot.tasks and slot.oldest_task), default=0)
+    return f", the oldest: {now.age(oldest)}" if oldest else ""
+
+
+def oldest_tasks(found: Board) -> list[tuple[int, str]]:
+    """Return since when background tasks are in hand, and their names, the oldest first."""
+    return sorted(
+        (began, cell(name)) for slot in found.taken_slots() if slot.tasks for began, name in slot.oldest_tasks()
+    )
 
 
 def checks(found: Board) -> dict[str, tuple[Result, str]]:
