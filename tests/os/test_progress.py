@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from zdd_web.board import Board, Snapshot, UpgradeState, WorkerState, WorkerView
+from zdd_web.board import Board, Snapshot, TaskView, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import control, progress
-from zdd_web.cli.progress import StopProgress, Ticker, UpgradeProgress, booting, committing, limit
+from zdd_web.cli.progress import StopProgress, Ticker, UpgradeProgress, booting, committing, limit, oldest
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 from zdd_web.system import clock
@@ -65,6 +65,15 @@ def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> Non
     assert committing(few, old).startswith("canary: 1 of 8 workers are watched; the new generation has 1 request")
     grows = seen(board, worker(2, WorkerState.SERVING), worker(3, WorkerState.BOOTING), workers_full=8)
     assert committing(grows, old).startswith("it grows: 1 of 8 workers serve; the new generation has 2 requests")
+
+
+def test_stop_names_the_tasks_that_it_waits_for(board: Board) -> None:
+    began = clock.now_ns() - 75_000_000_000
+    busy = dataclasses.replace(worker(1, WorkerState.LEAVING), oldest_tasks=(TaskView(began, "report \x1b[2J"),))
+    found = seen(board, busy, dataclasses.replace(busy, tasks=0, oldest_tasks=()))
+    assert oldest(found) == " (report \\x1b[2J, 1 min 15 s ...)"
+    assert oldest(seen(board, dataclasses.replace(busy, tasks=1))) == " (report \\x1b[2J, 1 min 15 s)"
+    assert oldest(seen(board, worker(1, WorkerState.LEAVING))) == ""
 
 
 def test_a_pipe_gets_one_line_for_each_step(

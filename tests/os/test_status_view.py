@@ -17,12 +17,14 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from rich.style import Style
 
 from tests.helpers.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import frameworks, main, screen, watch
 from zdd_web.cli.status_view import Shown, lines_of
 from zdd_web.cli.times import Now
+from zdd_web.history import Entry
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 
@@ -149,14 +151,28 @@ def test_live_board_shows_generations_side_by_side(board: Board, width: int, gen
     assert "database-replica-2" in file.getvalue()
 
 
+def test_live_board_shows_what_was_done_last_and_no_reason_twice(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [Entry(at=1.9e9 + number, kind="deploy", outcome="done", generation=number) for number in range(1, 9)]
+    failed = Entry(at=1.9e9, kind="deploy", outcome="failed", generation=9, reason=REASON)
+    monkeypatch.setattr(watch, "entries_of", lambda generation: (*done, failed))
+    board.header.history_fd = 7
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    console.print(watch.board([[shown(board, phase=Phase.SERVING, **FAILED)]], NOW, console))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[3] for line in lines if " deploy " in line] == ["7", "8", "9"]
+    assert " ".join(file.getvalue().split()).count("the migration is missing") == 1
+
+
 def test_live_board_names_the_oldest_tasks(board: Board) -> None:
     slot = board.slot(0)
-    slot.order.taken, slot.tasks = 1, 3
+    slot.order.taken, slot.tasks, board.header.phase = 1, 3, Phase.SERVING
     for index, (name, seconds) in enumerate([("report \x1b[2J", 75), ("mail", 3)]):
         slot.task(index).name, slot.task(index).started = name, NOW.monotonic - seconds * SECOND
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
-    console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
+    console.print(watch.board([[Shown(Generation(4194301, board), board.snapshot())]], NOW, console))
     assert "task report \\x1b[2J: 1 min 15 s" in file.getvalue()
     assert "task mail: 3 s" in file.getvalue()
     assert "1 more task " in file.getvalue()
@@ -171,12 +187,28 @@ def test_live_board_shows_checks_and_the_oldest_task_of_an_earlier_version(board
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
     console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
-    assert "1 background task, the oldest: 1 min 15 s" in file.getvalue()
+    assert "1998 background tasks, the oldest: 1 min 15 s" in file.getvalue()
     assert "check db: passed" in file.getvalue()
     assert "check cache: failed: no \\x1b[31mroute" in file.getvalue()
 
 
 # -- the terminal
+
+
+@pytest.mark.parametrize("style", [screen.GOOD, screen.BUSY, screen.BAD])
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255)])
+def test_colours_can_be_read_on_black_and_on_white(style: str, background: tuple[int, int, int]) -> None:
+    colour = Style.parse(style).color
+    assert colour is not None
+    lighter, darker = sorted((luminance(*colour.get_truecolor()), luminance(*background)), reverse=True)
+    # WCAG asks for 3 to 1 in large letters and 4.5 in small ones; on both backgrounds at most 4.58 can be had.
+    assert (lighter + 0.05) / (darker + 0.05) >= 3.9
+
+
+def luminance(*colour: int) -> float:
+    """Return the relative luminance of a colour, as WCAG has it."""
+    parts = [each / 255 / 12.92 if each / 255 <= 0.04045 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in colour]
+    return sum(part * weight for part, weight in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
 
 
 def on_a_terminal(*arguments: str, **environ: str) -> str:

@@ -20,7 +20,7 @@ from zdd_web.board.layout import (
     WorkerState,
     shape,
 )
-from zdd_web.board.snapshot import ListenerView, Snapshot, WorkerView
+from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 
 __all__ = [
     "LARGEST_BYTES",
@@ -42,6 +42,7 @@ __all__ = [
     "Slot",
     "Snapshot",
     "TaskRecord",
+    "TaskView",
     "UpgradeState",
     "WorkerState",
     "WorkerView",

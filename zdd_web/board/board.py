@@ -47,7 +47,7 @@ from zdd_web.board.layout import (
     shape,
 )
 from zdd_web.board.record import WORD
-from zdd_web.board.snapshot import ListenerView, Snapshot, WorkerView
+from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock
@@ -277,6 +277,7 @@ class Board:
                     handed_over=slot.handed_over,
                     received=slot.received,
                     closed_idle=slot.closed_idle,
+                    oldest_tasks=tuple(TaskView(*task) for task in slot.oldest_tasks()) if slot.tasks else (),
                 )
             )
         fields: dict[str, Any] = {

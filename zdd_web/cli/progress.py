@@ -17,7 +17,7 @@ from zdd_web.board import Snapshot, UpgradeState, WorkerState
 from zdd_web.cli import screen
 from zdd_web.cli.options import in_hand
 from zdd_web.cli.output import cell
-from zdd_web.cli.times import duration
+from zdd_web.cli.times import Now, duration
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import Generation
@@ -26,7 +26,7 @@ from zdd_web.system import proc
 LINE_EVERY = 1.0
 #: How often the successor is looked for, and the line redrawn, seconds.
 LOOK_EVERY = 0.2
-#: How many steps of workers one line names.
+#: How many steps of workers, or background tasks, one line names.
 MOST_STEPS = 2
 
 
@@ -173,7 +173,7 @@ class StopProgress:
             self._last = which
             self._ticker.step(stopping(snapshot))
         else:
-            self._ticker.now(stopping(snapshot), limit(snapshot))
+            self._ticker.now(stopping(snapshot), oldest(snapshot) + limit(snapshot))
 
 
 def stopping(snapshot: Snapshot) -> str:
@@ -181,6 +181,13 @@ def stopping(snapshot: Snapshot) -> str:
     if snapshot.phase is Phase.LAME_DUCK:
         return "lame_duck: readiness is 503 (unless LAME_DUCK_READY), everything is still served"
     return f"{snapshot.phase.label}: {in_hand(snapshot.in_flight, snapshot.tasks)}"
+
+
+def oldest(snapshot: Snapshot) -> str:
+    """Return which background tasks have been in hand for longest, and for how long; "" where none has a name."""
+    now = Now()
+    named = [f"{cell(task.name)}, {now.age(task.started)}" for task in snapshot.oldest_tasks[:MOST_STEPS]]
+    return f" ({'; '.join(named)}{' ...' if snapshot.tasks > len(named) else ''})" if named else ""
 
 
 def limit(snapshot: Snapshot) -> str:

@@ -20,8 +20,10 @@ from zdd_web.system.stdio import TolerantStream
 #: Where there is no terminal whose width could be asked for.
 WIDTH = 80
 
-#: What is healthy, what goes on, and what is not well.
-GOOD, BUSY, BAD, FAINT, HEAD = "green", "yellow", "bold red", "dim", "bold"
+#: What is healthy, what goes on, and what is not well. Of the 256 colours those that can be read on black and on white:
+#: green and yellow of the first sixteen cannot be on white, and which they are is each terminal's own. Where a terminal
+#: has no more than sixteen, rich takes green, cyan and red.
+GOOD, BUSY, BAD, FAINT, HEAD = "color(28)", "color(31)", "bold color(196)", "dim", "bold"
 
 
 class Stream(TolerantStream):
@@ -123,6 +125,12 @@ def wrapped(text: str, stream: Any) -> str:
         indent = len(line) - len(line.lstrip())
         lines += [each.plain for each in paragraph(line.strip(), screen.width, indent=indent)]
     return "\n".join(lines)
+
+
+def fail(text: str) -> None:
+    """Print on stderr why it failed. It is to be the last line: that is where an operator looks."""
+    console = stderr()
+    show(console, paragraph(text, width_of(console), indent=0, style=BAD))
 
 
 def show(screen: Console, lines: Sequence[Text]) -> OSError | None:

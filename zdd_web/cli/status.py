@@ -111,4 +111,7 @@ def _plain(snapshot: Snapshot, owner: int, now: Now) -> dict[str, Any]:
     fields["times"] = {name: now.iso(fields[name]) for name in TIMES}
     for worker in fields["workers"]:
         worker["state"] = worker["state"].label
+        worker["oldest_tasks"] = [
+            {**task, "age": round(now.seconds_since(task["started"]), 1)} for task in worker["oldest_tasks"]
+        ]
     return {**fields, "uid": owner}

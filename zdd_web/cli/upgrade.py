@@ -94,9 +94,7 @@ def _report(generation: Generation, result: control.UpgradeResult) -> int:
         say("\n".join(f"  | {cell(line)}" for line in lines), err=True)
     say(_who_serves(generation, result), err=True)
     # Last: what the operator looks for is at the bottom of the screen.
-    stderr = screen.stderr()
-    reason = f"upgrade {cell(result.reason)}"
-    screen.show(stderr, screen.paragraph(reason, screen.width_of(stderr), indent=0, style=screen.BAD))
+    screen.fail(f"upgrade {cell(result.reason)}")
     return 1
 
 
