@@ -173,8 +173,8 @@ def test_live_board_names_the_oldest_tasks(board: Board) -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
     console.print(watch.board([[Shown(Generation(4194301, board), board.snapshot())]], NOW, console))
-    assert "task report \\x1b[2J: 1 min 15 s" in file.getvalue()
-    assert "task mail: 3 s" in file.getvalue()
+    assert "task for 1 min 15 s: report \\x1b[2J" in file.getvalue()
+    assert "task for 3 s: mail" in file.getvalue()
     assert "1 more task " in file.getvalue()
 
 
@@ -245,6 +245,28 @@ def test_an_error_on_a_terminal_breaks_no_word() -> None:
     lines = on_a_terminal("upgrade", "--name", name).split("\r\n")
     assert max(map(len, lines)) <= 80
     assert f"'{name}':" in " ".join(lines).split()
+
+
+def test_a_log_on_a_terminal_breaks_between_words_and_goes_on_behind_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "console", lambda stream: Console(width=40, force_terminal=True))
+    line = f"{screen.BAR}    raise RuntimeError('the migration is missing')"
+    assert screen.wrapped(line, None).split("\n") == [
+        "  |     raise RuntimeError('the",
+        "  |         migration is missing')",
+    ]
+    assert screen.wrapped(f"{screen.BAR}{'x' * 60}", None) == f"{screen.BAR}{'x' * 60}"
+
+
+def test_accepted_is_a_column_where_it_is_counted(board: Board) -> None:
+    counted = shown(board, phase=Phase.SERVING)
+    plain = ListenerView("http://127.0.0.1:8000", 0, 2048, 0)
+    assert "accepted" in "\n".join(text(lines_of([counted], NOW, 80)))
+    not_counted = shown(board, phase=Phase.SERVING, listeners=(plain,))
+    assert "accepted" not in "\n".join(text(lines_of([not_counted], NOW, 80)))
+    # One that has ended accepts nothing.
+    ended = shown(board, phase=Phase.STOPPED, generation=2, listeners=(plain,))
+    lines = text(lines_of([ended, not_counted], NOW, 80))
+    assert [line for line in lines if "http:" in line] == ["    3        0   2048  http://127.0.0.1:8000"]
 
 
 def test_live_board_needs_a_terminal() -> None:

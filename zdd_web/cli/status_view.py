@@ -165,16 +165,18 @@ def state_of(worker: WorkerView, *, brief: bool = False) -> Text:
 
 def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
     """Return the table of listeners, whose names may be long and stand last; empty where there is none."""
+    found = [(one, each) for one in snapshots if one.phase is not Phase.STOPPED for each in one.listeners]
+    # It is counted where there are several on a port: LISTENER = "reuseport".
+    is_counted = any(each.accepted for _, each in found)
     rows = [
         (
             str(snapshot.generation),
             Text(str(each.length), style=screen.BUSY if each.length else ""),
             str(each.limit or ""),
-            str(each.accepted or ""),
+            *((str(each.accepted),) if is_counted else ()),
             cell(each.name),
         )
-        for snapshot in snapshots
-        for each in snapshot.listeners
+        for snapshot, each in found
     ]
-    heads = ("gen", "waiting", "limit", "accepted", "listener")
-    return screen.table(heads, rows, left=(4,), indent=2) if rows else []
+    heads = ("gen", "waiting", "limit", *(("accepted",) if is_counted else ()), "listener")
+    return screen.table(heads, rows, left=(len(heads) - 1,), indent=2) if rows else []

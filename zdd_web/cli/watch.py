@@ -120,8 +120,6 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
     ]
     if snapshot.release:
         lines.append(Text(f"release {cell(release.short(snapshot.release))}"))
-    if snapshot.upgrade_state in UNDER_WAY:
-        lines.append(Text(f"upgrade: {snapshot.upgrade_state.name.lower()}", style=screen.BUSY))
     lines += _workers(snapshot)
     lines += _queues(snapshot)
     lines += _work(shown, now)
@@ -163,7 +161,7 @@ def _work(shown: Shown, now: Now) -> Iterator[Text]:
 def _tasks(snapshot: Snapshot, found: Board, now: Now) -> Iterator[Text]:
     named = snapshot.oldest_tasks[:MOST_TASKS]
     for task in named:
-        yield Text(f"task {cell(task.name)}: {now.age(task.started)}", style=screen.BUSY)
+        yield Text(f"task for {now.age(task.started)}: {cell(task.name)}", style=screen.BUSY)
     others = snapshot.tasks - len(named)
     if others > 0:
         what = "more task" if named else "background task"
