@@ -36,8 +36,9 @@ ONE = f"--name {NAME}"
 #: What is shown in place of the directory under /tmp: as long as that, so that lines break where they would.
 BASE = Path("/srv/shop")
 
-#: In the docs, at 80 columns: the name of the screen.
-SHOWN = ("status-two", "board", "upgrade-failed", "canary-withdrawn", "history", "drain")
+#: In the docs, at 80 columns: the name of the screen, and how many lines of its end.
+SHOWN = {"status-two": LINES, "canary-board": LINES, "upgrade-failed": 16, "canary-withdrawn": LINES, "history": LINES,
+         "drain-waits": LINES}  # fmt: skip
 
 BROKEN = "from catalogue import prices\n"
 #: Of ten requests to a worker one fails.
@@ -221,13 +222,23 @@ def scenes(example: Example, screens: Terminal) -> Iterator[tuple[str, str]]:
     yield "drain-cut-off", screens.ends()
 
 
+def remove(base: Path) -> None:
+    """Remove a directory in which processes that are about to end may still write: SQLite's files of the example."""
+
+    def is_gone() -> bool:
+        shutil.rmtree(base, ignore_errors=True)
+        return not base.exists()
+
+    until(f"nothing to be written in {base}", is_gone)
+
+
 def take(columns: int) -> dict[str, str]:
     """Take all screens at a width."""
     found: dict[str, str] = {}
     base = Path(tempfile.gettempdir()) / BASE.name
     base.mkdir()
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, base)
+        stack.callback(remove, base)
         screens = stack.enter_context(terminal(columns, LINES, base))
         example = Example(base)
         try:
@@ -257,10 +268,10 @@ def main() -> None:
                     background = "dark" if dark else "light"
                     draw(screen, columns, everything / f"{name}-{columns}-{background}.png", dark=dark)
         elif columns == 80:
-            for name in SHOWN:
+            for name, lines in SHOWN.items():
+                end = "\n".join(found[name].splitlines()[-lines:])
                 for dark in (True, False):
-                    picture = DOCS / "pictures" / f"screen-{name}{'-dark' if dark else ''}.png"
-                    draw(found[name], columns, picture, dark=dark)
+                    draw(end, columns, DOCS / "pictures" / f"screen-{name}{'-dark' if dark else ''}.png", dark=dark)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Terminal:
         self.columns = columns
         self._tmux = ["tmux", "-L", f"zdd_web-{os.getpid()}-{next(NUMBERS)}", "-f", "/dev/null"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        said = {"PATH": path, "HOME": str(directory), "PS1": f"{PROMPT} ", "LANG": "C.UTF-8", **environ}
+        said = {"PATH": path, "HOME": str(directory), "PS1": f"{PROMPT} ", "LANG": "C.UTF-8", "HISTFILE": "", **environ}
         shell = " ".join(["env", "-u", "NO_COLOR", *(f"'{name}={value}'" for name, value in said.items())])
         self._run("new-session", "-d", "-x", str(columns), "-y", str(lines), "-c", str(directory),
                   f"{shell} bash --noprofile --norc")  # fmt: skip
@@ -59,6 +59,8 @@ class Terminal:
         self._run("send-keys", "C-l")
         until("an empty screen", lambda: self.text().strip() == PROMPT)
         self._run("send-keys", "-l", command)
+        # Before Enter: an empty screen with a prompt is what is waited for at the end.
+        until("the command", lambda: command in self.text().replace("\n", ""), self)
         self._run("send-keys", "Enter")
 
     def press(self, key: str) -> None:

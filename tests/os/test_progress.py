@@ -73,7 +73,7 @@ def test_watch_names_the_time_that_is_left_and_the_errors_so_far(board: Board) -
     slot = board.slot(0)
     slot.order.taken, slot.requests, slot.server_errors = 1, 40, 4
     board.header.requests_gone, board.header.server_errors_gone = 60, 1
-    assert errors_of(board) == "; it has answered 100 requests, 5 with status 500 or above"
+    assert errors_of(board) == "; the new one has answered 100 requests, 5 with status 500 or above"
 
 
 def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> None:
@@ -111,7 +111,6 @@ def test_a_pipe_gets_one_line_for_each_step(
         "  the new generation boots",
         "  the new master starts",
         "  it is ready and answers; waiting for the commit window to end",
-        "  commit window",
         "  it is active; the old one accepts nothing more",
     ]
 

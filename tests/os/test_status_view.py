@@ -130,6 +130,13 @@ def test_status_says_since_when_and_that_a_master_hangs(board: Board) -> None:
     assert "hangs" not in "\n".join(text(lines_of([shown(board, phase=Phase.SERVING)], NOW, 80)))
 
 
+def test_status_says_since_when_an_upgrade_is_under_way(board: Board) -> None:
+    began = NOW.monotonic - 75 * SECOND
+    under_way = {"upgrade_state": UpgradeState.COMMITTING, "upgrade_since": began}
+    lines = text(lines_of([shown(board, phase=Phase.SERVING, **under_way)], NOW, 80))
+    assert f"  upgrade of generation 3: committing since {NOW.clock(began)}, for 1 min 15 s" in lines
+
+
 def test_lines_for_programs_are_not_wrapped(board: Board) -> None:
     lines = text(lines_of([shown(board, phase=Phase.SERVING, **FAILED)], NOW, None))
     assert [line for line in lines if REASON in line] != []

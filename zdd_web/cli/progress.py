@@ -55,10 +55,13 @@ class Ticker:
         self._printed, self._printed_at = text, time.monotonic()
         screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
 
-    def now(self, text: str, more: str = "") -> None:
-        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed."""
+    def now(self, text: str, more: str = "", *, is_said: bool = False) -> None:
+        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed.
+
+        With `is_said` a step has told a pipe already.
+        """
         if self._live is None:
-            if text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
+            if not is_said and text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
                 self.step(text)
             return
         elapsed = duration(time.monotonic() - self._began)
@@ -94,7 +97,8 @@ class UpgradeProgress:
             found = self._look()
             text, more = committing(found, snapshot, self._watch)
             is_watched = found is not None and text.startswith("watched")
-            self._ticker.now(text, more + (self._errors() if is_watched else ""))
+            is_said = text in ("watched", "commit window")
+            self._ticker.now(text, more + (self._errors() if is_watched else ""), is_said=is_said)
 
     def _errors(self) -> str:
         assert self._successor is not None
@@ -185,7 +189,7 @@ def errors_of(board: Board) -> str:
     slots = list(board.used_slots())
     errors = board.header.server_errors_gone + sum(slot.server_errors for slot in slots if slot.order.taken)
     requests = board.header.requests_gone + sum(slot.requests for slot in slots if slot.order.taken)
-    return f"; it has answered {count(requests, 'request')}, {errors} with status 500 or above"
+    return f"; the new one has answered {count(requests, 'request')}, {errors} with status 500 or above"
 
 
 class StopProgress:

@@ -11,6 +11,7 @@ from rich.text import Text
 from zdd_web import release
 from zdd_web.board import Snapshot, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import screen
+from zdd_web.cli.control import UNDER_WAY
 from zdd_web.cli.output import cell
 from zdd_web.cli.times import Now, duration
 from zdd_web.lifecycle import Phase, stalled_for
@@ -133,10 +134,12 @@ def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:
     bad = state in (UpgradeState.FAILED, UpgradeState.REFUSED)
     text = f"upgrade of generation {snapshot.generation}: {state.name.lower()}"
     if snapshot.upgrade_since:
-        text += f" at {now.clock(snapshot.upgrade_since)}, {now.age(snapshot.upgrade_since)} ago"
+        clock, age = now.clock(snapshot.upgrade_since), now.age(snapshot.upgrade_since)
+        text += f" since {clock}, for {age}" if state in UNDER_WAY else f" at {clock}, {age} ago"
     if snapshot.upgrade_reason:
         text += f": {cell(snapshot.upgrade_reason)}"
-    return screen.paragraph(text, width, style=screen.BAD if bad else screen.FAINT)
+    style = screen.BUSY if state in UNDER_WAY else screen.BAD if bad else screen.FAINT
+    return screen.paragraph(text, width, style=style)
 
 
 def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
