@@ -37,8 +37,7 @@ ONE = f"--name {NAME}"
 BASE = Path("/srv/shop")
 
 #: In the docs, at 80 columns: the name of the screen, and how many lines of its end.
-SHOWN = {"status-two": LINES, "canary-board": LINES, "upgrade-failed": 16, "canary-withdrawn": LINES, "history": LINES,
-         "drain-waits": LINES}  # fmt: skip
+SHOWN = {"canary-board": LINES, "upgrade-failed": 16, "canary-withdrawn": LINES, "history": LINES}
 
 BROKEN = "from catalogue import prices\n"
 #: Of ten requests to a worker one fails.

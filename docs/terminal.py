@@ -21,7 +21,7 @@ PATIENCE = 60.0
 PROMPT = "$"
 NUMBERS = itertools.count()
 
-#: What the sixteen colours are in a dark and a light terminal: xterm's own, which nobody has chosen to fit anything.
+#: What the sixteen colours are in a dark and a light terminal: xterm's own, the hardest to read.
 XTERM = [(0, 0, 0), (205, 0, 0), (0, 205, 0), (205, 205, 0), (0, 0, 238), (205, 0, 205), (0, 205, 205), (229, 229, 229)]
 BRIGHT = [(127, 127, 127), (255, 0, 0), (0, 255, 0), (255, 255, 0), (92, 92, 255), (255, 0, 255), (0, 255, 255)]
 THEMES = {
@@ -133,7 +133,8 @@ def draw(screen: str, columns: int, picture: Path, *, dark: bool) -> None:
     page = picture.with_suffix(".html")
     page.write_text(PAGE.format(code=code, margin=MARGIN, line=LINE, back=theme.background_color.hex,
                                 fore=theme.foreground_color.hex))  # fmt: skip
-    height = LINE * len(screen.splitlines()) + 2 * MARGIN
+    # Chromium leaves the lower part of lower windows blank.
+    height = max(300, LINE * len(screen.splitlines()) + 2 * MARGIN)
     photograph(page, picture, width=round(columns * CHARACTER) + 2 * MARGIN, height=height)
     page.unlink()
 
