@@ -345,7 +345,7 @@ class Slot(Record):
 
     def task(self, index: int) -> TaskRecord:
         """Return the record of a background task, with an index from 0, on a board that has room for it."""
-        return TaskRecord(self.memory, self.base + self.TASKS_AT + index * TaskRecord.WORDS)
+        return TaskRecord(self.memory, self.base + self.TASKS_AT + index * TaskRecord.WORDS, self.words)
 
     def oldest_tasks(self) -> list[tuple[int, str]]:
         """Return when the oldest background tasks were offered, and their names; `NAMED_TASKS` at most."""
