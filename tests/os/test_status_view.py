@@ -21,7 +21,7 @@ from rich.style import Style
 
 from tests.helpers.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import frameworks, main, screen, watch
+from zdd_web.cli import frameworks, history, main, screen, watch
 from zdd_web.cli.status_view import Shown, lines_of
 from zdd_web.cli.times import Now
 from zdd_web.history import Entry
@@ -170,6 +170,23 @@ def test_live_board_shows_what_was_done_last_and_no_reason_twice(board: Board, m
     assert max(map(len, lines)) <= 80
     assert [line.split()[3] for line in lines if " deploy " in line] == ["7", "8", "9"]
     assert " ".join(file.getvalue().split()).count("the migration is missing") == 1
+
+
+def test_history_fits_80_columns_and_cuts_no_reason_and_no_release() -> None:
+    longest = "2026-11-28-hotfix-of-the-checkout@3f2a1b9"
+    entries = [
+        Entry(at=1.9e9, kind="start", outcome="done", generation=1, release="7@3f2a1b9", seconds=1.9),
+        Entry(at=1.9e9, kind="rollback", outcome="refused", generation=999, release="/srv/2026.11.28-rc1", times=12,
+              seconds=999.9, reason=REASON, note=f"note: {CAUSE}", canary="1 of 4 workers"),
+        Entry(at=1.9e9, kind="deploy", outcome="failed", generation=2, release=longest, seconds=99.9),
+    ]  # fmt: skip
+    lines = text(history.lines_of(entries, 80))
+    assert [line for line in lines if len(line) > 80] == []
+    whole = " ".join(" ".join(lines).split())
+    for each in (REASON, CAUSE, f"release: {longest}", "2026.11.28-rc1", "refused, 12 times"):
+        assert each in whole
+    # In a pipe a reason is one line.
+    assert f"    {REASON}" in text(history.lines_of(entries, None))
 
 
 def test_live_board_names_the_oldest_tasks(board: Board) -> None:

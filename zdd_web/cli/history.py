@@ -17,7 +17,9 @@ from zdd_web.cli.options import Which, which_service
 from zdd_web.cli.output import cell, refuse, show
 from zdd_web.history import Entry
 
-COLUMNS = ("when", "what", "generation", "release", "took", "outcome")
+COLUMNS = ("when", "what", "gen", "release", "took", "outcome")
+#: A longer name of a release stands below its entry: 80 columns have no room for it.
+LONGEST_RELEASE = 16
 
 STYLES = {"done": screen.GOOD, "failed": screen.BAD, "lost": screen.BAD}
 
@@ -49,7 +51,8 @@ def lines_of(entries: Sequence[Entry], width: int | None, *, indent: int = 0) ->
     found = [head]
     for entry, row in zip(entries, rows, strict=True):
         found.append(row)
-        for text, style in ((_canary(entry), ""), (entry.reason, STYLES.get(entry.outcome, "")), (entry.note, "")):
+        reason = entry.reason, STYLES.get(entry.outcome, "")
+        for text, style in ((_release(entry), ""), (_canary(entry), ""), reason, (entry.note, "")):
             if text:
                 found += screen.paragraph(cell(text), width, indent=indent + 4, style=style)
     return found
@@ -58,9 +61,14 @@ def lines_of(entries: Sequence[Entry], width: int | None, *, indent: int = 0) ->
 def _row(entry: Entry) -> tuple[Text | str, ...]:
     outcome = cell(entry.outcome) + (f", {entry.times} times" if entry.times > 1 else "")
     number = str(entry.generation) if entry.generation else ""
-    name = cell(release.short(entry.release))
+    name = "" if _release(entry) else cell(release.short(entry.release))
     style = STYLES.get(entry.outcome, screen.BUSY)
     return _time(entry.at), cell(entry.kind), number, name, f"{entry.seconds:.1f} s", Text(outcome, style=style)
+
+
+def _release(entry: Entry) -> str:
+    name = release.short(entry.release)
+    return f"release: {name}" if len(name) > LONGEST_RELEASE else ""
 
 
 def _canary(entry: Entry) -> str:
