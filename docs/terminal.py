@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,17 +131,19 @@ def draw(screen: str, columns: int, picture: Path, *, dark: bool) -> None:
     for line in AnsiDecoder().decode(screen):
         console.print(line, soft_wrap=True)
     code = console.export_html(theme=theme, code_format="{code}", inline_styles=True)
-    page = picture.with_suffix(".html")
-    page.write_text(PAGE.format(code=code, margin=MARGIN, line=LINE, back=theme.background_color.hex,
-                                fore=theme.foreground_color.hex))  # fmt: skip
+    text = PAGE.format(
+        code=code, margin=MARGIN, line=LINE, back=theme.background_color.hex, fore=theme.foreground_color.hex
+    )
     # Chromium leaves the lower part of lower windows blank.
     height = max(300, LINE * len(screen.splitlines()) + 2 * MARGIN)
-    photograph(page, picture, width=round(columns * CHARACTER) + 2 * MARGIN, height=height)
-    page.unlink()
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "screen.html"
+        page.write_text(text)
+        photograph(page, picture, width=round(columns * CHARACTER) + 2 * MARGIN, height=height)
 
 
 def photograph(page: Path, picture: Path, *, width: int, height: int, dark: bool = False) -> None:
-    """Have Chromium take a picture of a page."""
+    """Have Chromium take a picture of a page, beside which it leaves a profile."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                f"--user-data-dir={page.parent / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}",
                f"--window-size={width},{height}", f"--screenshot={picture}", page.as_uri()]  # fmt: skip
