@@ -1,4 +1,4 @@
-"""Make docs/pictures: `python docs/make_pictures.py`; needs Chromium (Debian's package `chromium`).
+"""Make docs/pictures/rehearsal-*: `python docs/make_pictures.py`; needs Chromium (Debian's package `chromium`).
 
 Rehearses the Flask example, which loses nothing, and measures a plain gunicorn with `reuse_port` and `max_requests`,
 which does. Both run on 127.0.0.1 for some twenty seconds. Then each report is photographed: light, dark, and at the
@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from terminal import photograph
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -72,17 +74,14 @@ def _wait_for(port: int) -> None:
     raise SystemExit("gunicorn did not start within 30 s")
 
 
-def photograph(page: Path, name: str, *, dark: bool = False, phone: bool = False) -> None:
-    """Have Chromium take a picture of a page."""
+def take(page: Path, name: str, *, dark: bool = False, phone: bool = False) -> None:
+    """Take a picture of a report."""
     shown = page
     if phone:
         shown = page.with_name(f"{page.stem}-phone.html")
         shown.write_text(PHONE.format(page=page.name))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--user-data-dir={page.parent / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}",
-               f"--window-size={'500' if phone else '1100'},{'1500' if phone else '1300'}",
-               f"--screenshot={DOCS / 'pictures' / f'{name}.png'}", shown.as_uri()]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120, stderr=subprocess.DEVNULL)
+    width, height = (500, 1500) if phone else (1100, 1300)
+    photograph(shown, DOCS / "pictures" / f"{name}.png", width=width, height=height, dark=dark)
 
 
 def main() -> None:
@@ -93,9 +92,9 @@ def main() -> None:
         rehearse_the_example(directory / "kept.html")
         measure_plain_gunicorn(directory / "lost.html")
         for page in (directory / "kept.html", directory / "lost.html"):
-            photograph(page, f"rehearsal-{page.stem}")
-            photograph(page, f"rehearsal-{page.stem}-dark", dark=True)
-            photograph(page, f"rehearsal-{page.stem}-phone", phone=True)
+            take(page, f"rehearsal-{page.stem}")
+            take(page, f"rehearsal-{page.stem}-dark", dark=True)
+            take(page, f"rehearsal-{page.stem}-phone", phone=True)
 
 
 if __name__ == "__main__":

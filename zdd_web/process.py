@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from zdd_web import checks, waitgroup
-from zdd_web.board import Board, Header, Order, Slot, WorkerState
+from zdd_web.board import NAMED_TASKS, Board, Header, Order, Slot, WorkerState
 from zdd_web.checks import registry
 from zdd_web.errors import LifecycleError
 from zdd_web.lifecycle import LEAVING, Phase
@@ -41,6 +41,10 @@ class Process:
         #: This worker alone is on its way out.
         self.going = False
         self.is_leaving = self._leaving()
+        self._writes_tasks, self._tasks_unwritten = threading.Lock(), False
+        self._named_tasks: list[waitgroup.Entry | None] = [None] * NAMED_TASKS
+        # Made once: these are written at each change of the work in hand.
+        self._task_records = [slot.task(index) for index in range(NAMED_TASKS)] if slot is not None else []
         if slot is not None:
             waitgroup.observer = self._tasks_changed
         #: There is no gunicorn.
@@ -55,9 +59,30 @@ class Process:
 
     def _tasks_changed(self, count: int) -> None:
         assert self.slot is not None
-        began = waitgroup.oldest() if count else None
-        self.slot.oldest_task = int(began * 1e9) if began is not None else 0
+        self._tasks_unwritten = True
+        # Any thread calls this, and the garbage collector, which ends work too, even in the middle of another call. A
+        # thread that has released the lock looks again, so what others have changed meanwhile is written.
+        while self._tasks_unwritten and self._writes_tasks.acquire(blocking=False):
+            try:
+                self._tasks_unwritten = False
+                self._write_tasks(self.slot)
+            finally:
+                self._writes_tasks.release()
         self.slot.tasks = count
+
+    def _write_tasks(self, slot: Slot) -> None:
+        oldest = waitgroup.oldest(NAMED_TASKS)
+        slot.oldest_task = int(oldest[0].started * 1e9) if oldest else 0
+        for index, record in enumerate(self._task_records):
+            entry = oldest[index] if index < len(oldest) else None
+            if entry is self._named_tasks[index]:
+                continue
+            self._named_tasks[index] = entry
+            # A reader that comes between the two must not give one task's age to the other.
+            record.started = 0
+            if entry is not None:
+                record.name = entry.name
+                record.started = int(entry.started * 1e9)
 
     @property
     def phase(self) -> Phase:

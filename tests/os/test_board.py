@@ -22,6 +22,7 @@ from zdd_web.board import (
     MAGIC,
     MAX_CHECKS,
     MOST_LISTENERS,
+    NAMED_TASKS,
     Board,
     CheckRecord,
     Header,
@@ -29,6 +30,7 @@ from zdd_web.board import (
     Order,
     Slot,
     Snapshot,
+    TaskRecord,
     UpgradeState,
     WorkerState,
     WorkerView,
@@ -98,9 +100,11 @@ def test_fields_of_a_record_do_not_overlap() -> None:
         Slot: [
             (Slot.CHECKS_AT, Slot.CHECKS_AT + MAX_CHECKS * CheckRecord.WORDS),
             (Slot.ACCEPTS_AT, Slot.ACCEPTS_AT + MOST_LISTENERS),
+            (Slot.TASKS_AT, Slot.TASKS_AT + NAMED_TASKS * TaskRecord.WORDS),
         ],
         ListenerRecord: [],
         CheckRecord: [],
+        TaskRecord: [],
         Order: [],
     }
     for record, behind in blocks.items():
@@ -177,6 +181,8 @@ def test_slots_are_claimed_freed_and_reused_clean(board: Board) -> None:
     first, second = board.claim(1), board.claim(2)
     assert first.base != second.base
     first.pid, first.start, first.in_flight, first.tasks, first.error = 4711, 5, 3, 2, "it broke"
+    first.task(1).started, first.task(1).name = 17, "report"
+    assert first.oldest_tasks() == [(17, "report")]
     first.order.retire, first.order.retire_deadline = 1, 12
     board.free(first)
     again = board.claim(3)
@@ -193,6 +199,13 @@ def test_slots_are_claimed_freed_and_reused_clean(board: Board) -> None:
         error="",
     )
     assert again.retire_deadline == 0
+    assert again.oldest_tasks() == []
+
+
+def test_slot_of_an_earlier_version_names_no_tasks(board: Board) -> None:
+    slot = board.claim(1)
+    slot.task(0).started = 17
+    assert Slot(slot.memory, slot.base, slot.order, Slot.LEAST_WORDS).oldest_tasks() == []
 
 
 def test_full_board_refuses_a_worker_and_says_what_to_do(board: Board) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from zdd_web.board import Board, Snapshot, UpgradeState, WorkerState, WorkerView
+from zdd_web.board import Board, Snapshot, TaskView, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import control, progress
-from zdd_web.cli.progress import StopProgress, Ticker, UpgradeProgress, booting, committing, limit
+from zdd_web.cli.progress import StopProgress, Ticker, UpgradeProgress, booting, committing, errors_of, limit, oldest
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 from zdd_web.system import clock
@@ -51,20 +51,49 @@ def test_commit_window_names_what_both_have_in_hand(board: Board) -> None:
     old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING)
     new = seen(board, worker(2, WorkerState.SERVING), worker(3, WorkerState.SERVING))
     assert committing(new, old) == (
-        "commit window: the new generation has 2 requests and 4 background tasks in hand, "
-        "the old one 1 request and 2 background tasks in hand"
+        "commit window",
+        "; the new generation has 2 requests and 4 background tasks in hand, "
+        "the old one 1 request and 2 background tasks in hand",
     )
+    assert committing(None, old)[1].startswith(": the new generation is not seen, the old one 1 request and")
     retiring = dataclasses.replace(old, phase=Phase.RETIRING)
-    assert "1 request and 2 background tasks in hand" in committing(new, retiring)
+    assert committing(new, retiring) == (
+        "the old generation stops accepting",
+        ": 1 request and 2 background tasks in hand",
+    )
+
+
+def test_watch_names_the_time_that_is_left_and_the_errors_so_far(board: Board) -> None:
+    old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING, upgrade_since=clock.after_ns(-11.5))
+    new = seen(board, worker(2, WorkerState.SERVING))
+    text, more = committing(new, old, 60.0)
+    assert (text, more.partition(";")[0]) == ("watched", ", 48 s left")
+    # It is over, and what was watched has not been handed anything yet.
+    assert committing(new, old, 10.0)[0] == "commit window"
+    slot = board.slot(0)
+    slot.order.taken, slot.requests, slot.server_errors = 1, 40, 4
+    board.header.requests_gone, board.header.server_errors_gone = 60, 1
+    assert errors_of(board) == "; the new one has answered 100 requests, 5 with status 500 or above"
 
 
 def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> None:
     old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING)
     few = dataclasses.replace(seen(board, worker(2, WorkerState.BOOTING)), workers_wanted=1, workers_full=8)
     assert booting(few) == "worker 0 of 1 is ready (canary, of 8 workers)"
-    assert committing(few, old).startswith("canary: 1 of 8 workers are watched; the new generation has 1 request")
+    text, more = committing(few, old)
+    assert text == "watched as a canary of 1 of 8 workers"
+    assert more.startswith("; the new generation has 1 request and")
     grows = seen(board, worker(2, WorkerState.SERVING), worker(3, WorkerState.BOOTING), workers_full=8)
-    assert committing(grows, old).startswith("it grows: 1 of 8 workers serve; the new generation has 2 requests")
+    assert committing(grows, old)[0] == "it grows: 1 of 8 workers serve"
+
+
+def test_stop_names_the_tasks_that_it_waits_for(board: Board) -> None:
+    began = clock.now_ns() - 75_000_000_000
+    busy = dataclasses.replace(worker(1, WorkerState.LEAVING), oldest_tasks=(TaskView(began, "report \x1b[2J"),))
+    found = seen(board, busy, dataclasses.replace(busy, tasks=0, oldest_tasks=()))
+    assert oldest(found) == " (report \\x1b[2J for 1 min 15 s ...)"
+    assert oldest(seen(board, dataclasses.replace(busy, tasks=1))) == " (report \\x1b[2J for 1 min 15 s)"
+    assert oldest(seen(board, worker(1, WorkerState.LEAVING))) == ""
 
 
 def test_a_pipe_gets_one_line_for_each_step(
@@ -82,8 +111,7 @@ def test_a_pipe_gets_one_line_for_each_step(
         "  the new generation boots",
         "  the new master starts",
         "  it is ready and answers; waiting for the commit window to end",
-        "  commit window: the new generation has not seen, the old one 0 requests and 0 background tasks in hand",
-        "  it is active; the old one finishes what it has",
+        "  it is active; the old one accepts nothing more",
     ]
 
 

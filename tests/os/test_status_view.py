@@ -17,12 +17,14 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from rich.style import Style
 
 from tests.helpers.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import frameworks, main, screen, watch
+from zdd_web.cli import frameworks, history, main, screen, watch
 from zdd_web.cli.status_view import Shown, lines_of
 from zdd_web.cli.times import Now
+from zdd_web.history import Entry
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 
@@ -128,6 +130,13 @@ def test_status_says_since_when_and_that_a_master_hangs(board: Board) -> None:
     assert "hangs" not in "\n".join(text(lines_of([shown(board, phase=Phase.SERVING)], NOW, 80)))
 
 
+def test_status_says_since_when_an_upgrade_is_under_way(board: Board) -> None:
+    began = NOW.monotonic - 75 * SECOND
+    under_way = {"upgrade_state": UpgradeState.COMMITTING, "upgrade_since": began}
+    lines = text(lines_of([shown(board, phase=Phase.SERVING, **under_way)], NOW, 80))
+    assert f"  upgrade of generation 3: committing since {NOW.clock(began)}, for 1 min 15 s" in lines
+
+
 def test_lines_for_programs_are_not_wrapped(board: Board) -> None:
     lines = text(lines_of([shown(board, phase=Phase.SERVING, **FAILED)], NOW, None))
     assert [line for line in lines if REASON in line] != []
@@ -149,7 +158,51 @@ def test_live_board_shows_generations_side_by_side(board: Board, width: int, gen
     assert "database-replica-2" in file.getvalue()
 
 
-def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
+def test_live_board_shows_what_was_done_last_and_no_reason_twice(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [Entry(at=1.9e9 + number, kind="deploy", outcome="done", generation=number) for number in range(1, 9)]
+    failed = Entry(at=1.9e9, kind="deploy", outcome="failed", generation=9, reason=REASON)
+    monkeypatch.setattr(watch, "entries_of", lambda generation: (*done, failed))
+    board.header.history_fd = 7
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    console.print(watch.board([[shown(board, phase=Phase.SERVING, **FAILED)]], NOW, console))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[3] for line in lines if " deploy " in line] == ["7", "8", "9"]
+    assert " ".join(file.getvalue().split()).count("the migration is missing") == 1
+
+
+def test_history_fits_80_columns_and_cuts_no_reason_and_no_release() -> None:
+    longest = "2026-11-28-hotfix-of-the-checkout@3f2a1b9"
+    entries = [
+        Entry(at=1.9e9, kind="start", outcome="done", generation=1, release="7@3f2a1b9", seconds=1.9),
+        Entry(at=1.9e9, kind="rollback", outcome="refused", generation=999, release="/srv/2026.11.28-rc1", times=12,
+              seconds=999.9, reason=REASON, note=f"note: {CAUSE}", canary="1 of 4 workers"),
+        Entry(at=1.9e9, kind="deploy", outcome="failed", generation=2, release=longest, seconds=99.9),
+    ]  # fmt: skip
+    lines = text(history.lines_of(entries, 80))
+    assert [line for line in lines if len(line) > 80] == []
+    whole = " ".join(" ".join(lines).split())
+    for each in (REASON, CAUSE, f"release: {longest}", "2026.11.28-rc1", "refused, 12 times"):
+        assert each in whole
+    # In a pipe a reason is one line.
+    assert f"    {REASON}" in text(history.lines_of(entries, None))
+
+
+def test_live_board_names_the_oldest_tasks(board: Board) -> None:
+    slot = board.slot(0)
+    slot.order.taken, slot.tasks, board.header.phase = 1, 3, Phase.SERVING
+    for index, (name, seconds) in enumerate([("report \x1b[2J", 75), ("mail", 3)]):
+        slot.task(index).name, slot.task(index).started = name, NOW.monotonic - seconds * SECOND
+    file = io.StringIO()
+    console = Console(file=file, width=80, color_system=None)
+    console.print(watch.board([[Shown(Generation(4194301, board), board.snapshot())]], NOW, console))
+    assert "task for 1 min 15 s: report \\x1b[2J" in file.getvalue()
+    assert "task for 3 s: mail" in file.getvalue()
+    assert "1 more task " in file.getvalue()
+
+
+def test_live_board_shows_checks_and_the_oldest_task_of_an_earlier_version(board: Board) -> None:
     slot = board.slot(0)
     slot.order.taken, slot.tasks, slot.oldest_task, slot.checks = 1, 1, NOW.monotonic - 75 * SECOND, 2
     for index, (name, result, message) in enumerate([("db", 1, ""), ("cache", 2, "no \x1b[31mroute")]):
@@ -158,12 +211,28 @@ def test_live_board_shows_checks_and_the_oldest_task(board: Board) -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
     console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
-    assert "oldest background task: 1 min 15 s" in file.getvalue()
+    assert "1998 background tasks, the oldest: 1 min 15 s" in file.getvalue()
     assert "check db: passed" in file.getvalue()
     assert "check cache: failed: no \\x1b[31mroute" in file.getvalue()
 
 
 # -- the terminal
+
+
+@pytest.mark.parametrize("style", [screen.GOOD, screen.BUSY, screen.BAD])
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255)])
+def test_colours_can_be_read_on_black_and_on_white(style: str, background: tuple[int, int, int]) -> None:
+    colour = Style.parse(style).color
+    assert colour is not None
+    lighter, darker = sorted((luminance(*colour.get_truecolor()), luminance(*background)), reverse=True)
+    # WCAG asks for 3 to 1 in large letters and 4.5 in small ones; on both backgrounds at most 4.58 can be had.
+    assert (lighter + 0.05) / (darker + 0.05) >= 3.9
+
+
+def luminance(*colour: int) -> float:
+    """Return the relative luminance of a colour, as WCAG has it."""
+    parts = [each / 255 / 12.92 if each / 255 <= 0.04045 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in colour]
+    return sum(part * weight for part, weight in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
 
 
 def on_a_terminal(*arguments: str, **environ: str) -> str:
@@ -200,6 +269,28 @@ def test_an_error_on_a_terminal_breaks_no_word() -> None:
     lines = on_a_terminal("upgrade", "--name", name).split("\r\n")
     assert max(map(len, lines)) <= 80
     assert f"'{name}':" in " ".join(lines).split()
+
+
+def test_a_log_on_a_terminal_breaks_between_words_and_goes_on_behind_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "console", lambda stream: Console(width=40, force_terminal=True))
+    line = f"{screen.BAR}    raise RuntimeError('the migration is missing')"
+    assert screen.wrapped(line, None).split("\n") == [
+        "  |     raise RuntimeError('the",
+        "  |         migration is missing')",
+    ]
+    assert screen.wrapped(f"{screen.BAR}{'x' * 60}", None) == f"{screen.BAR}{'x' * 60}"
+
+
+def test_accepted_is_a_column_where_it_is_counted(board: Board) -> None:
+    counted = shown(board, phase=Phase.SERVING)
+    plain = ListenerView("http://127.0.0.1:8000", 0, 2048, 0)
+    assert "accepted" in "\n".join(text(lines_of([counted], NOW, 80)))
+    not_counted = shown(board, phase=Phase.SERVING, listeners=(plain,))
+    assert "accepted" not in "\n".join(text(lines_of([not_counted], NOW, 80)))
+    # One that has ended accepts nothing.
+    ended = shown(board, phase=Phase.STOPPED, generation=2, listeners=(plain,))
+    lines = text(lines_of([ended, not_counted], NOW, 80))
+    assert [line for line in lines if "http:" in line] == ["    3        0   2048  http://127.0.0.1:8000"]
 
 
 def test_live_board_needs_a_terminal() -> None:

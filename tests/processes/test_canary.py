@@ -8,20 +8,23 @@ import signal
 
 import pytest
 
-from tests.processes.harness import Service, answered_from, lost, until
+from tests.processes.harness import Service, answered_from, lost, skip_unless_installed, until
 from tests.processes.test_interrupts import Command
 from tests.processes.test_watch_deploy import really_lost, write
 from zdd_web.board import Snapshot, WorkerState
 
-CLASSES = ["sync", "gthread"]
+#: Worker class and listener: where each worker has a queue of its own, the queues of the workers that a canary lacks
+#: must not be fed yet; and where an event loop accepts.
+PLAYED = [("sync", "fd"), ("gthread", "fd"), ("gthread", "reuseport"), ("asgi", "fd")]
 LONG = ("--watch", "600")
 
 
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=PLAYED, ids="-".join)
 def service(make_service, request) -> Service:
-    service = make_service(request.param, workers=3)
+    worker_class, listener = request.param
+    service = make_service(skip_unless_installed(worker_class), workers=3)
     write(service, "1")
-    return service.configure(generation_header="X-Zdd-Generation", upgrade_timeout=60)
+    return service.configure(generation_header="X-Zdd-Generation", upgrade_timeout=60, listener=listener)
 
 
 def serving(snapshot: Snapshot) -> int:

@@ -69,7 +69,7 @@ def test_upgrade_that_is_cancelled_is_noted_and_so_is_a_watch(make_service):
     assert "cancelled by process" in entries(service)[-1]["reason"]
     (service.directory / "go").touch()
     watch = Command(service, "upgrade", "--watch", "600")
-    watch.says("waiting for the commit window to end")
+    watch.says("both generations serve while it is watched")
     watch.interrupt()
     assert "in the commit window" in watch.ends(1)
     noted(service, ("start", "done", 1), ("deploy", "cancelled", 2), ("deploy", "cancelled", 2))

@@ -142,7 +142,7 @@ def test_upgrade_in_the_watch_of_a_canary(service: Service):
     service.deploy("2")
     with service.under_load(clients=4):
         command = Command(service, "upgrade", "--watch", "600", "--canary", "1")
-        command.says("canary: 1 of 2 workers are watched")
+        command.says("watched as a canary of 1 of 2 workers")
         command.interrupt(signal.SIGTERM)
         said = command.ends(1)
         service.until_alone()
@@ -250,7 +250,7 @@ def test_drain_with_background_work(service: Service, leaves: bool):
     service.start()
     service.get("/job?seconds=6")
     command = Command(service, "drain")
-    command.says("draining: 0 requests and 1 background task")
+    command.says("draining: 1 background task in hand")
     command.interrupt(signal.SIGTERM)
     command.says(GOES_ON)
     if leaves:

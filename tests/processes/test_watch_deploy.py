@@ -7,12 +7,25 @@ import textwrap
 
 import pytest
 
-from tests.processes.harness import APP, Service, answered_from, lost, skip_unless_installed, until
+from tests.processes.harness import APP, Service, answered_from, generations_of, lost, skip_unless_installed, until
 from tests.processes.test_worker_classes import ASGI_APP
 from zdd_web.cli.rehearse.load import LoadThread
 from zdd_web.cli.rehearse.report import Outcome
 
 CLASSES = ["sync", "gthread", "asgi"]
+
+#: A worker ends when its twentieth reply is sent; in the WSGI apps and in the ASGI app.
+DIES = {
+    "    return [body]\n": "    SEEN[0] += 1\n    return Reply([body])\n",
+    '"body": body})': '"body": body})\n    SEEN[0] += 1\n    SEEN[0] == 20 and LOOP().call_soon(os._exit, 3)',
+    "HELD = set()": "HELD, LOOP = set(), asyncio.get_running_loop",
+}
+REPLY = """
+class Reply(list):
+    def close(self):
+        SEEN[0] == 20 and os._exit(3)
+
+"""
 
 #: Of each worker's requests every tenth fails; in the WSGI apps and in the ASGI app.
 COUNTER = "SEEN = [0]\n"
@@ -35,10 +48,11 @@ def write(service: Service, version: str, **changes: str) -> None:
     """Put a version of the app on disk, with texts of it replaced."""
     text = textwrap.dedent(ASGI_APP if service.worker_class == "asgi" else APP).replace("STARTUP", "pass")
     text = text.replace('VERSION = "1"', f'VERSION = "{version}"\n{changes.pop("at_import", "")}')
-    if changes.pop("fails", ""):
-        text = COUNTER + text
-        for old, new in FAILS.items():
-            text = text.replace(old, new)
+    for change, texts in (("fails", FAILS), ("dies", DIES)):
+        if changes.pop(change, ""):
+            text = COUNTER + REPLY + text
+            for old, new in texts.items():
+                text = text.replace(old, new)
     (service.directory / "app.py").write_text(text)
 
 
@@ -73,16 +87,32 @@ def test_release_that_fails_a_tenth_of_its_requests_is_taken_back(watched):
 
 def test_release_whose_worker_dies_is_taken_back(watched):
     service = watched.start()
+    write(service, "2", dies="yes")
+    # Of one client: a worker that dies when it has sent a reply has nothing else in hand.
+    with service.under_load(clients=1, pause=0) as load:
+        done = deploy(service, load, "--watch", "60")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ended in the commit window: exit status 3" in done.stderr
+    assert "generation 1 serves on" in done.stderr
+    assert 2 in generations_of(load)
+    service.until_alone()
+    assert service.get().version == "1"
+
+
+def test_worker_that_dies_amid_many_requests_takes_its_own_along_at_most(make_service):
+    service = make_service("sync")
+    write(service, "1")
+    service.configure(generation_header="X-Zdd-Generation", upgrade_timeout=60).start()
     # Once it serves, on the way of requests: after any commit window of a second.
-    dies = "import threading; threading.Timer(4, lambda: os._exit(3)).start()"
-    write(service, "2", at_import=dies)
+    write(service, "2", at_import="import threading; threading.Timer(4, lambda: os._exit(3)).start()")
     with service.under_load(clients=8, may_lose=True) as load:
         done = deploy(service, load, "--watch", "60")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "ended in the commit window" in done.stderr
     service.until_alone()
     assert service.get().version == "1"
-    # What the dead worker had in hand went with it; what the other one has is answered.
+    # Two workers, each of which has one request in hand.
+    assert len(really_lost(load)) <= 2
     assert {sample.generation for sample in really_lost(load)} <= {2, None}
 
 

@@ -133,6 +133,7 @@ def test_every_command_and_option_is_documented() -> None:
 @pytest.mark.parametrize("page", PAGES + FOR_CONTRIBUTORS, ids=ids)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    links += re.findall(r'src(?:set)?="([^"]+)"', page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 

@@ -11,7 +11,7 @@ import pytest
 import zdd_web
 from tests.helpers.threads import at_once
 from zdd_web import process, waitgroup
-from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.board import NAMED_TASKS, Board, Slot, WorkerState
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
@@ -108,6 +108,32 @@ def test_background_work_of_a_worker_stands_in_its_slot(worker: Process) -> None
     with zdd_web.background.track("a"), waitgroup.WaitGroup("own").track("b"):
         assert worker.slot.tasks == 2
     assert worker.slot.tasks == 0
+
+
+def test_the_oldest_background_tasks_of_a_worker_are_named_in_its_slot(worker: Process) -> None:
+    assert worker.slot is not None
+    entries = [zdd_web.background.add(f"job {number}") for number in range(NAMED_TASKS + 2)]
+    entries.append(waitgroup.WaitGroup("own").add("n" * 500))
+    expected = [(int(entry.started * 1e9), entry.name[:64]) for entry in entries]
+    assert worker.slot.oldest_tasks() == expected[:NAMED_TASKS]
+    while entries:
+        entries.pop(0).done()
+        expected.pop(0)
+        assert worker.slot.oldest_tasks() == expected[:NAMED_TASKS]
+
+
+def test_the_names_of_tasks_are_right_when_threads_come_and_go(worker: Process) -> None:
+    assert worker.slot is not None
+    with zdd_web.background.track("stays") as stays:
+
+        def work() -> None:
+            for number in range(200):
+                with zdd_web.background.track(f"passes {number}"):
+                    pass
+
+        at_once(8, work)
+        assert worker.slot.oldest_tasks() == [(int(stays.started * 1e9), "stays")]
+    assert (worker.slot.oldest_tasks(), worker.slot.oldest_task) == ([], 0)
 
 
 def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Process) -> None:

@@ -8,17 +8,19 @@ from zdd_web.board.layout import (
     MAX_CHECKS,
     MOST_LISTENERS,
     MOST_SLOTS,
+    NAMED_TASKS,
     CheckRecord,
     Header,
     Heartbeat,
     ListenerRecord,
     Order,
     Slot,
+    TaskRecord,
     UpgradeState,
     WorkerState,
     shape,
 )
-from zdd_web.board.snapshot import ListenerView, Snapshot, WorkerView
+from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 
 __all__ = [
     "LARGEST_BYTES",
@@ -28,6 +30,7 @@ __all__ = [
     "MEMFD_PREFIX",
     "MOST_LISTENERS",
     "MOST_SLOTS",
+    "NAMED_TASKS",
     "SLOTS",
     "Board",
     "CheckRecord",
@@ -38,6 +41,8 @@ __all__ = [
     "Order",
     "Slot",
     "Snapshot",
+    "TaskRecord",
+    "TaskView",
     "UpgradeState",
     "WorkerState",
     "WorkerView",

@@ -37,6 +37,7 @@ from zdd_web.board.layout import (
     LAYOUT,
     MAGIC,
     MOST_LISTENERS,
+    NAMED_TASKS,
     Header,
     ListenerRecord,
     Order,
@@ -46,7 +47,7 @@ from zdd_web.board.layout import (
     shape,
 )
 from zdd_web.board.record import WORD
-from zdd_web.board.snapshot import ListenerView, Snapshot, WorkerView
+from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock
@@ -208,6 +209,8 @@ class Board:
                 slot.error = slot.late_peer = ""
                 slot.handed_over = slot.received = slot.closed_idle = 0
                 slot.server_errors = slot.oldest_task = slot.heartbeat = slot.late_new_by = 0
+                for task in range(NAMED_TASKS):
+                    slot.task(task).started = 0
                 for quarter in Slot.LATE_QUARTERS:
                     words[slot.base + quarter.index] = 0
                 slot.state = WorkerState.BOOTING
@@ -274,6 +277,7 @@ class Board:
                     handed_over=slot.handed_over,
                     received=slot.received,
                     closed_idle=slot.closed_idle,
+                    oldest_tasks=tuple(TaskView(*task) for task in slot.oldest_tasks()) if slot.tasks else (),
                 )
             )
         fields: dict[str, Any] = {

@@ -220,6 +220,18 @@ class CheckRecord(Record):
 MAX_CHECKS = 32
 
 
+class TaskRecord(Record):
+    """A background task in hand; that worker's words. `started` is monotonic nanoseconds, 0 for none."""
+
+    started = Word(0)
+    name = Text(1, 64)
+    WORDS = 12
+
+
+#: How many tasks a worker names, the oldest: those that a stop or a generation that retires waits for.
+NAMED_TASKS = 4
+
+
 class Order(Record):
     """Which worker has a slot, and what it is told: the master's words. Times are monotonic nanoseconds.
 
@@ -295,7 +307,9 @@ class Slot(Record):
     handed_over = LaterCount(LEAST_WORDS)
     received = LaterCount(LEAST_WORDS + 1)
     closed_idle = LaterCount(LEAST_WORDS + 2)
-    WORDS = LEAST_WORDS + 8
+    #: The oldest background tasks: see `TaskRecord`.
+    TASKS_AT = LEAST_WORDS + 8
+    WORDS = TASKS_AT + NAMED_TASKS * TaskRecord.WORDS
 
     def __init__(self, memory: memoryview, base: int, order: Order, length: int = WORDS) -> None:
         """`length` is that of the slots on this board, in words."""
@@ -328,6 +342,22 @@ class Slot(Record):
     def check(self, index: int) -> CheckRecord:
         """Return the record of a check, with an index from 0."""
         return CheckRecord(self.memory, self.base + self.CHECKS_AT + index * CheckRecord.WORDS)
+
+    def task(self, index: int) -> TaskRecord:
+        """Return the record of a background task, with an index from 0, on a board that has room for it."""
+        return TaskRecord(self.memory, self.base + self.TASKS_AT + index * TaskRecord.WORDS, self.words)
+
+    def oldest_tasks(self) -> list[tuple[int, str]]:
+        """Return when the oldest background tasks were offered, and their names; `NAMED_TASKS` at most."""
+        if self.length < self.WORDS:
+            return []  # an earlier version's
+        found = []
+        for record in map(self.task, range(NAMED_TASKS)):
+            started, name = record.started, record.name
+            # Unchanged after the name was read: else it may be that of the next task.
+            if started and record.started == started:
+                found.append((started, name))
+        return found
 
 
 #: A board of this version has `SLOTS` slots and a tenth of these bytes.

@@ -120,7 +120,8 @@ class Text:
 class Record:
     """A run of words on the board."""
 
-    def __init__(self, memory: memoryview, base: int) -> None:
+    def __init__(self, memory: memoryview, base: int, words: memoryview[int] | None = None) -> None:
+        """`words` is a view of the memory's words that another record has, and that is released with that."""
         self.memory = memory
-        self.words: memoryview[int] = memory.cast("Q")
+        self.words: memoryview[int] = memory.cast("Q") if words is None else words
         self.base = base

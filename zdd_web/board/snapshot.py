@@ -9,6 +9,14 @@ from zdd_web.lifecycle import Phase
 
 
 @dataclass(frozen=True)
+class TaskView:
+    """A background task in hand: when it was offered, monotonic nanoseconds, and its name."""
+
+    started: int
+    name: str
+
+
+@dataclass(frozen=True)
 class WorkerView:
     """One worker as the board had it at an instant."""
 
@@ -24,6 +32,8 @@ class WorkerView:
     handed_over: int = 0
     received: int = 0
     closed_idle: int = 0
+    #: `NAMED_TASKS` at most; none of a worker of an earlier version.
+    oldest_tasks: tuple[TaskView, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,3 +99,9 @@ class Snapshot:
     def tasks(self) -> int:
         """Background tasks in hand in all workers."""
         return sum(worker.tasks for worker in self.workers)
+
+    @property
+    def oldest_tasks(self) -> list[TaskView]:
+        """Background tasks that have a name here, the oldest of each worker; the oldest first."""
+        found = [task for worker in self.workers for task in worker.oldest_tasks]
+        return sorted(found, key=lambda task: task.started)

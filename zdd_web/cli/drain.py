@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from zdd_web.cli import control
+from zdd_web.cli import control, screen
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.options import Which, another_version, count, title, which_service
 from zdd_web.cli.output import cell, say
@@ -54,9 +54,11 @@ def _report(number: int, result: control.DrainResult) -> int:
         say(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
         return 0
     if result.reason:
-        say(f"drain failed: {cell(result.reason)}", err=True)
+        screen.fail(f"drain failed: {cell(result.reason)}")
     else:
         lost = f"{count(result.requests, 'request')} and {count(result.tasks, 'background task')}"
-        say(f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
-            f"see event=background.abandoned and event=drain.abandoned in its log", err=True)  # fmt: skip
+        screen.fail(
+            f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
+            f"see event=background.abandoned and event=drain.abandoned in its log"
+        )
     return 1

@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 
 import click
+from rich.text import Text
 
 from zdd_web import release
+from zdd_web.cli import screen
 from zdd_web.cli.deploys import entries_of
 from zdd_web.cli.options import Which, which_service
-from zdd_web.cli.output import cell, show
+from zdd_web.cli.output import cell, refuse, show
 from zdd_web.history import Entry
 
-COLUMNS = ("when", "what", "generation", "release", "took", "outcome")
+COLUMNS = ("when", "what", "gen", "release", "took", "outcome")
+#: A longer name of a release stands below its entry: 80 columns have no room for it.
+LONGEST_RELEASE = 16
+
+STYLES = {"done": screen.GOOD, "failed": screen.BAD, "lost": screen.BAD}
 
 
 @click.command()
@@ -29,26 +35,40 @@ def history(which: Which, as_json: bool) -> None:
         plain = [{**dataclasses.asdict(entry), "at": _time(entry.at, local=False)} for entry in entries]
         show(json.dumps({"format": 1, "name": generation.header.name, "entries": plain}, indent=2))
         return
-    show(table(entries) if entries else "nothing was noted yet")
+    console = screen.stdout()
+    found = lines_of(entries, screen.width_of(console)) if entries else [Text("nothing was noted yet")]
+    refuse(screen.show(console, found))
 
 
-def table(entries: Sequence[Entry]) -> str:
-    """Return entries as a table, with what is to be known of one on a line below it."""
-    rows = [COLUMNS, *(_row(entry) for entry in entries)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
-    lines = []
-    for row, entry in zip(rows, (None, *entries), strict=True):
-        lines.append("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        if entry is not None:
-            lines += [f"    {cell(text)}" for text in (_canary(entry), entry.reason, entry.note) if text]
-    return "\n".join(lines)
+def lines_of(entries: Sequence[Entry], width: int | None, *, indent: int = 0) -> list[Text]:
+    """Return entries as a table, with what is to be known of one below it.
+
+    >>> entry = Entry(at=0.0, kind="deploy", outcome="failed", generation=3, release="/srv/shop/3", reason="it ended")
+    >>> [line.plain.strip() for line in lines_of([entry], 80)[2:]]
+    ['it ended']
+    """
+    head, *rows = screen.table(COLUMNS, [_row(entry) for entry in entries], left=(0, 1, 3, 5), indent=indent)
+    found = [head]
+    for entry, row in zip(entries, rows, strict=True):
+        found.append(row)
+        reason = entry.reason, STYLES.get(entry.outcome, "")
+        for text, style in ((_release(entry), ""), (_canary(entry), ""), reason, (entry.note, "")):
+            if text:
+                found += screen.paragraph(cell(text), width, indent=indent + 4, style=style)
+    return found
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: Entry) -> tuple[Text | str, ...]:
     outcome = cell(entry.outcome) + (f", {entry.times} times" if entry.times > 1 else "")
     number = str(entry.generation) if entry.generation else ""
-    name = cell(release.short(entry.release))
-    return _time(entry.at), cell(entry.kind), number, name, f"{entry.seconds:.1f} s", outcome
+    name = "" if _release(entry) else cell(release.short(entry.release))
+    style = STYLES.get(entry.outcome, screen.BUSY)
+    return _time(entry.at), cell(entry.kind), number, name, f"{entry.seconds:.1f} s", Text(outcome, style=style)
+
+
+def _release(entry: Entry) -> str:
+    name = release.short(entry.release)
+    return f"release: {name}" if len(name) > LONGEST_RELEASE else ""
 
 
 def _canary(entry: Entry) -> str:

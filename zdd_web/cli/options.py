@@ -109,5 +109,10 @@ def count(number: int, what: str) -> str:
 
 
 def in_hand(requests: int, tasks: int) -> str:
-    """Return what processes have in hand, in words."""
-    return f"{count(requests, 'request')} and {count(tasks, 'background task')} in hand"
+    """Return what processes have in hand, in words.
+
+    >>> in_hand(1, 0), in_hand(2, 1), in_hand(0, 0)
+    ('1 request in hand', '2 requests and 1 background task in hand', 'nothing in hand')
+    """
+    parts = [count(number, what) for number, what in ((requests, "request"), (tasks, "background task")) if number]
+    return f"{' and '.join(parts) or 'nothing'} in hand"

@@ -13,20 +13,20 @@ from rich.live import Live
 from rich.text import Text
 
 from zdd_web import service
-from zdd_web.board import Snapshot, UpgradeState, WorkerState
+from zdd_web.board import Board, Snapshot, UpgradeState, WorkerState
 from zdd_web.cli import screen
-from zdd_web.cli.options import in_hand
+from zdd_web.cli.options import count, in_hand
 from zdd_web.cli.output import cell
-from zdd_web.cli.times import duration
+from zdd_web.cli.times import Now, duration
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import Generation
-from zdd_web.system import proc
+from zdd_web.system import clock, proc
 
 LINE_EVERY = 1.0
 #: How often the successor is looked for, and the line redrawn, seconds.
 LOOK_EVERY = 0.2
-#: How many steps of workers one line names.
+#: How many steps of workers, or background tasks, one line names.
 MOST_STEPS = 2
 
 
@@ -55,10 +55,13 @@ class Ticker:
         self._printed, self._printed_at = text, time.monotonic()
         screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
 
-    def now(self, text: str, more: str = "") -> None:
-        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed."""
+    def now(self, text: str, more: str = "", *, is_said: bool = False) -> None:
+        """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed.
+
+        With `is_said` a step has told a pipe already.
+        """
         if self._live is None:
-            if text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
+            if not is_said and text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
                 self.step(text)
             return
         elapsed = duration(time.monotonic() - self._began)
@@ -69,8 +72,9 @@ class Ticker:
 class UpgradeProgress:
     """Follows an upgrade on the boards of both generations."""
 
-    def __init__(self, generation: Generation, ticker: Ticker) -> None:
-        self._old, self._ticker = generation, ticker
+    def __init__(self, generation: Generation, ticker: Ticker, watch: float | None = None) -> None:
+        """`watch` is for how many seconds the new generation was asked to be watched; None: as the settings have it."""
+        self._old, self._ticker, self._watch = generation, ticker, watch
         self._successor: Generation | None = None
         self._last: UpgradeState | None = None
         self._looked_at = 0.0
@@ -79,7 +83,8 @@ class UpgradeProgress:
         """Show a look at the old generation's board."""
         if snapshot.upgrade_state is not self._last:
             self._last = snapshot.upgrade_state
-            self._ticker.step(STEPS[snapshot.upgrade_state])
+            is_watched = self._watch and snapshot.upgrade_state is UpgradeState.COMMITTING
+            self._ticker.step(WATCHED if is_watched else STEPS[snapshot.upgrade_state])
         if time.monotonic() - self._looked_at < LOOK_EVERY:
             return
         self._looked_at = time.monotonic()
@@ -89,7 +94,18 @@ class UpgradeProgress:
         elif snapshot.upgrade_state is UpgradeState.BOOTING:
             self._ticker.now(booting(self._look()))
         elif snapshot.upgrade_state is UpgradeState.COMMITTING:
-            self._ticker.now(committing(self._look(), snapshot))
+            found = self._look()
+            text, more = committing(found, snapshot, self._watch)
+            is_watched = found is not None and text.startswith("watched")
+            is_said = text in ("watched", "commit window")
+            self._ticker.now(text, more + (self._errors() if is_watched else ""), is_said=is_said)
+
+    def _errors(self) -> str:
+        assert self._successor is not None
+        try:
+            return errors_of(self._successor.board)
+        except BoardError:
+            return ""
 
     def _look(self) -> Snapshot | None:
         if self._successor is None:
@@ -104,10 +120,11 @@ STEPS = {
     UpgradeState.NONE: "asked for",
     UpgradeState.BOOTING: "the new generation boots",
     UpgradeState.COMMITTING: "it is ready and answers; waiting for the commit window to end",
-    UpgradeState.DONE: "it is active; the old one finishes what it has",
+    UpgradeState.DONE: "it is active; the old one accepts nothing more",
     UpgradeState.FAILED: "the new generation is ended",
     UpgradeState.REFUSED: "refused",
 }
+WATCHED = "it is ready and answers; both generations serve while it is watched"
 
 
 def successor_of(generation: Generation) -> Generation | None:
@@ -144,19 +161,35 @@ def booting(successor: Snapshot | None) -> str:
     return f"worker {ready} of {successor.workers_wanted} is ready{canary}{waits}"
 
 
-def committing(successor: Snapshot | None, old: Snapshot) -> str:
-    """Return what both generations do in the commit window, and until the old one accepts nothing more."""
+def committing(successor: Snapshot | None, old: Snapshot, watch: float | None = None) -> tuple[str, str]:
+    """Return what goes on in the commit window, and until the old generation accepts nothing more.
+
+    The second text is what both have in hand, which changes all the time: it is for a terminal. `watch` is for how many
+    seconds the new generation was asked to be watched.
+    """
+    old_has = f"the old one {in_hand(old.in_flight, old.tasks)}"
     if old.phase is Phase.RETIRING:
-        return f"the old generation ends to accept: {in_hand(old.in_flight, old.tasks)}"
-    new = in_hand(successor.in_flight, successor.tasks) if successor is not None else "not seen"
-    both = f"the new generation has {new}, the old one {in_hand(old.in_flight, old.tasks)}"
-    if successor is not None and successor.is_canary:
-        return f"canary: {successor.workers_wanted} of {successor.workers_full} workers are watched; {both}"
-    states = [worker.state for worker in successor.workers] if successor is not None else []
-    if successor is not None and WorkerState.BOOTING in states:
-        serving = states.count(WorkerState.SERVING)
-        return f"it grows: {serving} of {successor.workers_wanted} workers serve; {both}"
-    return f"commit window: {both}"
+        return "the old generation stops accepting", f": {in_hand(old.in_flight, old.tasks)}"
+    if successor is None:
+        return "commit window", f": the new generation is not seen, {old_has}"
+    more = f"; the new generation has {in_hand(successor.in_flight, successor.tasks)}, {old_has}"
+    states = [worker.state for worker in successor.workers]
+    left = (watch or 0.0) - clock.since(old.upgrade_since)
+    time_left = f", {duration(left)} left" if left > 0 else ""
+    if successor.is_canary:
+        few, all_of_them = successor.workers_wanted, count(successor.workers_full, "worker")
+        return f"watched as a canary of {few} of {all_of_them}", time_left + more
+    if WorkerState.BOOTING in states:
+        return f"it grows: {states.count(WorkerState.SERVING)} of {successor.workers_wanted} workers serve", more
+    return ("watched" if left > 0 else "commit window"), time_left + more
+
+
+def errors_of(board: Board) -> str:
+    """Return how many replies of a generation had a status that counts against it."""
+    slots = list(board.used_slots())
+    errors = board.header.server_errors_gone + sum(slot.server_errors for slot in slots if slot.order.taken)
+    requests = board.header.requests_gone + sum(slot.requests for slot in slots if slot.order.taken)
+    return f"; the new one has answered {count(requests, 'request')}, {errors} with status 500 or above"
 
 
 class StopProgress:
@@ -173,7 +206,7 @@ class StopProgress:
             self._last = which
             self._ticker.step(stopping(snapshot))
         else:
-            self._ticker.now(stopping(snapshot), limit(snapshot))
+            self._ticker.now(stopping(snapshot), oldest(snapshot) + limit(snapshot))
 
 
 def stopping(snapshot: Snapshot) -> str:
@@ -181,6 +214,13 @@ def stopping(snapshot: Snapshot) -> str:
     if snapshot.phase is Phase.LAME_DUCK:
         return "lame_duck: readiness is 503 (unless LAME_DUCK_READY), everything is still served"
     return f"{snapshot.phase.label}: {in_hand(snapshot.in_flight, snapshot.tasks)}"
+
+
+def oldest(snapshot: Snapshot) -> str:
+    """Return which background tasks have been in hand for longest, and for how long; "" where none has a name."""
+    now = Now()
+    named = [f"{cell(task.name)} for {now.age(task.started)}" for task in snapshot.oldest_tasks[:MOST_STEPS]]
+    return f" ({'; '.join(named)}{' ...' if snapshot.tasks > len(named) else ''})" if named else ""
 
 
 def limit(snapshot: Snapshot) -> str:

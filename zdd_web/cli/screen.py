@@ -20,8 +20,13 @@ from zdd_web.system.stdio import TolerantStream
 #: Where there is no terminal whose width could be asked for.
 WIDTH = 80
 
-#: What is healthy, what goes on, and what is not well.
-GOOD, BUSY, BAD, FAINT, HEAD = "green", "yellow", "bold red", "dim", "bold"
+#: Before each line of a log.
+BAR = "  | "
+
+#: What is healthy, what goes on, and what is not well. Of the 256 colours those that can be read on black and on white:
+#: green and yellow of the first sixteen cannot be on white, and which they are is each terminal's own. Where a terminal
+#: has no more than sixteen, rich takes green, cyan and red.
+GOOD, BUSY, BAD, FAINT, HEAD = "color(28)", "color(31)", "bold color(196)", "dim", "bold"
 
 
 class Stream(TolerantStream):
@@ -110,19 +115,37 @@ def paragraph(text: str, width: int | None, *, indent: int = 2, style: str = "")
 def wrapped(text: str, stream: Any) -> str:
     """Return a text whose words are not broken, where the stream is a terminal; as it is in a pipe.
 
-    The end of a log, whose lines begin with "  | ", is not touched.
+    Those of a log, which begin with "  | ", go on behind such a bar, too.
     """
     screen = console(stream)
     if not screen.is_terminal:
         return text
     lines: list[str] = []
     for line in text.split("\n"):
-        if len(line) < screen.width or line.startswith("  | "):
+        if len(line) <= screen.width:
             lines.append(line)
+            continue
+        if line.startswith(BAR):
+            lines += _log_line(line[len(BAR) :], screen.width)
             continue
         indent = len(line) - len(line.lstrip())
         lines += [each.plain for each in paragraph(line.strip(), screen.width, indent=indent)]
     return "\n".join(lines)
+
+
+def fail(text: str) -> None:
+    """Print on stderr why it failed. It is to be the last line: that is where an operator looks."""
+    console = stderr()
+    show(console, paragraph(text, width_of(console), indent=0, style=BAD))
+
+
+def _log_line(line: str, width: int) -> list[str]:
+    indent = len(line) - len(line.lstrip())
+    # One word with what is before it: a bar with nothing behind it would stand where the first word is a long path.
+    glued = (BAR + line[:indent]).replace(" ", "\0") + line[indent:]
+    behind = BAR + " " * (indent + 4)
+    found = textwrap.wrap(glued, width, subsequent_indent=behind, break_long_words=False, break_on_hyphens=False)
+    return [each.replace("\0", " ") for each in found]
 
 
 def show(screen: Console, lines: Sequence[Text]) -> OSError | None:

@@ -91,7 +91,7 @@ def _say_who_hangs(which: Which, found: list[list[Shown]], now: Now) -> None:
     hanging = [each for line in found for each in line if stalled(each.snapshot, now)]
     for each in hanging:
         whose = "" if each.generation.owner == os.geteuid() else f" ({user(each.generation.owner)})"
-        say(f"{hangs(each.snapshot, now)}{whose}", err=True)
+        screen.fail(f"{hangs(each.snapshot, now)}{whose}")
     # Any user can make a board that says so; that must not fail the watch over one's own.
     if any(each.generation.owner in (os.geteuid(), which.owner) for each in hanging):
         sys.exit(1)
@@ -111,4 +111,7 @@ def _plain(snapshot: Snapshot, owner: int, now: Now) -> dict[str, Any]:
     fields["times"] = {name: now.iso(fields[name]) for name in TIMES}
     for worker in fields["workers"]:
         worker["state"] = worker["state"].label
+        worker["oldest_tasks"] = [
+            {**task, "age": round(now.seconds_since(task["started"]), 1)} for task in worker["oldest_tasks"]
+        ]
     return {**fields, "uid": owner}

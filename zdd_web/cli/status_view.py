@@ -11,6 +11,7 @@ from rich.text import Text
 from zdd_web import release
 from zdd_web.board import Snapshot, UpgradeState, WorkerState, WorkerView
 from zdd_web.cli import screen
+from zdd_web.cli.control import UNDER_WAY
 from zdd_web.cli.output import cell
 from zdd_web.cli.times import Now, duration
 from zdd_web.lifecycle import Phase, stalled_for
@@ -133,10 +134,12 @@ def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:
     bad = state in (UpgradeState.FAILED, UpgradeState.REFUSED)
     text = f"upgrade of generation {snapshot.generation}: {state.name.lower()}"
     if snapshot.upgrade_since:
-        text += f" at {now.clock(snapshot.upgrade_since)}, {now.age(snapshot.upgrade_since)} ago"
+        clock, age = now.clock(snapshot.upgrade_since), now.age(snapshot.upgrade_since)
+        text += f" since {clock}, for {age}" if state in UNDER_WAY else f" at {clock}, {age} ago"
     if snapshot.upgrade_reason:
         text += f": {cell(snapshot.upgrade_reason)}"
-    return screen.paragraph(text, width, style=screen.BAD if bad else screen.FAINT)
+    style = screen.BUSY if state in UNDER_WAY else screen.BAD if bad else screen.FAINT
+    return screen.paragraph(text, width, style=style)
 
 
 def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
@@ -165,16 +168,18 @@ def state_of(worker: WorkerView, *, brief: bool = False) -> Text:
 
 def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
     """Return the table of listeners, whose names may be long and stand last; empty where there is none."""
+    found = [(one, each) for one in snapshots if one.phase is not Phase.STOPPED for each in one.listeners]
+    # It is counted where there are several on a port: LISTENER = "reuseport".
+    is_counted = any(each.accepted for _, each in found)
     rows = [
         (
             str(snapshot.generation),
             Text(str(each.length), style=screen.BUSY if each.length else ""),
             str(each.limit or ""),
-            str(each.accepted or ""),
+            *((str(each.accepted),) if is_counted else ()),
             cell(each.name),
         )
-        for snapshot in snapshots
-        for each in snapshot.listeners
+        for snapshot, each in found
     ]
-    heads = ("gen", "waiting", "limit", "accepted", "listener")
-    return screen.table(heads, rows, left=(4,), indent=2) if rows else []
+    heads = ("gen", "waiting", "limit", *(("accepted",) if is_counted else ()), "listener")
+    return screen.table(heads, rows, left=(len(heads) - 1,), indent=2) if rows else []

@@ -62,7 +62,7 @@ def deploy(which: Which, request: DeployRequest) -> None:
                     else "this master cannot be asked to cancel (an older zdd_web?): it goes on; again to leave"
                 )
 
-            shown = UpgradeProgress(generation, ticker)
+            shown = UpgradeProgress(generation, ticker, request.watch)
 
             def progress(snapshot: Snapshot) -> None:
                 # The first is of a master that has taken the request.
@@ -91,12 +91,10 @@ def _report(generation: Generation, result: control.UpgradeResult) -> int:
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
         say(f"the new generation's last {len(lines)} log lines:", err=True)
-        say("\n".join(f"  | {cell(line)}" for line in lines), err=True)
+        say("\n".join(f"{screen.BAR}{cell(line)}" for line in lines), err=True)
     say(_who_serves(generation, result), err=True)
     # Last: what the operator looks for is at the bottom of the screen.
-    stderr = screen.stderr()
-    reason = f"upgrade {cell(result.reason)}"
-    screen.show(stderr, screen.paragraph(reason, screen.width_of(stderr), indent=0, style=screen.BAD))
+    screen.fail(f"upgrade {cell(result.reason)}")
     return 1
 
 

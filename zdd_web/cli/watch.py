@@ -13,9 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from zdd_web import release
-from zdd_web.board import Board, Snapshot, UpgradeState
+from zdd_web.board import Board, Snapshot
 from zdd_web.cli import screen
+from zdd_web.cli.control import UNDER_WAY
+from zdd_web.cli.deploys import entries_of
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.history import lines_of
 from zdd_web.cli.options import count
 from zdd_web.cli.output import cell
 from zdd_web.cli.status_view import Shown, canary_of, hangs, phase_of, stalled, state_of, upgrade_of, workers_of
@@ -25,6 +28,10 @@ from zdd_web.health.view import Result
 
 #: How often the boards are read, seconds. Each look is one at all processes, see lookup.py.
 EVERY = 0.5
+#: How many background tasks of a generation are named.
+MOST_TASKS = 4
+#: How many entries of the history are shown.
+MOST_ENTRIES = 3
 #: Below that, two generations do not fit side by side.
 LEAST_WIDTH = 38
 
@@ -64,12 +71,30 @@ def board(services: Services, now: Now, console: Console) -> RenderableType:
         parts.append(_side_by_side([_panel(each, now, console) for each in line], console.width))
         for each in line:
             parts += canary_of(each.snapshot, console.width)
-            parts += upgrade_of(each.snapshot, now, console.width)
+            if each.snapshot.upgrade_state in UNDER_WAY or not has_history(each):
+                parts += upgrade_of(each.snapshot, now, console.width)
             if stalled(each.snapshot, now):
                 parts += screen.paragraph(hangs(each.snapshot, now), console.width, style=screen.BAD)
+        parts += recent(line[-1], console.width)
     if not services:
         parts.append(Text("no service runs here", style=screen.BAD))
     return Group(*parts)
+
+
+def has_history(shown: Shown) -> bool:
+    """Tell whether a generation keeps a history, which has the outcome of its last upgrade, too."""
+    return bool(shown.generation.header.history_fd)
+
+
+def recent(shown: Shown, width: int) -> list[Text]:
+    """Return the last things that were done to a service."""
+    if not has_history(shown):
+        return []
+    try:
+        entries = entries_of(shown.generation)
+    except CannotHelp:
+        return []  # it has ended, or its history cannot be read: `zdd-web history` says why
+    return [Text(""), *lines_of(entries[-MOST_ENTRIES:], width, indent=2)] if entries else []
 
 
 def _side_by_side(panels: list[Panel], width: int) -> RenderableType:
@@ -91,12 +116,10 @@ def _panel(shown: Shown, now: Now, console: Console) -> Panel:
     lines: list[Text] = [
         Text(f"since {now.clock(snapshot.phase_since)}, {now.age(snapshot.phase_since)}"),
         Text(f"master {snapshot.master_pid}, {workers_of(snapshot)} workers"),
-        Text(f"{count(snapshot.in_flight, 'request')} in flight, {count(snapshot.tasks, 'background task')}"),
+        Text(f"in hand: {count(snapshot.in_flight, 'request')}, {count(snapshot.tasks, 'task')}"),
     ]
     if snapshot.release:
         lines.append(Text(f"release {cell(release.short(snapshot.release))}"))
-    if snapshot.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING):
-        lines.append(Text(f"upgrade: {snapshot.upgrade_state.name.lower()}", style=screen.BUSY))
     lines += _workers(snapshot)
     lines += _queues(snapshot)
     lines += _work(shown, now)
@@ -124,17 +147,31 @@ def _queues(snapshot: Snapshot) -> Iterator[Text]:
 
 
 def _work(shown: Shown, now: Now) -> Iterator[Text]:
-    """The oldest background task, and what the checks found last."""
+    """The oldest background tasks, and what the checks found last."""
     try:
         found = shown.generation.board
     except BoardError:
         return
-    oldest = min((slot.oldest_task for slot in found.taken_slots() if slot.tasks and slot.oldest_task), default=0)
-    if oldest:
-        yield Text(f"oldest background task: {now.age(oldest)}", style=screen.BUSY)
+    yield from _tasks(shown.snapshot, found, now)
     for name, (result, message) in sorted(checks(found).items()):
         text = f"check {name}: {result.name.lower()}" + (f": {message}" if message and result in WRONG else "")
         yield Text(text, style=RESULT_STYLES.get(result, screen.FAINT))
+
+
+def _tasks(snapshot: Snapshot, found: Board, now: Now) -> Iterator[Text]:
+    named = snapshot.oldest_tasks[:MOST_TASKS]
+    for task in named:
+        yield Text(f"task for {now.age(task.started)}: {cell(task.name)}", style=screen.BUSY)
+    others = snapshot.tasks - len(named)
+    if others > 0:
+        what = "more task" if named else "background task"
+        yield Text(count(others, what) + ("" if named else _oldest_of(found, now)), style=screen.BUSY)
+
+
+def _oldest_of(found: Board, now: Now) -> str:
+    # Workers of an earlier version name no task.
+    oldest = min((slot.oldest_task for slot in found.taken_slots() if slot.tasks and slot.oldest_task), default=0)
+    return f", the oldest: {now.age(oldest)}" if oldest else ""
 
 
 def checks(found: Board) -> dict[str, tuple[Result, str]]:

@@ -24,6 +24,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import operator
 import os
 import threading
 import weakref
@@ -281,11 +282,11 @@ class WaitGroup:
         with self._changed:
             return list(self._entries.values())
 
-    def _oldest(self) -> float | None:
+    def _oldest(self, most: int) -> list[Entry]:
         while True:
             try:
                 # In the order in which they came. Without the lock, for the reason that `_tell` has.
-                return next((entry.started for entry in self._entries.values()), None)
+                return list(itertools.islice(self._entries.values(), most))
             except RuntimeError:
                 continue
 
@@ -314,10 +315,11 @@ def all_entries() -> list[Entry]:
     return sorted((entry for group in _all_groups() for entry in group.entries()), key=lambda entry: entry.started)
 
 
-def oldest() -> float | None:
-    """Return when the oldest work in hand was offered, as `time.monotonic()` has it; None when there is none."""
-    began = (group._oldest() for group in _all_groups())
-    return min((each for each in began if each is not None), default=None)
+def oldest(most: int) -> list[Entry]:
+    """Return the oldest work in hand in all groups, at most so many, the oldest first; without a lock."""
+    found = [entry for group in _all_groups() for entry in group._oldest(most)]
+    found.sort(key=operator.attrgetter("started"))
+    return found[:most]
 
 
 def close_all() -> None:
