@@ -10,7 +10,7 @@ worker that says it leaves, and stays, is told to leave, which gives it a deadli
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,38 +112,41 @@ class Roster:
 
     def members(self) -> list[Member]:
         """Return the workers as the plan sees them."""
-        return [
-            Member(
+        return list(self._look())
+
+    def _look(self) -> Iterator[Member]:
+        # One by one: in a turn of the loop most questions are answered by the first worker.
+        for place in self._places:
+            order = place.slot.order
+            yield Member(
                 pid=place.worker.pid,
                 age=place.worker.age,
                 state=place.state,
-                told=bool(place.slot.order.retire),
+                told=bool(order.retire),
                 outdated=place.worker.age <= self._current_age or bool(place.slot.recycle_requested),
                 lingers=place.lingers,
             )
-            for place in self._places
-        ]
 
     def serving(self) -> int:
         """Count those that serve and are not to be replaced."""
         return sum(
-            member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
+            member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self._look()
         )
 
     @property
     def any_serves(self) -> bool:
         """Whether a worker serves, one that was told to leave included."""
-        return any(member.state is WorkerState.SERVING for member in self.members())
+        return any(member.state is WorkerState.SERVING for member in self._look())
 
     @property
     def all_leave(self) -> bool:
         """Whether no worker accepts any more."""
-        return all(member.state is WorkerState.LEAVING for member in self.members())
+        return all(member.state is WorkerState.LEAVING for member in self._look())
 
     @property
     def any_leaves(self) -> bool:
         """Whether a worker was told to leave, or does not serve."""
-        return any(member.told or member.state is not WorkerState.SERVING for member in self.members())
+        return any(member.told or member.state is not WorkerState.SERVING for member in self._look())
 
     def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
