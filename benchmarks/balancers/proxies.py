@@ -29,7 +29,7 @@ http {{
     upstream app {{
         server 127.0.0.1:{ports[0]} {server};
         server 127.0.0.1:{ports[1]} {server};
-        keepalive 16;
+        keepalive 16;{keepalive}
         keepalive_timeout 60s;  # below gunicorn's keepalive of 75
     }}
     server {{
@@ -129,9 +129,9 @@ class Proxy:
         return f"{self.program}: {line.rpartition('version')[2].strip(': ')}"
 
 
-def _nginx(server: str, next_upstream: str) -> Callable[[Path, int, Sequence[int]], str]:
+def _nginx(server: str, next_upstream: str, keepalive: str = "") -> Callable[[Path, int, Sequence[int]], str]:
     return lambda directory, port, ports: _NGINX.format(
-        directory=directory, port=port, ports=ports, server=server, next_upstream=next_upstream
+        directory=directory, port=port, ports=ports, server=server, next_upstream=next_upstream, keepalive=keepalive
     )
 
 
@@ -167,9 +167,10 @@ PROXIES = (
     ),
 )
 
-#: Those that keep connections to the instances and send any request on them, and none a second time.
+#: Those that keep connections to the instances and send any request on them, and none a second time. By default nginx
+#: opens another after a thousand requests, which would be counted as opened.
 KEEPING = (
-    Proxy("nginx", "keepalive, retries off", _nginx("", "off"), _nginx_command, "-v"),
+    Proxy("nginx", "keepalive, retries off", _nginx("", "off", " keepalive_requests 1000000;"), _nginx_command, "-v"),
     Proxy("haproxy", "http-reuse always, retries 0", _haproxy("always"), _haproxy_command, "-v"),
 )
 
