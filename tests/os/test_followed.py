@@ -12,7 +12,9 @@ import pytest
 
 from tests.helpers.masters import Masters
 from zdd_web import lookup, service
+from zdd_web.board import Board
 from zdd_web.cli import followed as module
+from zdd_web.cli import progress
 from zdd_web.cli.followed import Followed
 from zdd_web.errors import ServiceNotFound
 
@@ -87,6 +89,33 @@ def test_a_successor_is_seen_by_the_board_of_its_predecessor_and_ended_generatio
     os.waitpid(successor, 0)
     assert followed.look() == []
     assert len(looks) == 1
+
+
+def test_a_successor_is_looked_for_among_the_children_that_are_no_workers(
+    masters: Masters, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_workers(board: Board) -> None:
+        for pid in range(1001, 1003):
+            board.order(pid - 1001).pid = pid
+
+    old = masters.start(name, edit=has_workers)
+    successor = masters.start(name, 2, predecessor=old)
+    generation = service.generation_of(old)
+    assert generation is not None
+    looked_at: list[int] = []
+    look = service.generation_of
+
+    def counted(pid: int) -> service.Generation | None:
+        looked_at.append(pid)
+        return look(pid)
+
+    monkeypatch.setattr(service, "generation_of", counted)
+    monkeypatch.setattr(progress, "_children", lambda pid: [1001, 1002, successor])
+    found = progress.successor_of(generation)
+    assert found is not None
+    assert (found.pid, looked_at) == (successor, [successor])
+    found.close()
+    generation.close()
 
 
 def test_a_service_that_is_gone_is_looked_for_no_more_often(looks: list[int]) -> None:
