@@ -58,7 +58,9 @@ def _some(connection: socket.socket) -> bytes:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Tell whether the server has closed or reset an idle connection."""
+    """Tell whether the server has closed or reset an idle connection; it has where no other could be opened since."""
+    if connection.fileno() < 0:
+        return True
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""

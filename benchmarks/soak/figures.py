@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.soak.service import Service
+from zdd_web.service import Generation
+from zdd_web.system import proc
+
+#: Turns of the master's loop before a look, and how long one is waited for, seconds.
+TURNS, TURN_WITHIN = 2, 5.0
 
 #: A state in /proc/net/tcp: LISTEN. All others are of connections, which come and go with the load.
 _LISTEN = "0A"
@@ -18,6 +24,7 @@ def take(service: Service) -> dict[str, int]:
     """Return the figures of the active generation; of its workers, those of the one that has most."""
     generation = service.generation()
     with contextlib.closing(generation):
+        _wait_for_turns(generation)
         master, workers = generation.pid, [worker.pid for worker in generation.snapshot().workers]
     probes = [pid for pid in service.processes() if pid not in (master, *workers)]
     everything = [master, *workers, *probes]
@@ -34,11 +41,19 @@ def take(service: Service) -> dict[str, int]:
         "resident memory of a worker, KiB": _most(_status(pid, "VmRSS") for pid in workers),
         "proportional memory of all, KiB": sum(map(_pss, everything)),
         "processes": len(everything),
-        "zombies": _zombies(service.session),
+        "zombies": sum(map(_zombies, everything)),
         "entries in /dev/shm": _entries(Path("/dev/shm")),
         "files in its directory": _entries(service.directory),
         "resident memory of this program, KiB": _status(os.getpid(), "VmRSS"),
     }
+
+
+def _wait_for_turns(generation: Generation) -> None:
+    # What a predecessor leaves is closed in the turns of the master's loop that follow its end: one a second.
+    for _ in range(TURNS):
+        seen, give_up = generation.header.tick_at, time.monotonic() + TURN_WITHIN
+        while generation.header.tick_at == seen and time.monotonic() < give_up:
+            time.sleep(0.05)
 
 
 def of_clients(pid: int) -> dict[str, int]:
@@ -92,14 +107,10 @@ def _pss(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def _zombies(session: int) -> int:
-    count = 0
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                count += fields[0] == "Z" and int(fields[3]) == session
-    return count
+def _zombies(pid: int) -> int:
+    # Of its children alone: a master that has retired is a child of PID 1, which may take its time.
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(proc.state(int(child)) == "Z" for child in children)
 
 
 def _entries(directory: Path) -> int:
