@@ -101,6 +101,8 @@ def test_what_a_crashed_worker_had_in_hand_is_not_lost_and_is_in_the_report() ->
     assert "12 upgrades, 0 of them of broken code, and 5,000 requests: **0 lost**" in page
     assert "ECONNRESET, GET on a new connection, begun in: steady; lost in: upgrade 3" in page
     assert page.endswith("As promised: nothing lost, nothing grew.\n")
+    # It is a page of docs/.
+    assert max(map(len, page.splitlines())) <= 120
 
 
 def test_the_report_says_what_was_not_as_promised() -> None:
