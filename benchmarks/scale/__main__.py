@@ -21,7 +21,7 @@ import gunicorn as gunicorn_package
 from tabulate import tabulate
 
 from benchmarks.scale.clients import ClientProcess, Seen
-from benchmarks.scale.service import Service, cpu, gone, running, until
+from benchmarks.scale.service import STAGES, Service, cpu, gone, running, until
 from benchmarks.servers import ServerError
 from zdd_web import metrics
 
@@ -76,8 +76,7 @@ def upgrade(service: Service, connections: int, threads: int) -> list[Any]:
     with ClientProcess(service.server.port, connections, threads) as clients:
         clients.doing("steady")
         time.sleep(STEADY)
-        clients.doing("upgrade")
-        took = service.upgrade()
+        took = service.upgrade(clients.doing)
         clients.doing("after")
         time.sleep(AFTER)
         seen = clients.end()
@@ -88,12 +87,12 @@ def upgrade(service: Service, connections: int, threads: int) -> list[Any]:
 
 
 def _stalls(seen: Seen) -> list[str]:
-    steady, during = seen.latencies.get("steady"), seen.latencies.get("upgrade")
+    steady = seen.latencies.get("steady")
+    stages = [seen.latencies.get(stage) for stage in STAGES]
     return [
         f"{steady[2]:.1f} ms" if steady else "-",
         f"{steady[3]:.1f} ms" if steady else "-",
-        f"{during[2]:.1f} ms" if during else "-",
-        f"{during[3]:.1f} ms" if during else "-",
+        *(f"{each[2]:.0f}, {each[3]:.0f} ms" if each else "-" for each in stages),
     ]
 
 
@@ -129,7 +128,7 @@ def named_tasks(log: str) -> tuple[int, int]:
 IDLE_COLUMNS = ["workers", "connections", "tasks", "master, ms/s", "probe process, ms/s", "all workers, ms/s",
                 "/metrics, ms", "status, CPU ms"]  # fmt: skip
 UPGRADE_COLUMNS = ["workers", "connections", "answered", "lost", "closed", "handed over", "took", "steady p99",
-                   "steady longest", "upgrade p99", "longest stall", "why lost"]  # fmt: skip
+                   "steady longest", "p99 and longest: boot", "window", "handing over", "why lost"]  # fmt: skip
 STOP_COLUMNS = ["workers", "connections", "tasks", "answered", "lost", "closed", "took", "tasks named",
                 "counted by name", "why lost"]  # fmt: skip
 

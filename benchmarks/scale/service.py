@@ -17,12 +17,15 @@ from pathlib import Path
 from benchmarks.scale.clients import require_descriptors
 from benchmarks.servers import Server, ServerError, free_port, gunicorn
 from zdd_web import service as finder
-from zdd_web.board import WorkerState
+from zdd_web.board import UpgradeState, WorkerState
 from zdd_web.lifecycle import Phase
 from zdd_web.system import proc
 
 #: A hundred of workers may have to be booted by two cores, seconds.
 START_WITHIN = 300.0
+
+#: The stages of an upgrade, as the clients are told them.
+STAGES = ("boot", "window", "hand over")
 
 #: Of a stop, seconds. Tasks that never end are named then.
 GRACE_PERIOD = 15.0
@@ -57,13 +60,23 @@ class Service:
         states = [worker.state for worker in snapshot.workers]
         return snapshot.phase is Phase.SERVING and states == [WorkerState.SERVING] * self.workers
 
-    def upgrade(self) -> float:
-        """Upgrade it, and wait until the old generation is gone; return the seconds. Raises `ServerError`."""
+    def upgrade(self, doing: Callable[[str], object]) -> float:
+        """Upgrade it, and wait until the old generation is gone; return the seconds. Raises `ServerError`.
+
+        `doing` is called with what begins: one of `STAGES`.
+        """
         old, began = self.generation(), time.monotonic()
         command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--pid-file", str(self.pid_file)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=START_WITHIN + 60, check=False)
-        if done.returncode:
-            raise ServerError(f"the upgrade failed: {done.stdout}{done.stderr}")
+        doing(STAGES[0])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        states = {STAGES[1]: UpgradeState.COMMITTING, STAGES[2]: UpgradeState.DONE}
+        for stage, state in states.items():
+            while old.header.upgrade_state < state and process.poll() is None:
+                time.sleep(0.01)
+            doing(stage)
+        out, _ = process.communicate(timeout=START_WITHIN)
+        if process.returncode:
+            raise ServerError(f"the upgrade failed: {out}")
         until("the old master's end", lambda: not old.alive)
         took = time.monotonic() - began
         old.close()
