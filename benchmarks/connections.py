@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ import click
 import gunicorn as gunicorn_package
 from tabulate import tabulate
 
+from benchmarks.deployed import until, upgrade
 from benchmarks.kept_clients import KeptClients, Seen
 from benchmarks.servers import Server, ServerError, gunicorn
 from zdd_web import metrics, service
@@ -60,32 +59,29 @@ class Service:
     def upgrade(self) -> None:
         """Upgrade the service, and wait until the old generation is gone. Raises `ServerError`."""
         if self.is_ours:
-            command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--name", NAME]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if done.returncode:
-                raise ServerError(f"the upgrade failed: {done.stdout}{done.stderr}")
-            wait_until(lambda: len(_generations()) == 1)
+            upgrade(self.pid_file)
+            until("the old generation's end", lambda: len(_generations()) == 1)
             return
         old, second = self.pid, Path(f"{self.pid_file}.2")
         os.kill(old, signal.SIGUSR2)
-        wait_until(second.exists)
+        until("a second master", second.exists)
         # What people do: it has no way to say that its workers serve.
         time.sleep(2)
         os.kill(old, signal.SIGTERM)
-        wait_until(lambda: not second.exists() and not _runs(old))
+        until("the old master's end", lambda: not second.exists() and not _runs(old))
 
     def stop(self) -> None:
         """Stop the service, and wait until its master is gone."""
         pid = self.pid
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not _runs(pid))
+        until("the end of the master", lambda: not _runs(pid))
 
     def reload(self) -> None:
         """Reload the service and wait until the old workers are gone."""
         before = _workers() if self.is_ours else set()
         os.kill(self.pid, signal.SIGHUP)
         if self.is_ours:
-            wait_until(lambda: not before & _workers())
+            until("the old workers' end", lambda: not before & _workers())
         else:
             time.sleep(SETTLES)
 
@@ -103,15 +99,6 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_until(fact: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for a fact. Raises `ServerError` when it does not become one."""
-    deadline = time.monotonic() + seconds
-    while not fact():
-        if time.monotonic() > deadline:
-            raise ServerError(f"waited {seconds:g} s in vain")
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -127,9 +127,10 @@ class KeptClients:
         connection = self.connections[place]
         closed, lost, doing = is_closed(connection), "", self.doing
         if closed:
-            connection = self._anew(place)
-            if connection is None:
+            opened = self._anew(place)
+            if opened is None:
                 return
+            connection = opened
         began = time.monotonic()
         try:
             closing = b"connection: close" in ask(connection, request).lower()

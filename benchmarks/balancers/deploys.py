@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from tabulate import tabulate
 
 from benchmarks.balancers.proxies import KEEPING, Proxy, running
 from benchmarks.balancers.traffic import Traffic, answers
+from benchmarks.deployed import upgrade
 from benchmarks.servers import ServerError, gunicorn
 
 PROGRAMS = tuple(proxy.program for proxy in KEEPING)
@@ -45,14 +44,6 @@ class Row:
     quiet_opened: int
     seconds: float
     opened: int
-
-
-def upgrade(pid_file: Path) -> None:
-    """Upgrade an instance. Raises `ServerError`."""
-    command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--pid-file", str(pid_file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise ServerError(f"the upgrade failed: {done.stdout}{done.stderr}")
 
 
 def measure(proxy: Proxy, worker_class: str, upgrades: int, quiet: float, clients: int, *, hand_over: bool) -> Row:

@@ -20,8 +20,9 @@ import click
 import gunicorn as gunicorn_package
 from tabulate import tabulate
 
+from benchmarks.deployed import until
 from benchmarks.scale.clients import ClientProcess, Seen
-from benchmarks.scale.service import STAGES, Service, cpu, gone, running, until
+from benchmarks.scale.service import STAGES, Service, cpu, gone, running
 from benchmarks.servers import ServerError
 from zdd_web import metrics
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import deployed
+from benchmarks.deployed import until
 from benchmarks.scale.clients import require_descriptors
 from benchmarks.servers import Server, ServerError, free_port, gunicorn
 from zdd_web import service as finder
-from zdd_web.board import UpgradeState, WorkerState
-from zdd_web.lifecycle import Phase
+from zdd_web.board import UpgradeState
 from zdd_web.system import proc
 
 #: A hundred of workers may have to be booted by two cores, seconds.
@@ -43,22 +44,11 @@ class Service:
 
     def generation(self) -> finder.Generation:
         """Return the active generation. Raises `ServerError`."""
-        with contextlib.suppress(OSError, ValueError):
-            found = finder.generation_of(int(self.pid_file.read_text()))
-            if found is not None:
-                return found
-        raise ServerError(f"no master behind {self.pid_file}")
+        return deployed.generation(self.pid_file)
 
     def is_settled(self) -> bool:
         """Whether all workers of the active generation serve."""
-        try:
-            generation = self.generation()
-        except ServerError:
-            return False
-        with contextlib.closing(generation):
-            snapshot = generation.snapshot()
-        states = [worker.state for worker in snapshot.workers]
-        return snapshot.phase is Phase.SERVING and states == [WorkerState.SERVING] * self.workers
+        return deployed.all_serve(self.pid_file, self.workers)
 
     def upgrade(self, doing: Callable[[str], object]) -> float:
         """Upgrade it, and wait until the old generation is gone; return the seconds. Raises `ServerError`.
@@ -66,8 +56,8 @@ class Service:
         `doing` is called with what begins: one of `STAGES`.
         """
         old, began = self.generation(), time.monotonic()
-        command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--pid-file", str(self.pid_file)]
         doing(STAGES[0])
+        command = deployed.upgrade_command(self.pid_file)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         states = {STAGES[1]: UpgradeState.COMMITTING, STAGES[2]: UpgradeState.DONE}
         for stage, state in states.items():
@@ -77,10 +67,10 @@ class Service:
         out, _ = process.communicate(timeout=START_WITHIN)
         if process.returncode:
             raise ServerError(f"the upgrade failed: {out}")
-        until("the old master's end", lambda: not old.alive)
+        until("the old master's end", lambda: not old.alive, START_WITHIN)
         took = time.monotonic() - began
         old.close()
-        until("all workers", self.is_settled)
+        until("all workers", self.is_settled, START_WITHIN)
         return took
 
     def scrape(self) -> float:
@@ -121,15 +111,6 @@ def cpu(pid: int) -> float:
         return 0.0
 
 
-def until(what: str, fact: Callable[[], object], seconds: float = START_WITHIN) -> None:
-    """Wait for a fact. Raises `ServerError` when it does not become one."""
-    deadline = time.monotonic() + seconds
-    while not fact():
-        if time.monotonic() > deadline:
-            raise ServerError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def running(worker_class: str, workers: int, environ: dict[str, str] | None = None) -> Iterator[Service]:
     """Run a service with so many workers. Raises `ServerError`."""
@@ -147,7 +128,7 @@ def running(worker_class: str, workers: int, environ: dict[str, str] | None = No
                     "ZDD_WEB_GRACE_PERIOD": f"{GRACE_PERIOD:g}", **(environ or {})}  # fmt: skip
         with gunicorn(arguments, environ=settings, start_within=START_WITHIN) as server:
             service = Service(server, name, workers, pid_file, probe_port)
-            until("all workers", service.is_settled)
+            until("all workers", service.is_settled, START_WITHIN)
             yield service
 
 

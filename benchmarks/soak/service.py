@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import deployed
 from benchmarks.servers import ROOT, ServerError, free_port, without_control_socket
 from benchmarks.soak.app import VERSION_PATH
 from benchmarks.soak.clients import fetch
 from zdd_web import service as finder
-from zdd_web.board import WorkerState
-from zdd_web.lifecycle import Phase
 from zdd_web.system import proc
 
 MODES = ("fd", "reuseport", "systemd")
@@ -89,11 +88,7 @@ class Service:
 
     def generation(self) -> finder.Generation:
         """Return the active generation. Raises `ServerError` when there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            found = finder.generation_of(self.master)
-            if found is not None:
-                return found
-        raise ServerError(f"no master with a board behind {self._pid_file}; the end of its log:\n{self.log_end()}")
+        return deployed.generation(self._pid_file)
 
     def log_end(self) -> str:
         """Return the end of its log."""
@@ -179,7 +174,7 @@ class Service:
         self.version += 1
         self._put(fault)
         began = time.monotonic()
-        command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--pid-file", str(self._pid_file)]
+        command = deployed.upgrade_command(self._pid_file)
         done = subprocess.run(command, capture_output=True, text=True, timeout=UPGRADE_TIMEOUT + 120, check=False)
         seconds = time.monotonic() - began
         detail = ""
@@ -198,25 +193,16 @@ class Service:
 
     def is_settled(self) -> bool:
         """Whether all workers of the active generation serve, and no other process is left."""
-        try:
-            generation = self.generation()
-        except ServerError:
-            return False
-        with contextlib.closing(generation):
-            snapshot = generation.snapshot()
-        states = [worker.state for worker in snapshot.workers]
-        serves = snapshot.phase is Phase.SERVING and states == [WorkerState.SERVING] * self.workers
-        return serves and len(self.processes()) == 1 + self.workers
+        return deployed.all_serve(self._pid_file, self.workers) and len(self.processes()) == 1 + self.workers
 
     def _answers(self, version: str) -> bool:
         return fetch(self.port, VERSION_PATH) == version.encode()
 
     def _until(self, what: str, fact: Callable[[], object]) -> None:
-        deadline = time.monotonic() + SETTLE_WITHIN
-        while not fact():
-            if time.monotonic() > deadline:
-                raise ServerError(f"waited {SETTLE_WITHIN:g} s for {what}; the end of its log:\n{self.log_end()}")
-            time.sleep(0.05)
+        try:
+            deployed.until(what, fact, SETTLE_WITHIN)
+        except ServerError as error:
+            raise ServerError(f"{error}; the end of its log:\n{self.log_end()}") from None
 
 
 @contextlib.contextmanager

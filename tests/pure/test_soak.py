@@ -20,7 +20,16 @@ from benchmarks.soak.clients import Clients
 from benchmarks.soak.service import FAULTS
 from benchmarks.soak.verdict import MEMORY_TOLERANCE, Growth, growth, judge
 
-EXAMPLES = ("soak.app", "soak.chain", "soak.verdict", "soak.report", "soak.__main__", "scale.__main__", "scale.service")
+EXAMPLES = (
+    "deployed",
+    "soak.app",
+    "soak.chain",
+    "soak.verdict",
+    "soak.report",
+    "soak.__main__",
+    "scale.__main__",
+    "scale.service",
+)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
