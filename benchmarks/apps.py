@@ -33,10 +33,13 @@ def slow(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
 
 
 def _echo(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer after 20 ms with what came: the body of a POST, the path of a GET."""
+    """Answer after 20 ms with what came: the body of a POST, the path of a GET; and the port that it came from."""
     body = environ["wsgi.input"].read() or environ["PATH_INFO"].lstrip("/").encode("latin-1")
     time.sleep(0.02)
-    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    port = environ.get("REMOTE_PORT", "")
+    start_response(
+        "200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), ("X-Upstream-Port", port)]
+    )
     return [body]
 
 

@@ -1,8 +1,9 @@
 """What becomes of thousands of kept connections in a deploy.
 
 `python -m benchmarks.connections`. Clients keep N connections to four workers and ask on random ones, a third of the
-time with a POST, while the service is upgraded, reloaded, or replaces its workers (`max_requests`). Beside zdd_web with
-HAND_OVER_CONNECTIONS on and off: gunicorn, upgraded by hand (USR2, and TERM to the old master when the new one serves).
+time with a POST, while the service is upgraded, reloaded, replaces its workers (`max_requests`), or stops. Beside
+zdd_web with HAND_OVER_CONNECTIONS on and off: gunicorn, upgraded by hand (USR2, and TERM to the old master when the new
+one serves).
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import click
 import gunicorn as gunicorn_package
 from tabulate import tabulate
 
+from benchmarks.deployed import until, upgrade
 from benchmarks.kept_clients import KeptClients, Seen
 from benchmarks.servers import Server, ServerError, gunicorn
 from zdd_web import metrics, service
@@ -32,7 +32,13 @@ NAME = "overhead"  # as benchmarks/with_zdd_web.py has it
 WORKERS = 4
 CLASSES = ("gthread", "gevent", "asgi", "uvicorn")
 SERVERS = ("on", "off", "gunicorn")
-ACTIONS = ("upgrade", "reload", "max_requests")
+ACTIONS = ("upgrade", "reload", "max_requests", "stop", "lame_duck")
+
+#: With and without a lame duck: nothing is left that connections could be handed to, and gunicorn has none.
+STOPS = {"stop": 0.0, "lame_duck": 5.0}
+
+#: Seconds that clients ask before a stop.
+BEFORE_STOP = 2.0
 
 #: How long a reload, or gunicorn's old generation, is given, and how long workers are recycled for, seconds.
 SETTLES = 5.0
@@ -53,26 +59,29 @@ class Service:
     def upgrade(self) -> None:
         """Upgrade the service, and wait until the old generation is gone. Raises `ServerError`."""
         if self.is_ours:
-            command = [sys.executable, "-m", "zdd_web.cli", "upgrade", "--name", NAME]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if done.returncode:
-                raise ServerError(f"the upgrade failed: {done.stdout}{done.stderr}")
-            wait_until(lambda: len(_generations()) == 1)
+            upgrade(self.pid_file)
+            until("the old generation's end", lambda: len(_generations()) == 1)
             return
         old, second = self.pid, Path(f"{self.pid_file}.2")
         os.kill(old, signal.SIGUSR2)
-        wait_until(second.exists)
+        until("a second master", second.exists)
         # What people do: it has no way to say that its workers serve.
         time.sleep(2)
         os.kill(old, signal.SIGTERM)
-        wait_until(lambda: not second.exists() and not _runs(old))
+        until("the old master's end", lambda: not second.exists() and not _runs(old))
+
+    def stop(self) -> None:
+        """Stop the service, and wait until its master is gone."""
+        pid = self.pid
+        os.kill(pid, signal.SIGTERM)
+        until("the end of the master", lambda: not _runs(pid))
 
     def reload(self) -> None:
         """Reload the service and wait until the old workers are gone."""
         before = _workers() if self.is_ours else set()
         os.kill(self.pid, signal.SIGHUP)
         if self.is_ours:
-            wait_until(lambda: not before & _workers())
+            until("the old workers' end", lambda: not before & _workers())
         else:
             time.sleep(SETTLES)
 
@@ -92,15 +101,6 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def wait_until(fact: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for a fact. Raises `ServerError` when it does not become one."""
-    deadline = time.monotonic() + seconds
-    while not fact():
-        if time.monotonic() > deadline:
-            raise ServerError(f"waited {seconds:g} s in vain")
-        time.sleep(0.02)
-
-
 @contextmanager
 def running(worker_class: str, which: str, action: str, per_worker: int) -> Iterator[Service]:
     """Run a service."""
@@ -114,7 +114,9 @@ def running(worker_class: str, which: str, action: str, per_worker: int) -> Iter
         arguments += ["--threads", "4"] if worker_class == "gthread" else []
         arguments += ["--max-requests", str(per_worker)] if action == "max_requests" else []
         arguments += [] if which == "gunicorn" else ["-c", "benchmarks/with_zdd_web.py"]
-        with gunicorn(arguments, environ={"ZDD_WEB_HAND_OVER_CONNECTIONS": "01"[which == "on"]}) as server:
+        environ = {"ZDD_WEB_HAND_OVER_CONNECTIONS": "01"[which == "on"]}
+        environ["ZDD_WEB_DRAIN_DELAY"] = f"{STOPS.get(action, 0.0):g}"
+        with gunicorn(arguments, environ=environ) as server:
             yield Service(server, pid_file, which != "gunicorn")
 
 
@@ -152,11 +154,34 @@ def measure(worker_class: str, which: str, action: str, connections: int, times:
         return Row(worker_class, which, action, seen, handed_over, seconds)
 
 
+def measure_stops(worker_class: str, which: str, action: str, connections: int, stops: int) -> Row:
+    """Stop a service under load so many times, each time a new one, and add up what its clients saw."""
+    total, began = Seen(), time.monotonic()
+    for _ in range(stops):
+        with running(worker_class, which, action, 0) as under_test:
+            clients = KeptClients(under_test.server.port, connections, threads=2, pause=0.001).start()
+            try:
+                clients.until_asked(100)
+                time.sleep(BEFORE_STOP)
+                under_test.stop()
+            finally:
+                seen = clients.stop()
+        total.asked, total.lost, total.closed = (
+            total.asked + seen.asked,
+            total.lost + seen.lost,
+            total.closed + seen.closed,
+        )
+        total.stall = max(total.stall, seen.stall)
+        total.reasons += seen.reasons
+    return Row(worker_class, which, action, total, 0, time.monotonic() - began)
+
+
 @click.command()
 @click.option("--connections", default=4000, show_default=True, type=click.IntRange(1))
 @click.option("--times", default=20, show_default=True, type=click.IntRange(1), help="Upgrades, or reloads, a run.")
+@click.option("--stops", default=5, show_default=True, type=click.IntRange(1), help="Services that are stopped, a run.")
 @click.option("--max-requests", "per_worker", default=1000, show_default=True, type=click.IntRange(1))
-@click.option("--quick", is_flag=True, help="300 connections, twice, max_requests 300.")
+@click.option("--quick", is_flag=True, help="300 connections, twice, one stop, max_requests 300.")
 @click.option("--class", "classes", multiple=True, type=click.Choice(CLASSES), help="Only this one; repeatable.")
 @click.option("--server", "servers", multiple=True, type=click.Choice(SERVERS), help="Only this one; repeatable.")
 @click.option("--action", "actions", multiple=True, type=click.Choice(ACTIONS), help="Only this one; repeatable.")
@@ -164,6 +189,7 @@ def measure(worker_class: str, which: str, action: str, connections: int, times:
 def main(
     connections: int,
     times: int,
+    stops: int,
     per_worker: int,
     quick: bool,
     classes: tuple[str, ...],
@@ -171,17 +197,22 @@ def main(
     actions: tuple[str, ...],
     json_file: TextIO | None,
 ) -> None:
-    """Measure what clients that keep connections notice of upgrades, reloads and recycled workers."""
+    """Measure what clients that keep connections notice of upgrades, reloads, recycled workers and stops."""
     if quick:
-        connections, times, per_worker = 300, 2, 300
+        connections, times, stops, per_worker = 300, 2, 1, 300
     click.echo(f"gunicorn {gunicorn_package.__version__}, {WORKERS} workers, {connections} kept connections; "
-               f"upgrades and reloads: {times} a run")  # fmt: skip
+               f"upgrades and reloads: {times} a run, stops: {stops}")  # fmt: skip
     rows: list[Row] = []
     for worker_class in classes or CLASSES:
         for which in servers or SERVERS:
             for action in actions or ACTIONS:
+                if (which, action) == ("gunicorn", "lame_duck"):
+                    continue
                 try:
-                    rows.append(measure(worker_class, which, action, connections, times, per_worker))
+                    if action in STOPS:
+                        rows.append(measure_stops(worker_class, which, action, connections, stops))
+                    else:
+                        rows.append(measure(worker_class, which, action, connections, times, per_worker))
                 except ServerError as error:
                     click.echo(f"{worker_class}, {which}, {action}: {error}", err=True)
                     continue

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from zdd_web.cli.rehearse.latencies import Latencies
+
 REQUESTS = (
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody",
@@ -24,7 +26,7 @@ class Seen:
 
     `lost` are requests that were written and had no complete reply; `closed` connections of which the server has
     announced the end, or that were found closed before a request was written; `stall` is the longest wait for a reply,
-    in seconds.
+    in seconds. `latencies` are those of the replies, in milliseconds, by what was happening (`KeptClients.doing`).
     """
 
     asked: int = 0
@@ -32,6 +34,7 @@ class Seen:
     closed: int = 0
     stall: float = 0.0
     reasons: list[str] = field(default_factory=list)
+    latencies: dict[str, Latencies] = field(default_factory=dict)
 
 
 def ask(connection: socket.socket, request: bytes = REQUESTS[0]) -> bytes:
@@ -55,7 +58,9 @@ def _some(connection: socket.socket) -> bytes:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Tell whether the server has closed or reset an idle connection."""
+    """Tell whether the server has closed or reset an idle connection; it has where no other could be opened since."""
+    if connection.fileno() < 0:
+        return True
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""
@@ -74,6 +79,8 @@ class KeptClients:
         self._port, self._pause = port, pause
         self._ends, self._lock = threading.Event(), threading.Lock()
         self.seen = Seen()
+        #: What is happening just now.
+        self.doing = ""
         self.connections: list[socket.socket] = []
         for _ in range(count):
             self.connections.append(self._connect())
@@ -118,11 +125,12 @@ class KeptClients:
 
     def _ask_one(self, place: int, request: bytes) -> None:
         connection = self.connections[place]
-        closed, lost = is_closed(connection), ""
+        closed, lost, doing = is_closed(connection), "", self.doing
         if closed:
-            connection = self._anew(place)
-            if connection is None:
+            opened = self._anew(place)
+            if opened is None:
                 return
+            connection = opened
         began = time.monotonic()
         try:
             closing = b"connection: close" in ask(connection, request).lower()
@@ -137,6 +145,9 @@ class KeptClients:
             seen.stall = max(seen.stall, waited)
             if lost:
                 seen.reasons.append(lost)
+            else:
+                # A request that was begun before is one of what has come since: it may have waited for that.
+                seen.latencies.setdefault(self.doing or doing, Latencies()).add(waited * 1000)
         if lost or closing:
             self._anew(place)
 

@@ -36,6 +36,7 @@ class Server:
 
     port: int
     pid: int
+    log: Path
 
     def cpu_seconds(self) -> float:
         """Return the CPU time that the master and the workers that live now have used."""
@@ -70,10 +71,12 @@ def gunicorn(
     through: Sequence[str] = (),
     port: int = 0,
     environ: Mapping[str, str] | None = None,
+    start_within: float = START_TIMEOUT,
 ) -> Iterator[Server]:
     """Run gunicorn with `arguments` from the root of the project; `through` is a command that starts it.
 
-    `port` is one that another may have too, 0 for a free one; `environ` is added to the environment.
+    `port` is one that another may have too, 0 for a free one; `environ` is added to the environment. It is given
+    `start_within` seconds to answer.
 
     Raises `ServerError` with the end of its log when it does not start.
     """
@@ -83,7 +86,7 @@ def gunicorn(
         log_path = Path(directory, "log")
         port = port or free_port()
         command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
-        command += _without_control_socket()
+        command += without_control_socket()
         inherited = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
         environ = {**inherited, **(environ or {})}
         with log_path.open("wb") as log, pinned(cpus):
@@ -92,8 +95,8 @@ def gunicorn(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
             )
         try:
-            _wait_until_it_answers(process, port, log_path)
-            yield Server(port, process.pid)
+            _wait_until_it_answers(process, port, log_path, start_within)
+            yield Server(port, process.pid, log_path)
         finally:
             _end(process)
 
@@ -107,14 +110,15 @@ def free_port() -> int:
         return port
 
 
-def _without_control_socket() -> list[str]:
+def without_control_socket() -> list[str]:
+    """Return the option that keeps gunicorn from opening a control socket, where it has one."""
     from gunicorn.config import make_settings
 
     return ["--no-control-socket"] if "control_socket_disable" in make_settings() else []
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
+def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log_path: Path, within: float) -> None:
+    deadline = time.monotonic() + within
     while time.monotonic() < deadline and process.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:

@@ -29,7 +29,7 @@ http {{
     upstream app {{
         server 127.0.0.1:{ports[0]} {server};
         server 127.0.0.1:{ports[1]} {server};
-        keepalive 16;
+        keepalive 16;{keepalive}
         keepalive_timeout 60s;  # below gunicorn's keepalive of 75
     }}
     server {{
@@ -57,6 +57,7 @@ frontend clients
     bind 127.0.0.1:{port}
     default_backend app
 backend app
+    http-reuse {reuse}
     option httpchk GET /readyz
     default-server check inter 1s fall 2 rise 2
     server one 127.0.0.1:{ports[0]}
@@ -128,14 +129,22 @@ class Proxy:
         return f"{self.program}: {line.rpartition('version')[2].strip(': ')}"
 
 
-def _nginx(server: str, next_upstream: str) -> Callable[[Path, int, Sequence[int]], str]:
+def _nginx(server: str, next_upstream: str, keepalive: str = "") -> Callable[[Path, int, Sequence[int]], str]:
     return lambda directory, port, ports: _NGINX.format(
-        directory=directory, port=port, ports=ports, server=server, next_upstream=next_upstream
+        directory=directory, port=port, ports=ports, server=server, next_upstream=next_upstream, keepalive=keepalive
     )
 
 
 def _nginx_command(path: str, file: Path) -> list[str]:
     return [path, "-p", str(file.parent), "-c", str(file), "-e", "stderr"]
+
+
+def _haproxy(reuse: str) -> Callable[[Path, int, Sequence[int]], str]:
+    return lambda directory, port, ports: _HAPROXY.format(port=port, ports=ports, reuse=reuse)
+
+
+def _haproxy_command(path: str, file: Path) -> list[str]:
+    return [path, "-db", "-f", str(file)]
 
 
 PROXIES = (
@@ -145,8 +154,8 @@ PROXIES = (
     Proxy(
         "haproxy",
         "httpchk, retries 0",
-        lambda directory, port, ports: _HAPROXY.format(port=port, ports=ports),
-        lambda path, file: [path, "-db", "-f", str(file)],
+        _haproxy("safe"),
+        _haproxy_command,
         "-v",
     ),
     Proxy(
@@ -156,6 +165,13 @@ PROXIES = (
         lambda path, file: [path, "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"],
         "--version",
     ),
+)
+
+#: Those that keep connections to the instances and send any request on them, and none a second time. By default nginx
+#: opens another after a thousand requests, which would be counted as opened.
+KEEPING = (
+    Proxy("nginx", "keepalive, retries off", _nginx("", "off", " keepalive_requests 1000000;"), _nginx_command, "-v"),
+    Proxy("haproxy", "http-reuse always, retries 0", _haproxy("always"), _haproxy_command, "-v"),
 )
 
 

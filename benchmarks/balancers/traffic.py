@@ -7,13 +7,24 @@ import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 #: Seconds between two requests of a client, and until one counts as lost.
 PACE, TIMEOUT = 0.02, 15.0
 
 
-def ask(connection: http.client.HTTPConnection, method: str, number: str, *, keep: bool) -> str:
-    """Send one request that is echoed; return why its reply is a loss, empty for a good one."""
+def ask(
+    connection: http.client.HTTPConnection,
+    method: str,
+    number: str,
+    *,
+    keep: bool,
+    came_by: Callable[[str], object] = lambda port: None,
+) -> str:
+    """Send one request that is echoed; return why its reply is a loss, empty for a good one.
+
+    `came_by` is called with the port from which the balancer had connected.
+    """
     headers = {} if keep else {"Connection": "close"}
     try:
         connection.request(method, f"/{number}", body=number if method == "POST" else None, headers=headers)
@@ -24,6 +35,7 @@ def ask(connection: http.client.HTTPConnection, method: str, number: str, *, kee
         return type(error).__name__
     if reply.status != 200:
         return str(reply.status)
+    came_by(reply.headers.get("X-Upstream-Port", ""))
     return "" if body.decode("latin-1") == number else "another's reply"
 
 
@@ -33,6 +45,8 @@ class Traffic:
     def __init__(self, port: int, clients: int) -> None:
         self.requests = 0
         self.lost: Counter[str] = Counter()
+        #: The balancer's ends of its connections to the instances, of all replies since this was emptied.
+        self.upstream_ports: set[str] = set()
         self._port = port
         self._lock, self._over = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=self._drive, args=(number,)) for number in range(clients)]
@@ -54,7 +68,7 @@ class Traffic:
             if self._over.wait(PACE):
                 break
             method = "POST" if number % 2 else "GET"
-            reason = ask(connection, method, f"{client}-{number}", keep=keep)
+            reason = ask(connection, method, f"{client}-{number}", keep=keep, came_by=self.upstream_ports.add)
             with self._lock:
                 self.requests += 1
                 if reason:

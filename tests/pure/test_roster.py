@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -340,6 +341,32 @@ def test_full_board_refuses_a_worker_and_keeps_the_books(roster: Roster, server:
     with pytest.raises(BoardError):
         roster.claim(Worker(5))
     assert len(roster) == 4
+
+
+def test_a_worker_among_many_costs_no_more_than_one_among_few(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: Counter[str] = Counter()
+    order = Board.order
+
+    def counted(board: Board, index: int) -> object:
+        looks["orders"] += 1
+        return order(board, index)
+
+    monkeypatch.setattr(Board, "order", counted)
+    monkeypatch.setattr("zdd_web.system.proc.start_time", lambda pid: looks.update(["processes"]) or 1)
+    board = Board.create("unit", slots=128)
+    roster = Roster(ArbiterFacade(server), board)
+    for pid in range(1, 129):
+        hire(roster, server, pid)
+    assert looks == {"orders": 128, "processes": 128}
+    # The last slot that was freed is found as fast.
+    del server.WORKERS[1], server.WORKERS[128]
+    assert sorted(gone.pid for gone in roster.reconcile()) == [1, 128]
+    looks.clear()
+    bases = [roster.slot_of(hire(roster, server, pid)).base for pid in (129, 130)]
+    assert bases == [board.slot(0).base, board.slot(127).base]
+    assert looks["orders"] <= 128 + 2
+    roster._places.clear()
+    board.close()
 
 
 def test_order_stands_on_the_board_before_the_signal_is_sent(

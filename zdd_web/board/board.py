@@ -84,6 +84,8 @@ class Board:
         self.fd = fd
         self.memory = memoryview(mapping)
         self.header = Header(self.memory, 0)
+        #: All slots before it are taken: to look through them for each worker of many would take longer than the forks.
+        self._first_free = 0
 
     @classmethod
     def create(cls, name: str, *, slots: int = SLOTS) -> Board:
@@ -197,8 +199,10 @@ class Board:
 
         Raises `BoardError` when none is free.
         """
-        for index, slot in enumerate(self.slots()):
+        for index in range(self._first_free, self.header.slot_count):
+            slot = self.slot(index)
             if not slot.order.taken:
+                self._first_free = index + 1
                 words, order = slot.words, slot.order
                 # Workers that die one after the other have not beaten, whatever their slots' numbers.
                 beat_at = slot.beat_at
@@ -223,6 +227,7 @@ class Board:
     def free(self, slot: Slot) -> None:
         """Give up the slot of a worker that has ended; the master's call."""
         slot.order.taken = slot.order.pid = slot.pid = 0
+        self._first_free = min(self._first_free, (slot.base - self.header.slots_at) // self.header.slot_words)
         slot.beat_at = min(slot.beat_at, clock.now_ns())
         slot.state = WorkerState.FREE
 

@@ -108,9 +108,9 @@ class UpgradeProgress:
             return ""
 
     def _look(self) -> Snapshot | None:
-        if self._successor is None:
-            self._successor = successor_of(self._old)
         try:
+            if self._successor is None:
+                self._successor = successor_of(self._old)
             return self._successor.snapshot() if self._successor is not None else None
         except BoardError:
             return None  # of another version, or it has ended
@@ -128,8 +128,15 @@ WATCHED = "it is ready and answers; both generations serve while it is watched"
 
 
 def successor_of(generation: Generation) -> Generation | None:
-    """Return the generation that was forked by a master and boots, or None while it has no board yet."""
+    """Return the generation that was forked by a master and boots, or None while it has no board yet.
+
+    Raises `BoardError` when that master's board cannot be read.
+    """
+    # To look at a process is to read the name of each of its descriptors: its workers have thousands of connections.
+    workers = {pid for pid, _ in generation.board.worker_pids()}
     for pid in _children(generation.pid):
+        if pid in workers:
+            continue
         try:
             found = service.generation_of(pid)
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from zdd_web import service
 from zdd_web.board import Snapshot
 from zdd_web.cli import screen, watch
 from zdd_web.cli.errors import CannotHelp
+from zdd_web.cli.followed import Followed
 from zdd_web.cli.options import Which, which_service
 from zdd_web.cli.output import cell, refuse, say, show
 from zdd_web.cli.status_view import Shown, hangs, lines_of, stalled
@@ -35,9 +37,10 @@ def status(which: Which, as_json: bool, live: bool) -> None:
     if live and as_json:
         raise click.UsageError("give one of --json and --watch")
     if live:
-        watch.run(lambda: _look(which)[0])
+        with contextlib.closing(Followed(lambda: _services(which))) as followed:
+            watch.run(lambda: _read(followed.look())[0])
         return
-    found, refused = _look(which)
+    found, refused = _read(_services(which))
     if not found:
         raise CannotHelp("; ".join(refused))
     for each in refused:
@@ -59,10 +62,10 @@ def _whole(found: list[list[Shown]], now: Now, width: int | None) -> list[Text]:
     return lines
 
 
-def _look(which: Which) -> tuple[list[list[Shown]], list[str]]:
+def _read(services: list[list[service.Generation]]) -> tuple[list[list[Shown]], list[str]]:
     """Return the services with their generations, and those whose board cannot be read, with the reason."""
     found, refused = [], []
-    for line in _services(which):
+    for line in services:
         shown = []
         for generation in line:
             try:

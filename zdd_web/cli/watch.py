@@ -26,7 +26,7 @@ from zdd_web.cli.times import Now
 from zdd_web.errors import BoardError
 from zdd_web.health.view import Result
 
-#: How often the boards are read, seconds. Each look is one at all processes, see lookup.py.
+#: How often the boards are read, seconds. All processes are looked at much less often: see followed.py.
 EVERY = 0.5
 #: How many background tasks of a generation are named.
 MOST_TASKS = 4

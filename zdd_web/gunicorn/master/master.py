@@ -31,7 +31,7 @@ from functools import partial
 from typing import Any
 
 from zdd_web import log, process
-from zdd_web.board import Board, Slot, WorkerState
+from zdd_web.board import Board, Slot
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, silence_systemd, tell_exits
 from zdd_web.gunicorn.adapter.boundary import guarded
@@ -247,7 +247,7 @@ class Master:
             return False
         if self.listening.is_busy or self.stderr_relay.busy:
             return False
-        return all(member.state is WorkerState.SERVING and not member.told for member in self.roster.members())
+        return not self.roster.any_leaves
 
     # -- the tick
 

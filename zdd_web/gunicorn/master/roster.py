@@ -10,7 +10,7 @@ worker that says it leaves, and stays, is told to leave, which gives it a deadli
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class Forked(Protocol):
     pid: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     worker: Forked
     slot: Slot
@@ -72,6 +72,8 @@ class Roster:
     def __init__(self, server: ArbiterFacade, board: Board) -> None:
         self._server, self._board = server, board
         self._places: list[_Entry] = []
+        #: Those whose pid is not on the board yet.
+        self._unnoted: list[_Entry] = []
         self._current_age = 0
         self._failures = 0
         self._spawn_not_before = 0
@@ -79,19 +81,24 @@ class Roster:
     def claim(self, worker: Forked) -> Slot:
         """Give a worker that is about to be forked its slot. Raises `BoardError` when there is none."""
         slot = self._board.claim(worker.age)
-        self._places.append(_Entry(worker, slot, since=clock.now_ns()))
+        place = _Entry(worker, slot, since=clock.now_ns())
+        self._places.append(place)
+        self._unnoted.append(place)
         return slot
 
     def note_forks(self) -> None:
         """Write the pids of new workers on the board, where a predecessor that ends this generation reads them."""
-        for place in self._places:
+        unnoted, self._unnoted = self._unnoted, []
+        for place in unnoted:
             order = place.slot.order
-            if not order.pid and isinstance(place.worker.pid, int):
+            if isinstance(place.worker.pid, int):
                 try:
                     order.start = proc.start_time(place.worker.pid)
-                except OSError:  # no descriptor left: the next tick tries again
+                    order.pid = place.worker.pid
                     continue
-                order.pid = place.worker.pid
+                except OSError:  # no descriptor left: the next tick tries again
+                    pass
+            self._unnoted.append(place)
 
     @property
     def room(self) -> int:
@@ -100,48 +107,58 @@ class Roster:
 
     def slot_of(self, worker: Forked) -> Slot:
         """Return the slot of a worker that was given one."""
-        return next(place.slot for place in self._places if place.worker is worker)
+        # The newest, as a rule: it was forked a moment ago.
+        return next(place.slot for place in reversed(self._places) if place.worker is worker)
 
     def members(self) -> list[Member]:
         """Return the workers as the plan sees them."""
-        return [
-            Member(
+        return list(self._look())
+
+    def _look(self) -> Iterator[Member]:
+        # One by one: in a turn of the loop most questions are answered by the first worker.
+        for place in self._places:
+            order = place.slot.order
+            yield Member(
                 pid=place.worker.pid,
                 age=place.worker.age,
                 state=place.state,
-                told=bool(place.slot.order.retire),
+                told=bool(order.retire),
                 outdated=place.worker.age <= self._current_age or bool(place.slot.recycle_requested),
                 lingers=place.lingers,
             )
-            for place in self._places
-        ]
 
     def serving(self) -> int:
         """Count those that serve and are not to be replaced."""
         return sum(
-            member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self.members()
+            member.state is WorkerState.SERVING and not member.told and not member.outdated for member in self._look()
         )
 
     @property
     def any_serves(self) -> bool:
         """Whether a worker serves, one that was told to leave included."""
-        return any(member.state is WorkerState.SERVING for member in self.members())
+        return any(member.state is WorkerState.SERVING for member in self._look())
 
     @property
     def all_leave(self) -> bool:
         """Whether no worker accepts any more."""
-        return all(member.state is WorkerState.LEAVING for member in self.members())
+        return all(member.state is WorkerState.LEAVING for member in self._look())
 
     @property
     def any_leaves(self) -> bool:
         """Whether a worker was told to leave, or does not serve."""
-        return any(member.told or member.state is not WorkerState.SERVING for member in self.members())
+        return any(member.told or member.state is not WorkerState.SERVING for member in self._look())
 
     def reconcile(self) -> list[ExitedWorker]:
         """Free the slots of workers that gunicorn has reaped, and return what they had last said."""
-        gone = []
-        for place in [p for p in self._places if not self._server.has(p.worker)]:
-            self._places.remove(place)
+        gone: list[ExitedWorker] = []
+        ended = [place for place in self._places if not self._server.has(place.worker)]
+        if not ended:
+            return gone
+        # By what was seen above: up to gunicorn 23 a signal handler may reap another one just now.
+        without = set(map(id, ended))
+        self._places = [place for place in self._places if id(place) not in without]
+        self._unnoted = [place for place in self._unnoted if id(place) not in without]
+        for place in ended:
             slot = place.slot
             gone.append(
                 ExitedWorker(
@@ -212,8 +229,9 @@ class Roster:
 
     def retire(self, pids: Sequence[int], deadline_ns: int) -> None:
         """Tell workers to go: the order on the board first, then the signal."""
+        chosen = frozenset(pids)
         for place in self._places:
-            if place.worker.pid in pids:
+            if place.worker.pid in chosen:
                 place.slot.order.retire_deadline = deadline_ns
                 place.slot.order.retire = 1
                 self._term(place)

@@ -1,0 +1,1 @@
+"""A long chain of upgrades under load; see ../README.md."""
