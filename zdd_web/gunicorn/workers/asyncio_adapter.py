@@ -24,7 +24,7 @@ from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.leaving import Leaving
-from zdd_web.gunicorn.workers.queue_server import QueuesServer
+from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
@@ -57,7 +57,7 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
     def __init__(self, runtime: AdaptedWorker) -> None:
         super().__init__(runtime)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.servers: list[asyncio.Server | QueuesServer] = []
+        self.servers: list[asyncio.Server | AcceptingServer] = []
         #: When each was accepted, monotonic nanoseconds.
         self.connections: weakref.WeakKeyDictionary[C, int] = weakref.WeakKeyDictionary()
         self._peers_before_the_stop: set[object] | None = None
@@ -129,7 +129,7 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
 
         async def create(
             factory: Callable[[], C], *arguments: Any, sock: Any = None, **options: Any
-        ) -> asyncio.Server | QueuesServer:
+        ) -> asyncio.Server | AcceptingServer:
             if not any(sock is each for each in ours):
                 return await create_server(factory, *arguments, sock=sock, **options)
             await self._pass_gate()
@@ -139,10 +139,10 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
                 self.connections[protocol] = clock.now_ns()
                 return protocol
 
-            server: asyncio.Server | QueuesServer
+            server: asyncio.Server | AcceptingServer
             if isinstance(sock, Queues) or isinstance(loop, asyncio.BaseEventLoop):
                 sock.setblocking(False)
-                server = QueuesServer(loop, connection, sock, **options)
+                server = AcceptingServer(loop, connection, sock, **options)
             else:
                 # uvloop has no turn between an accept and its transport.
                 server = await create_server(connection, *arguments, sock=sock, **options)

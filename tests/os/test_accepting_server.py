@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from zdd_web.gunicorn.workers.queue_server import QueuesServer
+from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 
 
 class Replying(asyncio.Protocol):
@@ -53,8 +53,8 @@ async def asyncios(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> 
     return await loop.create_server(Replying, sock=listener)
 
 
-async def ours(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> QueuesServer:
-    return QueuesServer(loop, Replying, listener)
+async def ours(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> AcceptingServer:
+    return AcceptingServer(loop, Replying, listener)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -26,28 +26,28 @@ RETRY_DELAY = 1.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class QueuesServer:
+class AcceptingServer:
     """Accepts connections and makes the protocol of each with `factory`; `options` are those of TLS."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         factory: Callable[[], asyncio.BaseProtocol],
-        queues: Queues | socket.socket,
+        source: Queues | socket.socket,
         **options: Any,
     ):
         """Accept from now on."""
-        self.sockets = (queues,)
-        self._loop, self._factory, self._queues = loop, factory, queues
+        self.sockets = (source,)
+        self._loop, self._factory, self._source = loop, factory, source
         self._options = {name: value for name, value in options.items() if name.startswith("ssl") and value is not None}
-        self._reader = queues.fileno()
+        self._reader = source.fileno()
         self._connecting: set[asyncio.Task[None]] = set()
         loop.add_reader(self._reader, self._accept)
 
     def _accept(self) -> None:
         for _ in range(AT_ONCE):
             try:
-                client, _ = self._queues.accept()
+                client, _ = self._source.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -82,7 +82,7 @@ class QueuesServer:
         if self._reader >= 0:
             self._loop.remove_reader(self._reader)
             self._reader = -1
-            self._queues.close()
+            self._source.close()
 
     async def wait_closed(self) -> None:
         """See `asyncio.Server`. Does not wait for connections."""
