@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections
+from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_app import CountingApp
 from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
 from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.leaving import Leaving
-from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
