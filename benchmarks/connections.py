@@ -28,7 +28,8 @@ from benchmarks.kept_clients import KeptClients, Seen
 from benchmarks.servers import Server, ServerError, gunicorn
 from zdd_web import metrics, service
 
-NAME = "overhead"  # as benchmarks/with_zdd_web.py has it
+#: Other benchmarks may run services on this machine.
+NAME = f"connections-{os.getpid()}"
 WORKERS = 4
 CLASSES = ("gthread", "gevent", "asgi", "uvicorn")
 SERVERS = ("on", "off", "gunicorn")
@@ -114,7 +115,7 @@ def running(worker_class: str, which: str, action: str, per_worker: int) -> Iter
         arguments += ["--threads", "4"] if worker_class == "gthread" else []
         arguments += ["--max-requests", str(per_worker)] if action == "max_requests" else []
         arguments += [] if which == "gunicorn" else ["-c", "benchmarks/with_zdd_web.py"]
-        environ = {"ZDD_WEB_HAND_OVER_CONNECTIONS": "01"[which == "on"]}
+        environ = {"ZDD_WEB_NAME": NAME, "ZDD_WEB_HAND_OVER_CONNECTIONS": "01"[which == "on"]}
         environ["ZDD_WEB_DRAIN_DELAY"] = f"{STOPS.get(action, 0.0):g}"
         with gunicorn(arguments, environ=environ) as server:
             yield Service(server, pid_file, which != "gunicorn")
