@@ -229,6 +229,28 @@ def test_command_that_was_only_just_started_is_ended_too(monkeypatch: pytest.Mon
     assert "INTERRUPTED: by SIGTERM" in done.output
 
 
+def test_signal_that_does_not_interrupt_the_wait_for_the_command_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Waiting(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            if not started:
+                started.append(self)
+                # Another thread takes it, so that waitpid() goes on: as it does when the signal comes right before.
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+                threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM)).start()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(outside.subprocess, "Popen", Waiting)
+    try:
+        with serving(Treacherous(every=10**9)) as server:
+            done = rehearse("--url", f"http://127.0.0.1:{server.port}/", "--do", "exec sleep 8", "--clients", "2")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    assert started[0].wait() == -signal.SIGTERM
+    assert "INTERRUPTED: by SIGTERM" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

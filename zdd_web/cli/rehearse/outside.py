@@ -7,7 +7,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from urllib.parse import urlsplit
@@ -21,6 +21,9 @@ from zdd_web.system import escaping, masking
 
 #: How long an interrupted command may take to end, seconds.
 ENDS_WITHIN = 10.0
+
+#: How often it is looked whether a signal has come while a command runs, seconds.
+LOOK = 0.5
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -91,6 +94,13 @@ def _interrupts_deferred() -> Iterator[None]:
             handler(*signalled)
 
 
+def _status_of(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        # With a limit: a signal that comes after Python's look for signals and before waitpid() interrupts neither.
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(LOOK)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
@@ -109,7 +119,7 @@ def _run(command: str, tally: Tally, settle: float) -> ScenarioResult:
         with _interrupts_deferred():
             # What it prints is not the report: that may be JSON, for a program.
             process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=2)
-        status = process.wait()
+        status = _status_of(process)
     except KeyboardInterrupt:
         if process is not None:
             _end(process)
