@@ -318,7 +318,7 @@ class Service:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @contextlib.contextmanager
-    def under_load(self, clients: int = 16, *, may_lose: bool = False, pause: float = 0.05) -> Iterator[LoadThread]:
+    def under_load(self, clients: int = 8, *, may_lose: bool = False, pause: float = 0.05) -> Iterator[LoadThread]:
         """Load with new and kept connections, of which nothing may be lost; every sample is in `load.samples`.
 
         Each client rests for `pause` seconds after an answer. In tests that run side by side a shorter rest is no more

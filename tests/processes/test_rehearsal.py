@@ -111,8 +111,8 @@ def test_every_scenario_is_rehearsed_and_nothing_is_lost_that_could_be_saved(
     report, page, junit = tmp_path / "report.json", tmp_path / "page.html", tmp_path / "junit.xml"
     done = subprocess.run(
         [sys.executable, "-m", "zdd_web.cli", "rehearse", str(service.directory), "--upgrades", "1", "--scenario",
-         "all", "--json", str(report), "--html", str(page), "--junit", str(junit), "--clients", "8", "--rate", "100",
-         "--", "app:app", "--workers", "2", "--worker-class", "gthread", "--threads", "4"],
+         "all", "--json", str(report), "--html", str(page), "--junit", str(junit), "--clients", "8", "--", "app:app",
+         "--workers", "2", "--worker-class", "gthread", "--threads", "4"],
         capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

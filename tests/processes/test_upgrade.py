@@ -18,7 +18,7 @@ def test_new_code_takes_over_without_a_lost_request(service: Service):
     service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
     # As dense as it gets, here at least.
-    with service.under_load(pause=0.01) as load:
+    with service.under_load(16, pause=0.01) as load:
         for number in (2, 3):
             service.deploy(str(number))
             service.upgrade()
