@@ -54,7 +54,8 @@ class Masters:
             header.generation, header.phase, header.phase_since = generation, phase, 1
             header.master_start, header.workers_wanted = proc.start_time(os.getpid()) + younger_by, 2
             header.predecessor_pid, header.successor_pid = predecessor, successor
-            header.tick_at = clock.after_ns(-ticked_before)
+            # It takes no turn; for as long as a test may take it is not one that hangs.
+            header.tick_at = clock.after_ns(-ticked_before or PATIENCE)
             header.listener_count = bool(listener)
             header.listener(0).name = listener
             slot = board.claim(1)

@@ -39,8 +39,9 @@ class Treacherous(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, every: int = 100, tls: ssl.SSLContext | None = None) -> None:
-        self.tls = tls
+    def __init__(self, every: int = 100, tls: ssl.SSLContext | None = None, mark: Path | None = None) -> None:
+        """`mark` is made once it has done all three."""
+        self.tls, self.mark = tls, mark
         super().__init__(("127.0.0.1", 0), Handler)
         self.every, self.lock, self.did = every, threading.Lock(), Counter[str]()
         self.over = threading.Event()
@@ -53,6 +54,8 @@ class Treacherous(socketserver.ThreadingTCPServer):
     def note(self, what: str) -> None:
         with self.lock:
             self.did[what] += 1
+            if self.mark is not None and all(self.did[each] for each in ("reset", "cut", "stalled")):
+                self.mark.touch()
 
     @property
     def port(self) -> int:
@@ -138,10 +141,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["closed", "open", "TLS"],
 )
 def test_what_is_reported_is_what_the_server_did(scheme: str, how: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "report.json"
-    with serving(Treacherous(tls=self_signed(tmp_path).server() if scheme == "https" else None)) as server:
+    file, mark = tmp_path / "report.json", tmp_path / "did-all"
+    tls = self_signed(tmp_path).server() if scheme == "https" else None
+    with serving(Treacherous(tls=tls, mark=mark)) as server:
         url = f"{scheme}://127.0.0.1:{server.port}/"
-        done = rehearse("--url", url, "--do", "sleep 2", "--timeout", "1", "--json", str(file), *how)
+        until_all = f"for i in $(seq 600); do [ -e {mark} ] && break; sleep 0.05; done"
+        done = rehearse("--url", url, "--do", until_all, "--timeout", "1", "--json", str(file), *how)
         did = dict(server.did)
     assert done.exit_code == 1, done.output
     outcomes = json.loads(file.read_text())["outcomes"]

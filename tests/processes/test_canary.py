@@ -54,8 +54,6 @@ def test_good_release_grows_to_its_full_size_and_loses_nothing(service):
         (service.directory / "held").touch()
         assert (new.workers_wanted, new.workers_full, len(new.workers)) == (1, 3, 1)
         assert serving(old) == 3
-        status = service.run("status", "--name", service.name).stdout
-        assert "generation 2 is a canary: 1 of 3 workers until its watch is passed" in status
         # The rest boot, and are held in their import: nothing of the old one goes before they serve.
         service.wait_for(r"generation=2 event=upgrade\.grows workers=3 canary=1 reason=\"the watch is passed\"")
         command.says("it grows: 1 of 3 workers serve")
@@ -110,6 +108,8 @@ def test_signals_to_a_canary_and_a_cancel(make_service):
     write(service, "2")
     command = Command(service, "upgrade", *LONG, "--canary", "50%")
     old, new = watched(service)
+    status = service.run("status", "--name", service.name).stdout
+    assert "generation 2 is a canary: 1 of 2 workers until its watch is passed" in status
     service.signal(signal.SIGTTIN, new.master_pid)
     until("three workers in the end", lambda: watched(service)[1].workers_full == 3, service)
     service.signal(signal.SIGTTIN, old.master_pid)

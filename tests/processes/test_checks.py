@@ -173,13 +173,16 @@ def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
     assert findings["neighbour"]["status"] == "fail"
     assert why in findings["neighbour"]["text"]
     assert findings["aside"]["status"] == "warn"
-    assert len(service.matches("event=check.failed check=neighbour")) == 2
+    # Once for each worker; once more where a busy machine has given it another reason in between.
+    lines = service.matches("event=check.failed check=neighbour")
+    other = [line for line in lines if why not in line]
+    assert 2 <= len(lines) - len(other) <= 2 + len(other), lines
 
     neighbour.answer = b"ok"
     neighbour.hang_up()
     until("readiness 200", lambda: status(service, "/readyz") == 200, service)
     assert sorted(serving_workers(service)) == sorted(workers)
-    until("said by both", lambda: len(service.matches("event=check.passed check=neighbour after=")) == 2, service)
+    until("said by both", lambda: len(service.matches("event=check.passed check=neighbour after=")) >= 2, service)
     service.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Iterator
 
@@ -146,7 +147,8 @@ def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Proces
             counter.finished(None, "a request", {}, None)
 
     at_once(8, serve)
-    counter.started(None, "a request")
+    # In a context of its own: it notes which request this is.
+    contextvars.copy_context().run(counter.started, None, "a request")
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
     counter.stop()
     counter.finished(None, "a request", {}, None)
