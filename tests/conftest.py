@@ -43,8 +43,17 @@ def pytest_report_header() -> list[str]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Side by side, begin with the tests that take longest: one that is begun last is waited for by all others."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("begins_first") is None)
+    if not hasattr(config, "workerinput"):
+        return
+    # Each process has a run of neighbours to begin with (see the scheduler below), and the same number of these.
+    count = config.workerinput["workercount"]
+    first = [item for item in items if item.get_closest_marker("begins_first")]
+    rest = [item for item in items if not item.get_closest_marker("begins_first")]
+    items[:] = [
+        item
+        for k in range(count)
+        for item in (*first[k::count], *rest[k * len(rest) // count : (k + 1) * len(rest) // count])
+    ]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -106,7 +106,7 @@ class Probes:
 
     def forget(self) -> None:
         """Have the app's settings read again: they have changed."""
-        self._made = (-1, None, {})
+        registry.changed()
 
     def asks(self, path: str) -> bool:
         """Tell whether a path is a probe; for everybody else's requests this is all that happens."""
@@ -153,8 +153,10 @@ class Probes:
         return answer(probe, question, health)
 
     def _make(self) -> dict[str, tuple[Probe, str]]:
+        # First of all: what changes from here on changes the number again.
+        version = registry.version
         here = process.current()
-        settings, version = here.settings, registry.version
+        settings = here.settings
         own = of_app(settings, here.fixed, self._brought()) if self._brought else settings
         if here.alone:
             # gunicorn's workers do so before they serve.

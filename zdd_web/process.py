@@ -40,7 +40,7 @@ class Process:
         self.fixed = fixed
         #: This worker alone is on its way out.
         self.going = False
-        self.is_leaving = self._leaving()
+        self.is_leaving = self._make_is_leaving()
         self._writes_tasks, self._tasks_unwritten = threading.Lock(), False
         self._named_tasks: list[waitgroup.Entry | None] = [None] * NAMED_TASKS
         # Made once: these are written at each change of the work in hand.
@@ -50,7 +50,7 @@ class Process:
         #: There is no gunicorn.
         self.alone = bool(board.header.alone)
         self._runner: checks.Runner | None = None
-        #: Which checks `self._runner` runs, for which app, and as of which `checks.latest()`.
+        #: Which checks `self._runner` runs, for which app, and as of which `registry.version`.
         self._run_for: checks.Registry | None = None
         self._run_checks: list[checks.Check] = []
         self._run_latest = 0
@@ -91,7 +91,7 @@ class Process:
 
     @property
     def settings(self) -> Settings:
-        """Those in force."""
+        """The settings in force."""
         return self._settings
 
     @settings.setter
@@ -99,8 +99,8 @@ class Process:
         self._settings = settings
         registry.changed()
 
-    def _leaving(self) -> Callable[[], bool]:
-        # A closure, since it is called for each reply. Without a slot there is no order: a phase that never leaves.
+    def _make_is_leaving(self) -> Callable[[], bool]:
+        # A closure, since it is called for each reply. Without a slot there is no order.
         words, phase, leaving = self.board.header.words, Header.phase.index, LEAVING
         retire = self.slot.order.base + Order.retire.index if self.slot is not None else -1
 
@@ -145,7 +145,7 @@ class Process:
 
     def _run_only(self, of: checks.Registry) -> None:
         self.stop_checks()
-        latest, found = checks.latest(), of.registered()
+        latest, found = registry.version, of.registered()
         # Each app has its own: a runner that has been stopped may still write.
         self._results = self.board if of is registry.shared else Board.private()
         runner = self._runner_on(self._results.slot(0), only=found)
@@ -158,7 +158,7 @@ class Process:
         """Whether there is no gunicorn, and the checks of an app are not those that run."""
         if not self.alone:
             return False
-        if self._run_for is of and self._run_latest == checks.latest():
+        if self._run_for is of and self._run_latest == registry.version:
             return False
         return self._run_for is not of or self._run_checks != of.registered()
 

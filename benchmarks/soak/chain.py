@@ -89,7 +89,7 @@ class Chain:
     def verdict(self) -> Verdict:
         """Whether all was as it must be."""
         return judge(self.lost, self.unexpected, self.growth, requests=self.load.get("requests", 0),
-                     upgrades=self.upgrades, leftovers=self.leftovers)  # fmt: skip
+                     upgrades=self.upgrades, leftovers=self.leftovers, unsent=self.load.get("unsent", 0))  # fmt: skip
 
     def run(self, log: Path, is_over: Callable[[], bool], say: Callable[[str], None]) -> None:
         """Run it until it is done or `is_over()`; what was measured by then is here, whatever is raised.
@@ -139,4 +139,6 @@ class Chain:
 
     def _take(self, load: LoadProcess) -> None:
         self.load, self.latencies, self.losses = load.counts, load.latencies, load.losses
-        self.held = sum(count for doing, count in load.lost_while.items() if doing.endswith(_CRASH))
+        held = sum(count for doing, count in load.lost_while.items() if doing.endswith(_CRASH))
+        # A client has one request at a time, so no more than these can have been in hand in the workers that crashed.
+        self.held = min(held, self.plan.clients * (self.broken[_CRASH] + 1))

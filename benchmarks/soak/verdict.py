@@ -72,7 +72,14 @@ class Verdict:
 
 
 def judge(
-    lost: int, unexpected: Sequence[str], grown: Sequence[Growth], *, requests: int, upgrades: int, leftovers: str = ""
+    lost: int,
+    unexpected: Sequence[str],
+    grown: Sequence[Growth],
+    *,
+    requests: int,
+    upgrades: int,
+    leftovers: str = "",
+    unsent: int = 0,
 ) -> Verdict:
     """Judge a chain.
 
@@ -86,6 +93,8 @@ def judge(
     reasons += [f"{each.name}: from {each.first:g} to {each.last:g}" for each in grown if each.grew]
     if leftovers:
         reasons.append(f"after the stop: {leftovers}")
+    if unsent:
+        reasons.append(f"{unsent} requests could not be sent: see `ulimit -n` and the ports of this machine")
     if not requests or not upgrades:
         reasons.append(f"nothing was shown: {requests} requests, {upgrades} upgrades")
     return Verdict(tuple(reasons))

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -176,14 +177,20 @@ def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
     # Once for each worker; once more where a busy machine has given it another reason in between.
     lines = service.matches("event=check.failed check=neighbour")
     other = [line for line in lines if why not in line]
-    assert 2 <= len(lines) - len(other) <= 2 + len(other), lines
+    assert len(_pids(lines)) == 2, lines
+    assert len(lines) - len(other) <= 2 + len(other), lines
 
     neighbour.answer = b"ok"
     neighbour.hang_up()
     until("readiness 200", lambda: status(service, "/readyz") == 200, service)
     assert sorted(serving_workers(service)) == sorted(workers)
-    until("said by both", lambda: len(service.matches("event=check.passed check=neighbour after=")) >= 2, service)
+    passed = "event=check.passed check=neighbour after="
+    until("both pass", lambda: len(_pids(service.matches(passed))) == 2, service)
     service.stop()
+
+
+def _pids(lines: list[str]) -> set[str]:
+    return {match[1] for line in lines if (match := re.search(r"\] \[(\d+)\] ", line))}
 
 
 def test_new_workers_wait_for_a_neighbour_and_old_ones_serve(service: Service, neighbour: PeerGeneration):

@@ -434,6 +434,9 @@ HARMLESS = {
 }  # fmt: skip
 
 
+assert QUIET <= HARMLESS, "one load runs while all cells of a quiet scene are played"
+
+
 def cuts(cell: Cell) -> bool:
     """Whether requests of a generation that accepts are cut off by what the signal means."""
     return cell.phase == "`serving`, not yet active" and cell.signal in ("INT", "QUIT")

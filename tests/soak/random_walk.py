@@ -298,10 +298,7 @@ class Walk:
         if self.down_since is not None:
             # It did not go down: nothing is excused, except what a kill has cut.
             self.down_since = None
-        office = self.masters()["office"]
-        if self.service.pid_file.read_text() != f"{office.pid}\n":
-            raise Violation(f"the pid file says {self.service.pid_file.read_text()!r}, in office is {office.pid}")
-        self.status_agrees(office)
+        self.all_agree()
         if self.service.matches("event=internal.error"):
             raise Violation("an internal error was logged")
         if not self.bystander.lives:
@@ -334,11 +331,18 @@ class Walk:
     def _helpers(self) -> set[int]:
         return {each.pid for each in self.commands}
 
-    def status_agrees(self, office: finder.Generation) -> None:
+    def all_agree(self) -> None:
+        """Wait until the pid file and `status` name the master in office."""
         said: object = None
+        office: finder.Generation | None = None
 
-        def agrees() -> bool:
-            nonlocal said
+        def agree() -> bool:
+            nonlocal said, office
+            # Looked for each time: a signal that was sent right before may begin an upgrade only now.
+            office = self.masters().get("office")
+            if office is None or self.service.pid_file.read_text() != f"{office.pid}\n":
+                said = self.service.pid_file.read_text()
+                return False
             done = self.service.run("status", "--json", "--name", self.service.name)
             if done.returncode != 0:
                 raise Violation(f"status: {done.stderr}")
@@ -348,9 +352,10 @@ class Walk:
             return said == [(office.pid, "serving", office.board.header.workers_wanted)] and self.is_settled()
 
         try:
-            self.until("status to agree", agrees)
+            self.until("pid file and status to agree", agree)
         except Violation:
-            raise Violation(f"status says {said}, in office is {office.pid}: {office.snapshot()}") from None
+            snapshot = office.snapshot() if office is not None else None
+            raise Violation(f"pid file or status: {said!r}; in office is {snapshot}") from None
 
     def nothing_was_lost(self) -> None:
         missed = [s for s in lost(self.load) if not any(window.excuses(s) for window in self.windows)]

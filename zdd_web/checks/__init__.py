@@ -10,7 +10,7 @@ then it stands at the gate. So a release that cannot reach its database does not
 stands on the board, where probes read it.
 """
 
-from zdd_web.checks.registry import Check, Registry, check, count, kinds, latest, registered
+from zdd_web.checks.registry import Check, Registry, check, count, kinds, registered
 from zdd_web.checks.runner import Runner, State, failing, pass_all
 
 from zdd_web.checks.named import load  # isort: skip
@@ -24,7 +24,6 @@ __all__ = [
     "count",
     "failing",
     "kinds",
-    "latest",
     "load",
     "pass_all",
     "registered",

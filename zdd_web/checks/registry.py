@@ -44,13 +44,8 @@ _all_lock = threading.Lock()
 
 _numbers = itertools.count(1)
 
-#: What `latest()` returns, for what is called on every request.
+#: Changes whenever a check of any registry does, or the settings of this process. Read on every request.
 version = 0
-
-
-def latest() -> int:
-    """Return a number that changes whenever a check of any registry does, or the settings of this process."""
-    return version
 
 
 def changed() -> None:

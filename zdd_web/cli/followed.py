@@ -1,8 +1,8 @@
 """Services that are watched: found by a look at all processes, and followed by their boards from then on.
 
 On a machine with ten thousand processes such a look takes a second or more of CPU time. A successor is found without
-one, among the children of its predecessor and then by the name on that one's board. A service that is started beside
-the others, or takes over from one, is seen at the next look.
+one, among the children of its predecessor and then by the pid on its predecessor's board. A service that is started
+beside the others, or takes over from one, is seen at the next look.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zdd_web.errors import BoardError
 from zdd_web.service import Generation, generation_of
 
 #: Between two looks at all processes at least, seconds, and as a multiple of what the last one took.
-LOOK_AT_ALL_EVERY, LOOK_AT_ALL_SHARE = 5.0, 20.0
+LOOK_AT_ALL_EVERY, LOOK_AT_ALL_FACTOR = 5.0, 20.0
 
 Services = list[list[Generation]]
 
@@ -39,7 +39,7 @@ class Followed:
             self.close()
             self._services = self._find()
             took = time.monotonic() - began
-            self._look_again_at = began + max(LOOK_AT_ALL_EVERY, LOOK_AT_ALL_SHARE * took)
+            self._look_again_at = began + max(LOOK_AT_ALL_EVERY, LOOK_AT_ALL_FACTOR * took)
             return self._services
         self._services = [line for line in map(_now, self._services) if line]
         return self._services
@@ -55,8 +55,13 @@ class Followed:
 def _now(line: list[Generation]) -> list[Generation]:
     # The successor first: the end of its predecessor may be noticed in the same look.
     successor = _successor(line[-1])
-    if successor is not None and successor.owner == line[-1].owner:
-        line = [*line, successor]
+    if successor is not None:
+        # The pid may be another service's by now.
+        of_this_line = successor.owner == line[-1].owner and _number(successor) > _number(line[-1])
+        if of_this_line:
+            line = [*line, successor]
+        else:
+            successor.close()
     alive = []
     for each in line:
         try:
@@ -68,6 +73,10 @@ def _now(line: list[Generation]) -> list[Generation]:
             pass  # it has ended meanwhile
         each.close()
     return alive
+
+
+def _number(generation: Generation) -> int:
+    return generation.board.header.generation
 
 
 def _successor(generation: Generation) -> Generation | None:

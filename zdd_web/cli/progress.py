@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import NamedTuple
 
 from rich.live import Live
 from rich.text import Text
@@ -55,13 +56,13 @@ class Ticker:
         self._printed, self._printed_at = text, time.monotonic()
         screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
 
-    def now(self, text: str, more: str = "", *, is_said: bool = False) -> None:
+    def now(self, text: str, more: str = "", *, repeats_step: bool = False) -> None:
         """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed.
 
-        With `is_said` a step has told a pipe already.
+        With `repeats_step` a step has printed it already, to a pipe.
         """
         if self._live is None:
-            if not is_said and text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
+            if not repeats_step and text != self._printed and time.monotonic() - self._printed_at >= LINE_EVERY:
                 self.step(text)
             return
         elapsed = duration(time.monotonic() - self._began)
@@ -95,10 +96,9 @@ class UpgradeProgress:
             self._ticker.now(booting(self._look()))
         elif snapshot.upgrade_state is UpgradeState.COMMITTING:
             found = self._look()
-            text, more = committing(found, snapshot, self._watch)
-            is_watched = found is not None and text.startswith("watched")
-            is_said = text in ("watched", "commit window")
-            self._ticker.now(text, more + (self._errors() if is_watched else ""), is_said=is_said)
+            shown = committing(found, snapshot, self._watch)
+            more = shown.more + (self._errors() if shown.is_watched else "")
+            self._ticker.now(shown.text, more, repeats_step=shown.repeats_step)
 
     def _errors(self) -> str:
         assert self._successor is not None
@@ -168,27 +168,38 @@ def booting(successor: Snapshot | None) -> str:
     return f"worker {ready} of {successor.workers_wanted} is ready{canary}{waits}"
 
 
-def committing(successor: Snapshot | None, old: Snapshot, watch: float | None = None) -> tuple[str, str]:
+class Committing(NamedTuple):
+    """What goes on in the commit window; `more` is what both have in hand, which changes all the time."""
+
+    text: str
+    more: str
+    is_watched: bool = False
+    #: A pipe has a line for it already.
+    repeats_step: bool = False
+
+
+def committing(successor: Snapshot | None, old: Snapshot, watch: float | None = None) -> Committing:
     """Return what goes on in the commit window, and until the old generation accepts nothing more.
 
-    The second text is what both have in hand, which changes all the time: it is for a terminal. `watch` is for how many
-    seconds the new generation was asked to be watched.
+    `watch` is for how many seconds the new generation was asked to be watched.
     """
     old_has = f"the old one {in_hand(old.in_flight, old.tasks)}"
     if old.phase is Phase.RETIRING:
-        return "the old generation stops accepting", f": {in_hand(old.in_flight, old.tasks)}"
+        return Committing("the old generation stops accepting", f": {in_hand(old.in_flight, old.tasks)}")
     if successor is None:
-        return "commit window", f": the new generation is not seen, {old_has}"
+        return Committing("commit window", f": the new generation is not seen, {old_has}", repeats_step=True)
     more = f"; the new generation has {in_hand(successor.in_flight, successor.tasks)}, {old_has}"
     states = [worker.state for worker in successor.workers]
     left = (watch or 0.0) - clock.since(old.upgrade_since)
     time_left = f", {duration(left)} left" if left > 0 else ""
     if successor.is_canary:
         few, all_of_them = successor.workers_wanted, count(successor.workers_full, "worker")
-        return f"watched as a canary of {few} of {all_of_them}", time_left + more
+        return Committing(f"watched as a canary of {few} of {all_of_them}", time_left + more, is_watched=True)
     if WorkerState.BOOTING in states:
-        return f"it grows: {states.count(WorkerState.SERVING)} of {successor.workers_wanted} workers serve", more
-    return ("watched" if left > 0 else "commit window"), time_left + more
+        serve = states.count(WorkerState.SERVING)
+        return Committing(f"it grows: {serve} of {successor.workers_wanted} workers serve", more)
+    text = "watched" if left > 0 else "commit window"
+    return Committing(text, time_left + more, is_watched=left > 0, repeats_step=True)
 
 
 def errors_of(board: Board) -> str:

@@ -75,7 +75,7 @@ def close_beside_the_loop(worker: GthreadWorker, process: Process) -> None:
     run, murder_keepalived = worker.run, worker.murder_keepalived
 
     def murder_and_turn(**force: bool) -> None:
-        # Once a turn in every release, whatever has woken the loop.
+        # Once a turn in 23; kept_gthread.py calls it less often.
         closing.turn()
         murder_keepalived(**force)
 
@@ -161,7 +161,7 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_c
         murder_pending()
 
     def wait_a_turn(timeout: float) -> None:
-        # Up to 26 a loop that is to end sleeps until its time is over or something arrives, without a heartbeat.
+        # Before 27.0.1 a loop that is to end sleeps until its time is over or something arrives, without a heartbeat.
         if timeout > TURN:
             worker.notify()
         wait_and_dispatch(min(timeout, TURN))

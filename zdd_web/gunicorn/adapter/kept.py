@@ -13,10 +13,10 @@ class Keeper(Protocol):
         """The descriptor to watch."""
 
     def turn(self) -> None:
-        """Look whether the exchange is to be watched, and close what is idle in a lame duck; once a turn."""
+        """Look whether the exchange is to be watched, and close what is idle in a lame duck; often, or once a turn."""
 
     @property
-    def is_in_haste(self) -> bool:
+    def limits_wait(self) -> bool:
         """Whether `pause()` may limit the wait: looked at in each turn of a loop, and cheaper."""
 
     def pause(self) -> float | None:

@@ -58,7 +58,7 @@ class GthreadConnections:
             run()
 
         def wait_a_turn(timeout: float) -> None:
-            if kept.is_in_haste:
+            if kept.limits_wait:
                 pause = kept.pause()
                 timeout = timeout if pause is None else min(timeout, pause)
             wait(timeout)
@@ -105,7 +105,7 @@ class GthreadConnections:
                 self._kept.turn()
                 self._close_expired(now, force=force)
                 # Nothing is left for gunicorn's own; what it was replaced by before has its turn (gthread.py).
-                murder_keepalived(**({"force": True} if force else {}))
+                murder_keepalived(force=True) if force else murder_keepalived()
             elif connections and connections[0].timeout <= now:
                 self._close_expired(now, force=False)
 

@@ -249,7 +249,7 @@ def _same(name: SocketName) -> SocketName:
 def _close_connections_when(is_leaving: Callable[[], bool], are_to_close: Callable[[], bool]) -> None:
     """Have a reply carry `Connection: close` if `are_to_close()` when its headers are written, in this process.
 
-    That is asked of a process that `is_leaving()`, since this is done for each reply.
+    `is_leaving()` is asked first, because it is cheap, and this runs for each reply.
 
     Not decided when the request begins: the reply may come a minute later. And once for each reply: a later look
     (tests/contract: test_gthread_asks_the_reply_whether_to_close) must find what the headers have announced.

@@ -73,7 +73,7 @@ class Roster:
         self._server, self._board = server, board
         self._places: list[_Entry] = []
         #: Those whose pid is not on the board yet.
-        self._unnoted: list[_Entry] = []
+        self._without_pid: list[_Entry] = []
         self._current_age = 0
         self._failures = 0
         self._spawn_not_before = 0
@@ -83,22 +83,26 @@ class Roster:
         slot = self._board.claim(worker.age)
         place = _Entry(worker, slot, since=clock.now_ns())
         self._places.append(place)
-        self._unnoted.append(place)
+        self._without_pid.append(place)
         return slot
 
     def note_forks(self) -> None:
         """Write the pids of new workers on the board, where a predecessor that ends this generation reads them."""
-        unnoted, self._unnoted = self._unnoted, []
-        for place in unnoted:
-            order = place.slot.order
-            if isinstance(place.worker.pid, int):
-                try:
-                    order.start = proc.start_time(place.worker.pid)
-                    order.pid = place.worker.pid
-                    continue
-                except OSError:  # no descriptor left: the next tick tries again
-                    pass
-            self._unnoted.append(place)
+        self._without_pid = [place for place in self._without_pid if not self._note_pid(place)]
+
+    @staticmethod
+    def _note_pid(place: _Entry) -> bool:
+        order = place.slot.order
+        # gunicorn's worker has no number before it is forked.
+        pid: object = place.worker.pid
+        if not isinstance(pid, int):
+            return False
+        try:
+            order.start = proc.start_time(pid)
+        except OSError:  # no descriptor left: the next tick tries again
+            return False
+        order.pid = pid
+        return True
 
     @property
     def room(self) -> int:
@@ -157,7 +161,7 @@ class Roster:
         # By what was seen above: up to gunicorn 23 a signal handler may reap another one just now.
         without = set(map(id, ended))
         self._places = [place for place in self._places if id(place) not in without]
-        self._unnoted = [place for place in self._unnoted if id(place) not in without]
+        self._without_pid = [place for place in self._without_pid if id(place) not in without]
         for place in ended:
             slot = place.slot
             gone.append(

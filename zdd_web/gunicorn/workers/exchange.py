@@ -132,7 +132,7 @@ class KeptConnections:
         #: Handing over has begun, and waits for the exchange rather than for a request.
         self.is_busy = False
         #: See `Keeper`; it has begun to hand over, or to close what is idle, and does not go back.
-        self.is_in_haste = False
+        self.limits_wait = False
         #: How many bytes of messages lay there when that last changed, and when.
         self._lay, self._lay_since = 0, 0.0
         #: How many connections were idle when the lame duck was first seen.
@@ -174,7 +174,7 @@ class KeptConnections:
     # -- a worker that serves
 
     def turn(self) -> None:
-        """Look whether the exchange is to be watched, and close what is idle in a lame duck; once a turn."""
+        """Look whether the exchange is to be watched, and close what is idle in a lame duck; often, or once a turn."""
         now = time.monotonic()
         if now < self._looks_at or self.store is None or os.getpid() != self._runtime.pid:
             return
@@ -248,7 +248,7 @@ class KeptConnections:
         """
         if not self.hands_over():
             return without
-        self.is_busy = self.is_in_haste = True
+        self.is_busy = self.limits_wait = True
         return HandingOver(self, stop_accepting, without)
 
     @property
@@ -311,7 +311,7 @@ class KeptConnections:
         idle = store.idle()
         if self._at_lame_duck is None:
             self._at_lame_duck = len(idle)
-            self.is_in_haste = True
+            self.limits_wait = True
         share = 1 - clock.since(self._header.stop_since) / delay
         stay = max(0, math.ceil(self._at_lame_duck * share))
         for connection in idle[: max(0, len(idle) - stay)]:

@@ -88,7 +88,10 @@ class Orders:
         return bool(self._shutdown.slot.retire) or os.getppid() != self._shutdown.worker.ppid
 
     def turn(self, beat: Callable[[], None]) -> Callable[[], None]:
-        """Return the heartbeat of a worker that serves, which follows orders. A closure: it runs in each turn."""
+        """Return the heartbeat of a worker that serves, which follows orders. A closure: it runs in each turn.
+
+        A handler that the app has replaced is noticed in a turn that beats, so at most one wait of the loop later.
+        """
         slot, ppid = self._shutdown.slot, self._shutdown.worker.ppid
         words, retire = slot.words, slot.order.base + Order.retire.index
         handler, getsignal, getppid, term = self._handler, signal.getsignal, os.getppid, signal.SIGTERM

@@ -32,7 +32,7 @@ class RequestCounter:
         assert process.slot is not None
         self._process, self._slot, self._limit = process, process.slot, limit
         self._is_on_new_connection = is_on_new_connection
-        self._words, self._seldom_lock = process.board.header.words, threading.Lock()
+        self._words = process.board.header.words
         self._late = LateCounter(self._slot, process.settings.drain_delay, trusted)
         # Threads of one worker share its words.
         self._lock = threading.Lock()
@@ -96,7 +96,7 @@ class RequestCounter:
     def failed(self, request: Any) -> None:
         """Count a reply with a status of 500 or more; that of a probe is its proper answer."""
         if not self._is_probe(request):
-            with self._seldom_lock:
+            with self._lock:
                 self._slot.server_errors += 1
 
     def _is_probe(self, request: Any) -> bool:
