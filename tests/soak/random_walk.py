@@ -243,6 +243,7 @@ class Walk:
             if self.may_be_down and not self.service.processes():
                 self.restart()
                 return
+            self.wake_orphans()
             if self.kind not in ("good", "slow") and not self.can_answer():
                 # The last worker was ended while what is on disk cannot replace it: nobody promised anything.
                 self.say("(mends the code)")
@@ -283,6 +284,17 @@ class Walk:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
             del self.stopped[pid]
+
+    def wake_orphans(self) -> None:
+        """Send SIGCONT to what stands still and has lost its master, as whatever has sent it SIGTERM does.
+
+        A release may stop its own workers (attacks.py), and its master, and that of the old generation, be killed by
+        the step that follows: nothing of the service is left then that could end them.
+        """
+        for pid in self.service.processes():
+            if proc.state(pid) == "T" and proc.parent(pid) == 1:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def settle(self) -> None:
         self.deploy("good")
