@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.processes.harness import APP, WORKER_CLASSES, Held, Service, skip_unless_installed, until
-from zdd_web.board import WorkerState
+from tests.processes.harness import APP, WORKER_CLASSES, Held, Service, settled, skip_unless_installed, until
 
 OWN_HANDLER = """
 import signal
@@ -84,7 +83,7 @@ def test_what_is_in_hand_is_named_at_the_deadline_whatever_handler_there_is(make
 @pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_on_stop_is_called_once_when_a_worker_begins_to_leave(make_service, worker_class: str) -> None:
     service = with_app(make_service(skip_unless_installed(worker_class)), HOOKS).start()
-    workers = [worker.pid for worker in service.snapshot().workers if worker.state is WorkerState.SERVING]
+    workers = settled(service, service.workers)
     service.stop()
     said = sorted(line.partition("on_stop in ")[2] for line in service.matches("on_stop in"))
     assert said == sorted(f"{pid} main=True" for pid in workers)
