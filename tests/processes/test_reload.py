@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.processes.harness import Service
+from tests.processes.harness import PATIENCE, Service, successor
+from zdd_web.lifecycle import Phase
 
 UPGRADE = 'remedy="use an upgrade; the old workers serve on"'
 FIX = 'remedy="fix it and send SIGHUP again; the old workers serve on"'
@@ -43,3 +46,19 @@ def test_reload_that_is_refused_names_the_reason_and_its_remedy(
     assert "zdd_web.errors" not in service.log()
     assert service.get().generation == 1
     service.stop()
+
+
+def test_a_reload_right_after_the_handover_is_not_refused(make_service):
+    # The new master may not have read yet that it is the service; whoever sends the signal has seen it.
+    for _ in range(3):
+        service = make_service("gthread").start()
+        header = service.is_active().board.header
+        service.signal(signal.SIGUSR2)
+        new = successor(service)
+        give_up = time.monotonic() + PATIENCE
+        while header.phase not in (Phase.RETIRING, Phase.STOPPED) and time.monotonic() < give_up:
+            time.sleep(0.0001)
+        os.kill(new, signal.SIGHUP)
+        service.wait_for(r"event=(reload\.done|refused)")
+        assert service.matches("event=refused") == []
+        service.stop()

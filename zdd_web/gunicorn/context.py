@@ -69,6 +69,14 @@ class Generation:
         """Whether the predecessor has not handed over yet."""
         return self.predecessor is not None and not self.predecessor.is_active
 
+    def read_predecessor(self) -> None:
+        """Read the predecessor's messages before a signal is obeyed.
+
+        It may have handed over a moment before the signal was sent, whose sender has seen that.
+        """
+        if self.predecessor is not None:
+            guarded("predecessor", self.predecessor.follow)()
+
     def release_predecessor(self) -> None:
         """Tell a predecessor that still retires not to come back."""
         if self.predecessor is not None:

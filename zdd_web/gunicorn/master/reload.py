@@ -152,6 +152,7 @@ class Reload:
 
     def request(self) -> None:
         """SIGHUP: try config and app in a child; the rest happens when it has succeeded."""
+        self._generation.read_predecessor()
         if self._forwards(signal.SIGHUP):
             return
         self._began = clock.now_ns()

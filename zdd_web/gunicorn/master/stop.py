@@ -108,17 +108,12 @@ class Stop:
 
     def handle_term(self) -> None:
         """SIGTERM: the stop begins, or, the second time, skips what is left of the lame duck."""
-        self._read_predecessor()
+        # After a handover the signal is meant for the service, and not for this generation alone.
+        self._generation.read_predecessor()
         if self._generation.phase is Phase.RETIRING:
             self._stop_retiring()
         else:
             self._begin()
-
-    def _read_predecessor(self) -> None:
-        # It may have handed over a moment before the signal was sent, whose sender has seen that: the signal is then
-        # meant for the service, and not for this generation alone.
-        if self._generation.predecessor is not None:
-            guarded("predecessor", self._generation.predecessor.follow)()
 
     def _begin(self) -> None:
         guarded("termination message", self._note_end)(signal.SIGTERM)
@@ -165,7 +160,8 @@ class Stop:
         self._end_now(signal.SIGQUIT, self._gunicorn_quit)
 
     def _end_now(self, sig: signal.Signals, end: Callable[[], None]) -> None:
-        self._read_predecessor()
+        # After a handover the signal is meant for the service, and not for this generation alone.
+        self._generation.read_predecessor()
         guarded("termination message", self._note_end)(sig)
         self._prepare_to_end(sig)
         try:
