@@ -19,7 +19,8 @@ import gunicorn as gunicorn_package
 from tabulate import tabulate
 
 from benchmarks.abuse import abuse
-from benchmarks.servers import Server, ServerError, free_port, gunicorn
+from benchmarks.servers import Server, ServerError, gunicorn
+from tests.helpers.ports import free_port
 
 #: Kubernetes' default timeoutSeconds.
 TIMEOUT = 1.0

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 30.0
@@ -84,6 +85,7 @@ def gunicorn(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-") as directory:
         log_path = Path(directory, "log")
+        # Not `--bind :0`, since with --reuse-port every worker would get a port of its own.
         port = port or free_port()
         command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
         command += without_control_socket()
@@ -99,15 +101,6 @@ def gunicorn(
             yield Server(port, process.pid, log_path)
         finally:
             _end(process)
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
-    # Not `--bind :0`, since with --reuse-port every worker would get a port of its own.
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def without_control_socket() -> list[str]:

@@ -18,7 +18,8 @@ import click
 import gunicorn as gunicorn_package
 from tabulate import tabulate
 
-from benchmarks.servers import START_TIMEOUT, ServerError, free_port, gunicorn
+from benchmarks.servers import START_TIMEOUT, ServerError, gunicorn
+from tests.helpers.ports import free_port
 from zdd_web import service
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Outcome, Report, build

@@ -81,6 +81,11 @@ class Terminal:
 
         return until(f"{pattern!r}", found, self)
 
+    def runs(self, command: str) -> str:
+        """Type a command, and return the screen when it has ended."""
+        self.type(command)
+        return self.ends()
+
     def ends(self) -> str:
         """Wait until the command has ended, and return the screen without the prompt that follows."""
         self.ready()

@@ -87,9 +87,10 @@ def totals(board: Board, predecessor: Board | None = None) -> Totals:
         # It counts on, and what this generation's master has noted of it is a tick old.
         began = totals(predecessor).at_least(began)
     slots = list(board.taken_slots())
+    requests, errors = board.answered()
     return Totals(
-        requests=began.requests + header.requests_gone + sum(slot.requests for slot in slots),
-        server_errors=began.server_errors + header.server_errors_gone + sum(slot.server_errors for slot in slots),
+        requests=began.requests + requests,
+        server_errors=began.server_errors + errors,
         late_requests=began.late_requests + header.late_gone + sum(slot.late for slot in slots),
         workers_lost=began.workers_lost + header.workers_lost,
         upgrades_done=began.upgrades_done + header.upgrades_done,

@@ -17,7 +17,8 @@ from tabulate import tabulate
 
 from benchmarks.balancers.proxies import PROXIES, Proxy, running
 from benchmarks.balancers.traffic import Traffic, answers
-from benchmarks.servers import ServerError, free_port, gunicorn
+from benchmarks.servers import ServerError, gunicorn
+from tests.helpers.ports import free_port
 
 HEADERS = ("balancer", "settings", "DRAIN_DELAY", "restarts", "requests", "lost", "of them")
 PROGRAMS = tuple(dict.fromkeys(proxy.program for proxy in PROXIES))

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.servers import ServerError, free_port
+from benchmarks.servers import ServerError
+from tests.helpers.ports import free_port
 
 START_TIMEOUT = 10.0
 

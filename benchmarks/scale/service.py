@@ -17,7 +17,8 @@ from pathlib import Path
 from benchmarks import deployed
 from benchmarks.deployed import until
 from benchmarks.scale.clients import require_descriptors
-from benchmarks.servers import Server, ServerError, free_port, gunicorn
+from benchmarks.servers import Server, ServerError, gunicorn
+from tests.helpers.ports import free_port
 from zdd_web import service as finder
 from zdd_web.board import UpgradeState
 from zdd_web.system import proc

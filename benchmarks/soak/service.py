@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import deployed
-from benchmarks.servers import ROOT, ServerError, free_port, without_control_socket
+from benchmarks.servers import ROOT, ServerError, without_control_socket
 from benchmarks.soak.app import VERSION_PATH
 from benchmarks.soak.clients import fetch
+from tests.helpers.ports import free_port
 from zdd_web import service as finder
 from zdd_web.system import proc
 

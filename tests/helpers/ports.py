@@ -15,6 +15,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     """Return a port that no process has, and that the kernel gives to none: to no client, and for no bind of port 0.
 
     It is not reserved: another test may draw the same, once in thousands of times.
+
     A port out of the ephemeral range, found by a bind of port 0 and closed again, goes to another test's service or
     client a moment later; with thousands of connections a second it did.
     """

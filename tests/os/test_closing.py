@@ -308,7 +308,7 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
     monkeypatch.setattr(stock.ThreadWorker, "wait_for_and_dispatch_events", lambda worker, timeout: None)
     ours = process()
     worker = worker_of(stock.ThreadWorker, pending_conns=[SimpleNamespace(timeout=time.monotonic() + 75)])
-    gthread.give_up_silent_connections(worker, ours, lambda: True)
+    gthread.give_up_silent_connections(worker, ours, lambda: False)
     worker.murder_pending()
     ours.going = True
     worker.murder_pending()
@@ -318,7 +318,7 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
 
 
 @pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("adapt", [partial(gthread.adapt, are_to_close=lambda: True), sync.adapt])
+@pytest.mark.parametrize("adapt", [partial(gthread.adapt, hands_over=lambda: False), sync.adapt])
 def test_workers_of_other_classes_are_left_as_they_are(adapt: Callable[[Any, Any], None]) -> None:
     worker = SimpleNamespace()
     before = stock.TConn.close

@@ -219,7 +219,7 @@ def test_a_full_exchange_leaves_a_connection_where_it_is(make: Callable[..., Wor
     hand_over = leaving.kept.leaving(lambda: None, None)
     assert hand_over is not None and not hand_over.over()
     assert len(leaving.store.kept) == 3
-    assert leaving.kept.pause() == exchange.TURN
+    assert leaving.kept.limits_wait and leaving.kept.pause() == exchange.TURN
     serving.store.limit = 1 << 20
     while serving.kept.take_some():
         pass
@@ -375,7 +375,9 @@ def test_idle_connections_leave_over_the_lame_duck(make: Callable[..., Worker]) 
     worker.store.connect(10)
     header = worker.board.header
     header.phase, header.stop_since = Phase.LAME_DUCK, clock.now_ns()
+    assert not worker.kept.limits_wait
     worker.kept.turn()
+    assert worker.kept.limits_wait and worker.kept.pause() == exchange.LAME_DUCK_TURN
     assert worker.store.closed <= 1
     header.stop_since = clock.now_ns() - int(5.5e9)
     worker.kept._looks_at = 0.0

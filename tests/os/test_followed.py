@@ -91,6 +91,14 @@ def test_a_successor_is_seen_by_the_board_of_its_predecessor_and_ended_generatio
     assert len(looks) == 1
 
 
+def test_a_pid_that_has_become_another_services_is_not_the_successor(
+    masters: Masters, name: str, followed: Followed
+) -> None:
+    other = masters.start(f"{name}-other")
+    old = masters.start(name, generation=2, successor=other)
+    assert [pids(followed.look()) for _ in range(3)] == [[[old]]] * 3
+
+
 def test_a_successor_is_looked_for_among_the_children_that_are_no_workers(
     masters: Masters, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

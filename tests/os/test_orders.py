@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.forks import in_child
 from zdd_web import log
 from zdd_web.board import Board
+from zdd_web.gunicorn.workers import orders
 from zdd_web.gunicorn.workers.orders import Once, Orders, describe
 
 
@@ -46,6 +47,19 @@ def test_a_worker_follows_the_word_on_its_slot_and_the_end_of_its_master() -> No
     orphan = Side(os.getppid() + 1)
     Orders(orphan, once).turn(lambda: None)()  # type: ignore[arg-type]
     assert orphan.followed == 1
+    os.close(once._fd)
+
+
+def test_a_busy_loop_beats_seldom_and_follows_an_order_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orders, "BEAT_EVERY", 10**15)
+    side, beats, once = Side(os.getppid()), [], Once()
+    turn = Orders(side, once).turn(lambda: beats.append(1))  # type: ignore[arg-type]
+    for _ in range(5):
+        turn()
+    assert (side.followed, len(beats)) == (0, 1)
+    side.slot.order.retire = 1
+    turn()
+    assert side.followed == 1
     os.close(once._fd)
 
 

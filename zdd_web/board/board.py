@@ -194,6 +194,12 @@ class Board:
         """Return the slots that a worker has now."""
         return (slot for slot in self.used_slots() if slot.order.taken)
 
+    def answered(self) -> tuple[int, int]:
+        """Return how many requests this generation has answered, and how many of them with a status of 500 or above."""
+        header, slots = self.header, list(self.taken_slots())
+        requests = header.requests_gone + sum(slot.requests for slot in slots)
+        return requests, header.server_errors_gone + sum(slot.server_errors for slot in slots)
+
     def claim(self, age: int) -> Slot:
         """Take a free slot for a worker that is about to be forked; the master's call.
 

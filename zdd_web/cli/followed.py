@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from zdd_web.board import UpgradeState
+from zdd_web.cli.control import UNDER_WAY
 from zdd_web.cli.progress import successor_of
 from zdd_web.errors import BoardError
 from zdd_web.service import Generation, generation_of
@@ -55,13 +55,10 @@ class Followed:
 def _now(line: list[Generation]) -> list[Generation]:
     # The successor first: the end of its predecessor may be noticed in the same look.
     successor = _successor(line[-1])
-    if successor is not None:
-        # The pid may be another service's by now.
-        of_this_line = successor.owner == line[-1].owner and _number(successor) > _number(line[-1])
-        if of_this_line:
-            line = [*line, successor]
-        else:
-            successor.close()
+    if successor is not None and _succeeds(successor, line[-1]):
+        line = [*line, successor]
+    elif successor is not None:
+        successor.close()
     alive = []
     for each in line:
         try:
@@ -75,8 +72,9 @@ def _now(line: list[Generation]) -> list[Generation]:
     return alive
 
 
-def _number(generation: Generation) -> int:
-    return generation.board.header.generation
+def _succeeds(later: Generation, earlier: Generation) -> bool:
+    # The pid may be another service's by now.
+    return later.owner == earlier.owner and later.header.generation > earlier.header.generation
 
 
 def _successor(generation: Generation) -> Generation | None:
@@ -85,7 +83,6 @@ def _successor(generation: Generation) -> Generation | None:
         if header.successor_pid:
             return generation_of(header.successor_pid)
         # Until it is active it is known as a child only.
-        under_way = header.upgrade_state in (UpgradeState.BOOTING, UpgradeState.COMMITTING)
-        return successor_of(generation) if under_way else None
+        return successor_of(generation) if header.upgrade_state in UNDER_WAY else None
     except (BoardError, OSError):
         return None

@@ -204,9 +204,7 @@ def committing(successor: Snapshot | None, old: Snapshot, watch: float | None = 
 
 def errors_of(board: Board) -> str:
     """Return how many replies of a generation had a status that counts against it."""
-    slots = list(board.used_slots())
-    errors = board.header.server_errors_gone + sum(slot.server_errors for slot in slots if slot.order.taken)
-    requests = board.header.requests_gone + sum(slot.requests for slot in slots if slot.order.taken)
+    requests, errors = board.answered()
     return f"; the new one has answered {count(requests, 'request')}, {errors} with status 500 or above"
 
 

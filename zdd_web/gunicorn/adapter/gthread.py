@@ -31,16 +31,16 @@ def is_one(worker: object) -> TypeGuard[GthreadWorker]:
     return isinstance(worker, gthread.ThreadWorker)
 
 
-def adapt(worker: object, process: Process, are_to_close: Callable[[], bool]) -> None:
+def adapt(worker: object, process: Process, hands_over: Callable[[], bool]) -> None:
     """Change what a gthread worker does with its connections; leaves other workers as they are.
 
-    `are_to_close()` tells whether connections end with this worker, and do not go on in another.
+    `hands_over()` tells whether connections go on in another worker, and do not end with this one.
     """
     if is_one(worker):
         end_by_signal_alone(worker)
         defer_nothing_once_closed(worker)
         close_beside_the_loop(worker, process)
-        give_up_silent_connections(worker, process, are_to_close)
+        give_up_silent_connections(worker, process, hands_over)
 
 
 def defer_nothing_once_closed(worker: object) -> None:
@@ -126,7 +126,7 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Gthrea
     replace(_Connection, "close", close)
 
 
-def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_close: Callable[[], bool]) -> None:
+def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_over: Callable[[], bool]) -> None:
     """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
 
     From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
@@ -150,7 +150,7 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_c
         if not worker.pending_conns:
             return
         # A connection that is handed over keeps its time.
-        if process.going and are_to_close():
+        if process.going and not hands_over():
             now = time.monotonic()
             ends_at = ends_at or now + QUIET
             for conn in worker.pending_conns:
@@ -160,15 +160,16 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, are_to_c
                 wait_and_dispatch(0)
         murder_pending()
 
-    def wait_a_turn(timeout: float) -> None:
-        # Before 27.0.1 a loop that is to end sleeps until its time is over or something arrives, without a heartbeat.
-        if timeout > TURN:
-            worker.notify()
-        wait_and_dispatch(min(timeout, TURN))
-
     replace(_Connection, "wait_for_data", wait_for_data_unless_leaving)
     replace(worker, "murder_pending", murder_pending_of_a_leaving_worker)
     if WindDown.needed_by(worker):
+
+        def wait_a_turn(timeout: float) -> None:
+            # A loop that is to end sleeps until its time is over or something arrives, without a heartbeat.
+            if timeout > TURN:
+                worker.notify()
+            wait_and_dispatch(min(timeout, TURN))
+
         replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
 
 

@@ -93,14 +93,14 @@ class WorkerFacade:
         """Put `made(method)` in the place of a method."""
         replace(self.raw, name, made(getattr(self.raw, name)))
 
-    def adapt(self, process: Process, are_to_close: Callable[[], bool]) -> None:
+    def adapt(self, process: Process, hands_over: Callable[[], bool]) -> None:
         """Change what its class does with connections, so that a stop and an upgrade lose none.
 
-        A reply closes its connection where `are_to_close()` is true.
+        A reply of a worker that leaves closes its connection, unless the worker `hands_over()` what it has.
         """
-        _close_connections_when(process.is_leaving, are_to_close)
+        _close_connections_when(process.is_leaving, hands_over)
         self._remember_names()
-        gthread.adapt(self.raw, process, are_to_close)
+        gthread.adapt(self.raw, process, hands_over)
         sync.adapt(self.raw, process)
 
     def handle_signals_in_python(self) -> None:
@@ -246,10 +246,10 @@ def _same(name: SocketName) -> SocketName:
     return name
 
 
-def _close_connections_when(is_leaving: Callable[[], bool], are_to_close: Callable[[], bool]) -> None:
-    """Have a reply carry `Connection: close` if `are_to_close()` when its headers are written, in this process.
+def _close_connections_when(is_leaving: Callable[[], bool], hands_over: Callable[[], bool]) -> None:
+    """Have a reply carry `Connection: close` where that holds when its headers are written, in this process.
 
-    `is_leaving()` is asked first, because it is cheap, and this runs for each reply.
+    That is where `is_leaving()`, which is cheap, and asked for each reply, and not `hands_over()`.
 
     Not decided when the request begins: the reply may come a minute later. And once for each reply: a later look
     (tests/contract: test_gthread_asks_the_reply_whether_to_close) must find what the headers have announced.
@@ -257,7 +257,7 @@ def _close_connections_when(is_leaving: Callable[[], bool], are_to_close: Callab
     default_headers: Method = Reply.default_headers
 
     def headers(response: Response) -> object:
-        if is_leaving() and not response.must_close and are_to_close():
+        if is_leaving() and not response.must_close and not hands_over():
             response.force_close()
         return default_headers(response)
 

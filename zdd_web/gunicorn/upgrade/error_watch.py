@@ -68,11 +68,7 @@ def judge(old: Traffic, new: Traffic, allowed: float, *, is_over: bool) -> str:
 
 def traffic(board: Board) -> Traffic:
     """Return what a generation has answered since it began."""
-    header, slots = board.header, list(board.taken_slots())
-    return Traffic(
-        header.requests_gone + sum(slot.requests for slot in slots),
-        header.server_errors_gone + sum(slot.server_errors for slot in slots),
-    )
+    return Traffic(*board.answered())
 
 
 class ErrorWatch:

@@ -72,13 +72,9 @@ class RequestCounter:
                 total = words[requests] = words[requests] + one
             if total >= limit:
                 self._reached_limit()
-            try:
-                is_error = response.status_code >= 500  # type: ignore[union-attr, operator]
-            except (AttributeError, TypeError):
-                # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn
-                # answers 500.
-                is_error = response is not None
-            if is_error:
+            # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn answers
+            # 500.
+            if response is not None and (getattr(response, "status_code", None) or 500) >= 500:
                 self.failed(request)
 
         def stop() -> None:

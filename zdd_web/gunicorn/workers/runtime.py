@@ -60,7 +60,7 @@ class WorkerRuntime:
         self._listeners = (*listeners, *exchange.descriptors())
         limit = worker.take_max_requests()
         self.kept = KeptConnections(self, exchange)
-        worker.adapt(self.process, self.kept.are_to_close)
+        worker.adapt(self.process, self.kept.hands_over)
         self.adapter = registry.adapter_for(self)
         self.kept.store = self.adapter.connection_store()
         self._machine = StateMachine()
