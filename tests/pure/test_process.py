@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dis
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +15,7 @@ import zdd_web
 from tests.helpers.threads import at_once
 from zdd_web import process, waitgroup
 from zdd_web.board import NAMED_TASKS, Board, Slot, WorkerState
+from zdd_web.gunicorn.workers import request_counts
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
@@ -146,13 +149,44 @@ def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Proces
             counter.started(None, "a request")
             counter.finished(None, "a request", {}, None)
 
-    at_once(8, serve)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        at_once(8, serve)
+    finally:
+        sys.setswitchinterval(before)
     # In a context of its own: it notes which request this is.
     contextvars.copy_context().run(counter.started, None, "a request")
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000)
     counter.stop()
     counter.finished(None, "a request", {}, None)
     assert (worker.slot.in_flight, worker.slot.requests) == (1, 4_000), "it is cut off, and not finished"
+
+
+@pytest.mark.skipif(not request_counts.has_gil(), reason="without the GIL there is a lock")
+@pytest.mark.parametrize(("hook", "counts"), [("started", 1), ("finished", 2)])
+def test_no_thread_gets_between_the_two_halves_of_a_count(worker: Process, hook: str, counts: int) -> None:
+    code = getattr(RequestCounter(worker, 1 << 60, (), lambda _: True), hook)
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    # A word is read for the phase too, and not written.
+    written = [index for index, step in enumerate(steps) if step.opname == "STORE_SUBSCR"]
+    assert len(written) == counts
+    for end in written:
+        begin = max(at for at, step in enumerate(steps[:end]) if step.opname.startswith("BINARY_SUBSCR"))
+        between = [step.opname for step in steps[begin : end + 1]]
+        # Where an interpreter looks whether another thread is to run: at calls, and where it jumps back.
+        assert not [name for name in between if "CALL" in name or "JUMP" in name or name in ("RESUME", "SEND")], between
+
+
+def test_a_count_is_locked_where_there_is_no_gil(worker: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker.slot is not None
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    counter = RequestCounter(worker, 1 << 60, (), lambda _: True)
+    assert worker.slot.in_flight == 0
+    contextvars.copy_context().run(counter.started, None, "a request")
+    assert worker.slot.in_flight == 1
+    counter.finished(None, "a request", {}, None)
+    assert (worker.slot.in_flight, worker.slot.requests) == (0, 1)
 
 
 def test_worker_says_its_state_and_since_when(worker: Process) -> None:
