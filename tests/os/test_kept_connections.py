@@ -266,6 +266,14 @@ def test_uvicorn_connection_is_idle_between_two_whole_requests_alone(protocol: A
         assert await reader.readuntil(b"ok")
         await server.settle()
         assert server.is_idle(), "between two requests"
+        writer.write(GET + GET[:9])
+        assert await reader.readuntil(b"ok")
+        await server.settle()
+        assert not server.is_idle(), "a part of a head that came together with the request before"
+        writer.write(GET[9:])
+        assert await reader.readuntil(b"ok")
+        await server.settle()
+        assert server.is_idle(), "between two requests"
         writer.write(HEAD_OF_POST)
         assert await reader.readuntil(b"ok")
         await server.settle()
@@ -293,6 +301,8 @@ def test_uvicorn_connection_goes_on_where_it_is_received(protocol: Any) -> None:
         second.store.keep(*received)
         await second.settle()
         (there,) = second.store.idle()
+        # It is handed on once more before its next request, and must not lose its time there.
+        assert second.store.describe(there)[1].requests == 1
         assert 6 < second.store.describe(there)[1].left <= 7
         writer.write(GET)
         assert await reader.readuntil(b"ok")

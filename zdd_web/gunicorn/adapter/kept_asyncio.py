@@ -8,8 +8,9 @@ with the transport. Neither may shut the connection down, as gunicorn's `_close_
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from zdd_web.gunicorn.adapter.kept import Keeper
 from zdd_web.system.connection_passing import Handed, waiting_bytes
@@ -219,6 +220,11 @@ class AsgiConnections(AsyncioConnections["AsgiProtocol"]):
 class UvicornConnections(AsyncioConnections["UvicornProtocol"]):
     """Those of uvicorn's two HTTP protocols."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        #: Connections that have had a request in another process.
+        self._had_one: weakref.WeakSet[UvicornProtocol] = weakref.WeakSet()
+
     def is_idle(self, protocol: UvicornProtocol) -> bool:
         """See `AsyncioConnections`."""
         cycle = getattr(protocol, "cycle", None)
@@ -230,11 +236,12 @@ class UvicornConnections(AsyncioConnections["UvicornProtocol"]):
         if h11 is not None:
             begun = bool(h11.trailing_data[0])
             return bool(h11.their_state.__name__ == h11.our_state.__name__ == "IDLE" and not begun)
-        # httptools: a request makes a scope with its first byte, any byte ends the timer, and an app may reply before
-        # it has the whole body.
+        # httptools: a request makes a scope with its first byte, which may have come together with the request before;
+        # any byte ends the timer, and an app may reply before it has the whole body.
         if cycle is None:
             return protocol.scope is None
-        return protocol.timeout_keep_alive_task is not None and not cycle.more_body
+        is_between = protocol.timeout_keep_alive_task is not None and protocol.scope is cycle.scope
+        return is_between and not cycle.more_body
 
     def timer(self, protocol: UvicornProtocol) -> asyncio.TimerHandle | None:
         """See `AsyncioConnections`."""
@@ -242,7 +249,12 @@ class UvicornConnections(AsyncioConnections["UvicornProtocol"]):
 
     def requests(self, protocol: UvicornProtocol) -> int:
         """See `AsyncioConnections`: it only matters whether there was one."""
-        return 0 if protocol.cycle is None else 1
+        return 0 if protocol.cycle is None and protocol not in self._had_one else 1
+
+    def before_made(self, protocol: UvicornProtocol, requests: int) -> None:
+        """See `AsyncioConnections`."""
+        if requests:
+            self._had_one.add(protocol)
 
     def set_timer(self, protocol: UvicornProtocol, left: float) -> None:
         """See `AsyncioConnections`."""

@@ -301,6 +301,7 @@ class AsgiProtocol(AsyncioProtocol):
 class UvicornCycle(Protocol):
     """uvicorn's `RequestResponseCycle`."""
 
+    scope: Mapping[str, object]
     response_complete: bool
     more_body: bool
 
