@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import selectors
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from zdd_web.gunicorn.adapter import kept_gthread
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections, UvicornConnections
+from zdd_web.gunicorn.handoff.inheritance import Inheritance
+from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.system import connection_passing
 from zdd_web.system.connection_passing import Handed
 
@@ -183,6 +186,34 @@ def test_tls_and_what_is_not_kept_do_not_travel(
     gthread: Callable[..., Gthread], settings: dict[str, Any], travels: bool
 ) -> None:
     assert gthread(**settings).store.can_travel is travels
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({"worker_class": "gthread"}, True),
+        ({"worker_class": "gthread", "proxy_protocol": True}, True),
+        ({"worker_class": "gthread", "keepalive": 0}, False),
+        ({"worker_class": "gthread", "certfile": "x", "keyfile": "y"}, False),
+        ({"worker_class": "gthread", "worker_connections": 4, "threads": 4}, False),
+        ({"worker_class": "sync"}, False),
+        ({"worker_class": "sync", "threads": 2}, True),
+        ({"worker_class": "gevent"}, True),
+        ({"worker_class": "gevent", "keepalive": 0}, False),
+    ],
+)
+def test_predecessor_is_told_whether_its_connections_are_taken(settings: dict[str, Any], taken: bool) -> None:
+    if settings["worker_class"] == "gevent":
+        pytest.importorskip("gevent")
+    cfg: Any = Config()
+    for name, value in settings.items():
+        cfg.set(name, value)
+    first = Exchange()
+    given = {name: os.dup(fd) for name, fd in first.inheritance().items()}
+    successor = Exchange(Inheritance(2, 1, -1, -1, -1, (), (), **given))
+    assert (successor.is_taken_from(cfg), first.is_taken_from(cfg)) == (taken, False)
+    first.close()
+    successor.close()
 
 
 # -- uvicorn

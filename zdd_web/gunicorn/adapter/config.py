@@ -55,6 +55,7 @@ class Config(Protocol):
     pythonpath: str | None
     reuse_port: bool
     settings: dict[str, Setting]
+    threads: int
     timeout: int
     uid: int
     on_exit: Callable[[object], None]

@@ -4,6 +4,34 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from gunicorn import http
+
+from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.adapter.versions import check_worker_class
+
+
+def can_travel(cfg: Config, *, after_proxy: bool = False) -> bool:
+    """Tell whether connections of a worker with this configuration can be served by another process.
+
+    The state of TLS is in a worker's memory; uWSGI's is a protocol of its own. A PROXY line is read once, and its
+    content is lost to another process, unless the class can serve a connection without it (`after_proxy`).
+    """
+    plain = not cfg.is_ssl and getattr(cfg, "protocol", "http") == "http"
+    return bool(plain and cfg.keepalive and (after_proxy or cfg.proxy_protocol in ("off", False)))
+
+
+def are_taken(cfg: Config) -> bool:
+    """Tell whether workers with this configuration take connections that others hand over.
+
+    A class that keeps none, such as sync, takes none.
+    """
+    family = check_worker_class(cfg)
+    if family == "blocking":
+        # Of gthread 24 and later alone; where so few are allowed all of them are closed after their reply.
+        keeps = hasattr(cfg.worker_class, "wait_for_and_dispatch_events") and cfg.worker_connections > cfg.threads
+        return keeps and can_travel(cfg, after_proxy=True)
+    return can_travel(cfg) and (family != "gevent" or hasattr(http, "get_parser"))
+
 
 class Keeper(Protocol):
     """`KeptConnections`, as a store of connections sees it."""

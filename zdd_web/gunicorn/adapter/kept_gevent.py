@@ -18,14 +18,13 @@ from gevent import getcurrent
 from gevent.event import AsyncResult
 from gunicorn import http
 
-from zdd_web.gunicorn.adapter.kept import Keeper
+from zdd_web.gunicorn.adapter.kept import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
     import socket
 
-    from zdd_web.gunicorn.adapter.config import Config
     from zdd_web.gunicorn.adapter.protocols import (
         GeventServer,
         Greenlet,
@@ -112,10 +111,7 @@ class GeventConnections:
     @property
     def can_travel(self) -> bool:
         """Whether connections of this worker can be served by another."""
-        cfg = self._worker.cfg
-        # A PROXY line is read once, and its content is in this process; so are TLS and the uWSGI protocol.
-        plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
-        return bool(plain and cfg.keepalive and hasattr(_http, "get_parser") and _speaks_http(cfg))
+        return can_travel(self._worker.cfg) and hasattr(_http, "get_parser")
 
     def enter(self, name_of: Callable[[object], SocketName]) -> None:
         """Take note of each connection, parser and wait; `name_of` returns a listener's name."""
@@ -263,7 +259,3 @@ class _Named:
 
     def getsockname(self) -> SocketName:
         return self._name
-
-
-def _speaks_http(cfg: Config) -> bool:
-    return bool(getattr(cfg, "protocol", "http") == "http")

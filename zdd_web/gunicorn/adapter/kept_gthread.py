@@ -15,7 +15,7 @@ from gunicorn import http
 from gunicorn.workers import gthread
 
 from zdd_web.gunicorn.adapter.gthread import is_one
-from zdd_web.gunicorn.adapter.kept import Keeper
+from zdd_web.gunicorn.adapter.kept import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
@@ -46,9 +46,8 @@ class GthreadConnections:
 
     def __init__(self, worker: GthreadWorker, kept: Keeper) -> None:
         self._worker, self._kept = worker, kept
-        cfg = worker.cfg
-        #: The state of TLS is in this process's memory; uWSGI's is a protocol of its own.
-        self.can_travel = bool(not cfg.is_ssl and cfg.keepalive and getattr(cfg, "protocol", "http") == "http")
+        #: A PROXY line is read before the first request alone.
+        self.can_travel = can_travel(worker.cfg, after_proxy=True)
         self._http2 = 0
         run, wait = worker.run, worker.wait_for_and_dispatch_events
         is_parent_alive = worker.is_parent_alive

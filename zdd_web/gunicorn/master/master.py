@@ -215,7 +215,7 @@ class Master:
                 server.replace_handler(sig, partial(self._unless_forwarded, sig))
         if self.predecessor_link is not None:
             self.predecessor_link.adopt(
-                self.listening, takes_connections=self.exchange.was_inherited, canary=self.canary.size
+                self.listening, takes_connections=self.exchange.is_taken_from(server.cfg), canary=self.canary.size
             )
         else:
             if server.pid_file is not None:

@@ -14,6 +14,8 @@ import socket
 from typing import Any
 
 from zdd_web import log
+from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.adapter.kept import are_taken
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.system import connection_passing
 
@@ -49,6 +51,10 @@ class Exchange:
     def is_on(self) -> bool:
         """Whether there is a pair."""
         return self.give is not None
+
+    def is_taken_from(self, cfg: Config) -> bool:
+        """Tell whether workers with this configuration take what the predecessor sends."""
+        return self.was_inherited and are_taken(cfg)
 
     def inheritance(self) -> dict[str, Any]:
         """Return what a successor is given of it, as fields of `Inheritance`."""

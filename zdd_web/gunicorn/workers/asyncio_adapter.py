@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
+from zdd_web.gunicorn.adapter.kept import can_travel
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections
 from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
@@ -74,10 +75,7 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
 
     def connection_store(self) -> ConnectionStore[C] | None:
         """See `WorkerAdapter`."""
-        cfg = self.worker.cfg
-        # A PROXY line is read once, and its content is in this process; so is TLS.
-        plain = not cfg.is_ssl and cfg.proxy_protocol in ("off", False)
-        self.store.can_travel = bool(plain and cfg.keepalive and getattr(cfg, "protocol", "http") == "http")
+        self.store.can_travel = can_travel(self.worker.cfg)
         return self.store
 
     def _websockets(self) -> Collection[object]:

@@ -2,8 +2,8 @@
 
 The threads of a worker share the words of its slot, and no lock is taken to count: it would be taken twice for each
 request. CPython, since 3.10, switches threads where a function is called or begins and where code jumps back, and
-nowhere else. Between reading a word and writing it there is none of these
-(test_no_thread_gets_between_the_two_halves_of_a_count). An interpreter without the GIL runs each hook under a lock.
+nowhere else. Between reading a word and writing it there is none of these, as tests/pure/test_process.py shows. An
+interpreter without the GIL runs each hook under a lock.
 """
 
 from __future__ import annotations
