@@ -98,6 +98,7 @@ class Store:
         self.clients: list[socket.socket] = []
         self.closed = 0
         self.limit = 1000
+        self.asked = 0
         self.watches = False
         self.http2 = False
 
@@ -129,6 +130,7 @@ class Store:
         self.kept.append((connection, handed))
 
     def room(self) -> int:
+        self.asked += 1
         return self.limit - len(self.kept)
 
     def in_hand(self) -> int:
@@ -199,7 +201,9 @@ def test_what_one_worker_gives_another_takes_bit_by_bit(make: Callable[..., Work
     hand_over = leaving.kept.leaving(lambda: None, None)
     assert hand_over is not None
     assert not hand_over.over() and len(leaving.store.kept) == 10
+    asked = serving.store.asked
     assert serving.kept.take_some() == TAKEN_AT_ONCE
+    assert serving.store.asked == asked + 1, "asyncio's workers would walk thousands for each"
     assert not hand_over.over() and leaving.store.kept == []
     while serving.kept.take_some():
         pass

@@ -210,9 +210,7 @@ class KeptConnections:
         assert self.store is not None and self._exchange.take is not None
         taken = 0
         # Bounded by what is read, valid or not: another worker that sends garbage must not hold up this loop.
-        for _ in range(most):
-            if self.store.room() <= 0:
-                break
+        for _ in range(min(most, self.store.room())):
             try:
                 found = connection_passing.receive(self._exchange.take)
             except MessageError as error:
