@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from benchmarks.kept_clients import KeptClients, ask, is_closed
+from benchmarks.kept_clients import REQUESTS, KeptClients, ask, is_closed
 from tests.processes.harness import PATIENCE, WORKER_CLASSES, Service, skip_unless_installed, until
 from tests.processes.test_worker_classes import ASGI_APP
 from zdd_web import metrics
@@ -185,6 +185,41 @@ def test_a_request_in_hand_is_answered_and_its_connection_kept(make_service: Mak
     assert b" 200 " in ask(connection)
     assert service.snapshot().connections_received == 1
     connection.close()
+    service.stop()
+
+
+@pytest.mark.parametrize("worker_class", KEEPERS)
+def test_connections_that_no_worker_takes_are_answered_where_they_came_from(
+    make_service: MakeService, worker_class: str
+):
+    service = keeping(make_service, worker_class)
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port), PATIENCE)) for _ in range(4)]
+        for each in held:
+            each.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nfirst")
+        until("requests in hand", lambda: sum(each.in_flight for each in service.snapshot().workers) == 4, service)
+        service.upgrade()
+        stopped = [worker.pid for worker in service.snapshot().workers]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for each in held:
+                assert b" 200 " in ask(each, b" half")
+            until(
+                "connections in the exchange",
+                lambda: sum(each.handed_over for each in service.generations()[0].snapshot().workers) == 4,
+                service,
+            )
+            for each in held:
+                each.sendall(REQUESTS[0])
+            service.wait_for(r"generation=1 event=connections\.taken_back")
+            for each in held:
+                assert b" 200 " in ask(each, b"")
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+    service.until_one_generation()
+    assert service.matches(r"event=internal\.error") == [], service.log()
     service.stop()
 
 

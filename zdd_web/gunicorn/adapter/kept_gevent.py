@@ -216,7 +216,9 @@ class GeventConnections:
             return
         client = gevent.socket.socket(fileno=connection.detach())
         self._received[id(client)] = client, handed
-        self.servers[0].do_handle(client, address)
+        # Not by the server: one that is closed has forgotten its handler, and a worker that leaves takes back what no
+        # other has taken.
+        self.servers[0].pool.spawn(self._worker.handle, None, client, address)
 
     def room(self) -> int:
         """See `ConnectionStore`."""

@@ -239,6 +239,8 @@ class GeventPool(Protocol):
 
     size: int
 
+    def spawn(self, function: Callable[..., object], *arguments: object) -> object: ...
+
     def free_count(self) -> int: ...
 
 
@@ -246,8 +248,6 @@ class GeventServer(Protocol):
     """`gevent.server.StreamServer`."""
 
     pool: GeventPool
-
-    def do_handle(self, client: socket.socket, address: SocketName) -> None: ...
 
     def stop_accepting(self) -> None: ...
 

@@ -152,7 +152,8 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
             if not self.accepting:
                 server.close()
             self.store.factory = connection
-            self.runtime.kept.turn()
+            # Not when the next turn comes, a second later: in a reload the other workers may all have left by then.
+            self.runtime.kept.watch_exchange()
             return server
 
         shutdown_executor = loop.shutdown_default_executor
