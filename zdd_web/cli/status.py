@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -105,16 +104,22 @@ TIMES = ("phase_since", "started_at", "ready_at", "tick_at", "deadline", "upgrad
 
 
 def _plain(snapshot: Snapshot, owner: int, now: Now) -> dict[str, Any]:
-    fields = dataclasses.asdict(snapshot)
+    fields = snapshot._asdict()
     fields["phase"] = snapshot.phase.label
     fields["successor_phase"] = snapshot.successor_phase.label if snapshot.successor_phase else None
     fields["upgrade_state"] = snapshot.upgrade_state.name.lower()
     fields["in_flight"], fields["tasks"] = snapshot.in_flight, snapshot.tasks
     fields["stalled_for"] = round(stalled(snapshot, now), 1)
     fields["times"] = {name: now.iso(fields[name]) for name in TIMES}
-    for worker in fields["workers"]:
-        worker["state"] = worker["state"].label
-        worker["oldest_tasks"] = [
-            {**task, "age": round(now.seconds_since(task["started"]), 1)} for task in worker["oldest_tasks"]
-        ]
+    fields["workers"] = [
+        {
+            **worker._asdict(),
+            "state": worker.state.label,
+            "oldest_tasks": [
+                {**task._asdict(), "age": round(now.seconds_since(task.started), 1)} for task in worker.oldest_tasks
+            ],
+        }
+        for worker in snapshot.workers
+    ]
+    fields["listeners"] = [listener._asdict() for listener in snapshot.listeners]
     return {**fields, "uid": owner}

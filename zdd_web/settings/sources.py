@@ -48,8 +48,7 @@ class Origin(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class FrameworkSettings:
+class FrameworkSettings(NamedTuple):
     """A `ZDD_WEB` dictionary of Django's settings or of a Flask app's config, checked, with its names in lower case."""
 
     source: str

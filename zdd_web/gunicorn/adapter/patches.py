@@ -13,9 +13,8 @@ import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter.versions import BEYOND, INSTALLED, OLDEST, numbers
@@ -23,8 +22,7 @@ from zdd_web.gunicorn.adapter.versions import BEYOND, INSTALLED, OLDEST, numbers
 Version: TypeAlias = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """One attribute: `owner` is the module or class of gunicorn that has it, `why` is what it is replaced for.
 
     `takes` are the signatures with which the replacement can stand in, as `inspect.signature()` prints them; empty for
