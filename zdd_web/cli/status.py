@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zdd_web import service
 from zdd_web.board import Snapshot
-from zdd_web.cli import screen, watch
+from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.followed import Followed
 from zdd_web.cli.options import Which, which_service
@@ -36,6 +36,9 @@ def status(which: Which, as_json: bool, live: bool) -> None:
     if live and as_json:
         raise click.UsageError("give one of --json and --watch")
     if live:
+        # Not for a pipe: a script need not wait for what draws on terminals.
+        from zdd_web.cli import watch
+
         with contextlib.closing(Followed(lambda: _services(which))) as followed:
             watch.run(lambda: _read(followed.look())[0])
         return
