@@ -30,7 +30,7 @@ from zdd_web.system.document import Document
 _LINEAGE_NAME = "zdd_web-lineage"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Attempt:
     """An upgrade that was asked for."""
 
