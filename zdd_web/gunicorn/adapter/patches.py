@@ -218,6 +218,10 @@ def restore(target: object, name: str) -> None:
     vars(target).pop(name, None)
 
 
+#: What was found in order: a start checks twice, and signatures take milliseconds.
+_passed: dict[Patch, object] = {}
+
+
 def check(*modules: str, rows: Iterable[Patch] = PATCHES, version: str = INSTALLED) -> None:
     """Raise `SettingsError` for a gunicorn that has changed what we replace, in the modules that are loaded.
 
@@ -246,6 +250,8 @@ def _check(row: Patch, version: str) -> None:
     if row.owner != row.module:
         owner = getattr(owner, row.owner.rpartition(".")[2], None)
     found = getattr(owner, row.name, None)
+    if found is not None and found is _passed.get(row):
+        return
     if found is None:
         raise SettingsError(
             f"gunicorn {version} has no {row.label}{row.takes[0]}, which zdd_web replaces ({row.why}): {_remedy()}"
@@ -256,6 +262,7 @@ def _check(row: Patch, version: str) -> None:
             f"gunicorn {version} changed {row.label}{takes}: zdd_web replaces it as {' or '.join(row.takes)} "
             f"({row.why}): {_remedy()}"
         )
+    _passed[row] = found
 
 
 def _remedy() -> str:
