@@ -80,7 +80,7 @@ def test_pair_is_among_what_an_exec_and_a_takeover_hand_on() -> None:
 
 
 def test_handoff_of_a_version_without_a_pair_is_read() -> None:
-    given = dataclasses.asdict(inheritance())
+    given = inheritance()._asdict()
     del given["exchange_give"], given["exchange_take"]
     assert Inheritance._read(given).exchange_give == -1
 
