@@ -7,11 +7,9 @@ stands on the master's board, and believes it as it believes the board (lookup.p
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 #: Commands open nothing else as a history.
 MEMFD_NAME = "zdd_web-history"
@@ -28,8 +26,7 @@ KINDS = ("start", "deploy", "rollback", "takeover", "reload")
 OUTCOMES = ("done", "failed", "refused", "cancelled", "lost")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One thing that was done, or tried. `at` is seconds since the epoch, `seconds` how long it took."""
 
     at: float
@@ -58,32 +55,30 @@ def appended(entries: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     second.
 
     >>> refused = Entry(at=1.0, kind="deploy", outcome="refused", reason="no")
-    >>> [(each.at, each.times) for each in appended(appended((), refused), dataclasses.replace(refused, at=2.0))]
+    >>> [(each.at, each.times) for each in appended(appended((), refused), refused._replace(at=2.0))]
     [(2.0, 2)]
     """
     entry = _clipped(entry)
     last = entries[-1] if entries else None
     if last is not None and last.outcome == "refused" and _same(last, entry):
-        return (*entries[:-1], dataclasses.replace(entry, times=last.times + 1))
+        return (*entries[:-1], entry._replace(times=last.times + 1))
     return (*entries, entry)[-MOST:]
 
 
 def _same(one: Entry, other: Entry) -> bool:
-    return dataclasses.replace(one, at=0.0, seconds=0.0, times=1) == dataclasses.replace(
-        other, at=0.0, seconds=0.0, times=1
-    )
+    return one._replace(at=0.0, seconds=0.0, times=1) == other._replace(at=0.0, seconds=0.0, times=1)
 
 
 def _clipped(entry: Entry) -> Entry:
     texts: dict[str, Any] = {
-        name: value[:TEXT_CHARACTERS] for name, value in vars(entry).items() if isinstance(value, str)
+        name: value[:TEXT_CHARACTERS] for name, value in entry._asdict().items() if isinstance(value, str)
     }
-    return dataclasses.replace(entry, **texts)
+    return entry._replace(**texts)
 
 
 def encode(entries: Iterable[Entry]) -> bytes:
     """Return entries as they stand in the memfd."""
-    return json.dumps({"entries": [dataclasses.asdict(entry) for entry in entries]}).encode()
+    return json.dumps({"entries": [entry._asdict() for entry in entries]}).encode()
 
 
 def decode(text: bytes) -> tuple[Entry, ...]:
@@ -101,16 +96,13 @@ def decode(text: bytes) -> tuple[Entry, ...]:
     return tuple(_clipped(entry) for entry in read if entry is not None)
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+#: What JSON may have for each field.
+_TYPES = {name: (int, float) if kind is float else (kind,) for name, kind in get_type_hints(Entry).items()}
 
 
 def _entry(fields: Any) -> Entry | None:
     if not isinstance(fields, dict):
         return None
-    values = {field.name: fields[field.name] for field in dataclasses.fields(Entry) if field.name in fields}
-    wrong = [
-        field.name
-        for field in dataclasses.fields(Entry)
-        if field.name in values and not isinstance(values[field.name], _TYPES[str(field.type)])
-    ]
+    values = {name: fields[name] for name in Entry._fields if name in fields}
+    wrong = [name for name, value in values.items() if not isinstance(value, _TYPES[name])]
     return None if wrong or not {"at", "kind", "outcome"} <= set(values) else Entry(**values)

@@ -6,11 +6,9 @@ generations: each begins with the totals of the one before it, and follows that 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zdd_web.board import LAYOUT, Board, Header, WorkerState
 from zdd_web.board.record import LARGEST
@@ -22,8 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Counts since the first generation began. The order is that on the board: append only, sixteen at most."""
 
     requests: int = 0
@@ -42,14 +39,14 @@ class Totals:
 
     def at_least(self, other: Totals) -> Totals:
         """Return what is greater, field by field: a worker's count is nowhere for an instant when it has gone."""
-        greater = Totals(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
-        return dataclasses.replace(greater, last_upgrade=self.last_upgrade, last_drain=self.last_drain)
+        greater = Totals(*map(max, self, other))
+        return greater._replace(last_upgrade=self.last_upgrade, last_drain=self.last_drain)
 
 
 def before(board: Board) -> Totals:
     """Return what a generation began with."""
     words = board.header.words
-    return Totals(*(words[Header.BEFORE_AT + index] for index in range(len(dataclasses.fields(Totals)))))
+    return Totals(*(words[Header.BEFORE_AT + index] for index in range(len(Totals._fields))))
 
 
 def carry(board: Board, predecessor: Board) -> None:
@@ -58,7 +55,7 @@ def carry(board: Board, predecessor: Board) -> None:
         return
     now = totals(predecessor).at_least(before(board))
     words = board.header.words
-    for index, value in enumerate(dataclasses.astuple(now)):
+    for index, value in enumerate(now):
         words[Header.BEFORE_AT + index] = min(value, LARGEST)
 
 
@@ -68,7 +65,7 @@ def take_back(board: Board, successor: Board) -> None:
         return
     began, ours = before(board), totals(board)
     more = totals(successor).at_least(ours)
-    for index, name in enumerate(field.name for field in dataclasses.fields(Totals)):
+    for index, name in enumerate(Totals._fields):
         if not name.startswith("last_"):
             had = getattr(began, name) + getattr(more, name) - getattr(ours, name)
             board.header.words[Header.BEFORE_AT + index] = min(had, LARGEST)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 from collections.abc import Callable
 
@@ -147,7 +146,7 @@ class Probes:
         results = here.results(self._checks)
         health = look(here.board, lame_duck_ready=settings.lame_duck_ready)
         if results is not here.board:
-            health = dataclasses.replace(health, workers=look(results).workers)
+            health = health._replace(workers=look(results).workers)
         details = may_see(settings.details, peer, default="never")
         question = Question.read(method, query, accept, only=only, details=details)
         return answer(probe, question, health)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import zdd_web
+from tests.helpers.tiers import is_asked_for, markers_of
 
 TESTS = Path(__file__).resolve().parents[1]
 #: What pytest compiles in its own way.
@@ -41,6 +42,9 @@ def _to_rewrite(config: pytest.Config) -> Iterator[tuple[Path, Path]]:
     for argument in config.args:
         path = Path(argument.partition("::")[0]).resolve()
         for source in [path] if path.is_file() else path.rglob("test_*.py"):
+            # Nor what this run does not read: for the smoke tests alone that would be most of their time.
+            if not source.is_relative_to(TESTS) or not is_asked_for(markers_of(source), config.option.markexpr):
+                continue
             kept = source.parent / "__pycache__" / (source.stem + PYC_TAIL)
             if not kept.exists() or kept.stat().st_mtime < source.stat().st_mtime:
                 yield source, kept

@@ -6,6 +6,7 @@ serves has changed. `pytest` runs all but the tier *long*, which has its own com
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ MEANING = {
 }
 
 
+@functools.cache
 def markers_of(path: Path) -> tuple[str, ...]:
     """Return the markers of a test file.
 

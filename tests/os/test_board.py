@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import mmap
 import os
@@ -81,12 +80,12 @@ def test_private_board_serves() -> None:
 def test_every_word_of_the_header_has_a_place_of_its_own(board: Board) -> None:
     board.header.name = "n" * 128
     board.header.upgrade_reason = "r" * 1024
-    plain = [field for field in Snapshot.__dataclass_fields__ if isinstance(vars(Header).get(field), Word)]
+    plain = [field for field in Snapshot._fields if isinstance(vars(Header).get(field), Word)]
     numbers = {field: 1_000 + at for at, field in enumerate(sorted(plain))}
     numbers |= {"phase": Phase.RETIRING, "successor_phase": Phase.SERVING, "upgrade_state": UpgradeState.FAILED}
     for field, number in numbers.items():
         setattr(board.header, field, number)
-    snapshot = dataclasses.asdict(board.snapshot())
+    snapshot = board.snapshot()._asdict()
     assert {field: snapshot[field] for field in numbers} == numbers
     assert (snapshot["name"], snapshot["upgrade_reason"]) == ("n" * 128, "r" * 1024)
 
@@ -152,7 +151,7 @@ def test_snapshot_stays_what_it_was(board: Board) -> None:
     snapshot = board.snapshot()
     board.header.phase = Phase.SERVING
     assert snapshot.phase is Phase.BOOTING
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         snapshot.phase = Phase.SERVING  # type: ignore[misc]
 
 

@@ -80,7 +80,7 @@ def test_pair_is_among_what_an_exec_and_a_takeover_hand_on() -> None:
 
 
 def test_handoff_of_a_version_without_a_pair_is_read() -> None:
-    given = dataclasses.asdict(inheritance())
+    given = inheritance()._asdict()
     del given["exchange_give"], given["exchange_take"]
     assert Inheritance._read(given).exchange_give == -1
 
@@ -98,6 +98,7 @@ class Store:
         self.clients: list[socket.socket] = []
         self.closed = 0
         self.limit = 1000
+        self.asked = 0
         self.watches = False
         self.http2 = False
 
@@ -129,6 +130,7 @@ class Store:
         self.kept.append((connection, handed))
 
     def room(self) -> int:
+        self.asked += 1
         return self.limit - len(self.kept)
 
     def in_hand(self) -> int:
@@ -199,7 +201,9 @@ def test_what_one_worker_gives_another_takes_bit_by_bit(make: Callable[..., Work
     hand_over = leaving.kept.leaving(lambda: None, None)
     assert hand_over is not None
     assert not hand_over.over() and len(leaving.store.kept) == 10
+    asked = serving.store.asked
     assert serving.kept.take_some() == TAKEN_AT_ONCE
+    assert serving.store.asked == asked + 1, "asyncio's workers would walk thousands for each"
     assert not hand_over.over() and leaving.store.kept == []
     while serving.kept.take_some():
         pass
@@ -229,6 +233,43 @@ def test_a_full_exchange_leaves_a_connection_where_it_is(make: Callable[..., Wor
     assert hand_over.over() and leaving.store.kept == []
     server.close()
     client.close()
+
+
+def test_few_connections_lie_in_the_exchange_at_a_time(make: Callable[..., Worker], pair: Exchange) -> None:
+    leaving, serving = make(), make()
+    leaving.store.connect(500)
+    leaving.leave()
+    hand_over = leaving.kept.leaving(lambda: None, None)
+    assert hand_over is not None and pair.take is not None
+    for _ in range(20):
+        assert not hand_over.over()
+    lies = connection_passing.waiting_bytes(pair.take)
+    assert exchange.MOST_WAITING <= lies < exchange.MOST_WAITING + connection_passing.MOST_BYTES
+    assert len(leaving.store.kept) > 350, "where a request on them is answered at once"
+    while not hand_over.over():
+        while serving.kept.take_some():
+            pass
+    assert len(serving.store.kept) == 500
+
+
+def test_a_full_exchange_that_no_worker_takes_from_is_given_up(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    leaving = make()
+    leaving.store.connect(500)
+    leaving.leave()
+    hand_over = leaving.kept.leaving(lambda: None, SimpleNamespace(over=lambda: True))
+    assert hand_over is not None
+    while connection_passing.waiting_bytes(leaving.kept.take_fd) < exchange.MOST_WAITING:
+        assert not hand_over.over()
+    now[0] += exchange.PATIENCE - 0.1
+    assert not hand_over.over()
+    assert not leaving.kept.are_to_close()
+    now[0] += 0.2
+    assert hand_over.over()
+    assert leaving.kept.are_to_close() and len(leaving.store.kept) == 500
 
 
 def test_what_no_worker_takes_is_taken_back_and_closed_as_ever(

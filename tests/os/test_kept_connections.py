@@ -19,7 +19,7 @@ from gunicorn.config import Config
 from gunicorn.workers.gthread import ThreadWorker
 
 from zdd_web.gunicorn.adapter import kept_gthread
-from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections, UvicornConnections
+from zdd_web.gunicorn.adapter.kept_asyncio import COUNTS_EVERY, AsyncioConnections, UvicornConnections
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.system import connection_passing
@@ -339,6 +339,36 @@ def test_uvicorn_connection_goes_on_where_it_is_received(protocol: Any) -> None:
         assert await reader.readuntil(b"ok")
         writer.close()
         await second.settle()
+
+    asyncio.run(asyncio.wait_for(play(), PATIENCE))
+
+
+class Closes(asyncio.Protocol):
+    """Ends each connection at once."""
+
+    def connection_made(self, transport: Any) -> None:
+        transport.abort()
+
+
+def test_room_is_known_without_a_look_at_every_connection_each_time() -> None:
+    looks = []
+
+    def connections() -> list[Any]:
+        looks.append(None)
+        return []
+
+    async def play() -> None:
+        store: AsyncioConnections[Any] = UvicornConnections(Kept(), connections, lambda: (), limit=1000)
+        store.loop, store.factory = asyncio.get_running_loop(), Closes
+        here, there = socket.socketpair()
+        began = time.monotonic()
+        room = [store.room() for _ in range(400)]
+        store.keep(here, Handed(1.0, 0, ""))
+        assert (room[0], room[-1], store.room()) == (1000, 1000, 999), "one that has come is counted at once"
+        assert len(looks) <= 2 + (time.monotonic() - began) / COUNTS_EVERY
+        while store.in_hand():
+            await asyncio.sleep(0)
+        there.close()
 
     asyncio.run(asyncio.wait_for(play(), PATIENCE))
 

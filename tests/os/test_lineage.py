@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -157,7 +156,7 @@ def test_deploy_from_a_named_directory_leaves_the_symlink_to_the_next(base):
     known = Lineage().after_deploy(own, real(base, "3"), follows=False)
     assert known.configured == own
     assert known.earlier == (own,)
-    named = dataclasses.replace(own, real=real(base, "3"))
+    named = own._replace(real=real(base, "3"))
     assert known.after_deploy(named, real(base, "2"), follows=True).configured is None
 
 

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 #: Says whose child it is.
 SAY = """
-import dataclasses, json
+import json
 from zdd_web.gunicorn.handoff.parentage import Parentage
-print(json.dumps(dataclasses.asdict(Parentage.of_this_process())))
+print(json.dumps(Parentage.of_this_process()._asdict()))
 """
 
 #: The parent needs a moment from the fork to its wait.

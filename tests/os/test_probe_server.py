@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import os
 import socket
@@ -202,7 +201,7 @@ def test_a_master_that_stalls_is_logged_once_and_not_before_it_has_had_time_to_r
 ) -> None:
     caplog.set_level("INFO", "zdd_web")
     verdicts, well = Verdicts(), Health(Phase.SERVING, wanted=1, workers=(WorkerHealth(),))
-    stalled = dataclasses.replace(well, master_stalled=6.0)
+    stalled = well._replace(master_stalled=6.0)
     for health in (stalled, stalled, well):
         verdicts.see(health)
     assert caplog.records == []

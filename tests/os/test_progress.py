@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
@@ -32,7 +31,7 @@ def worker(pid: int, state: WorkerState, error: str = "") -> WorkerView:
 
 
 def seen(board: Board, *workers: WorkerView, **changes: object) -> Snapshot:
-    return dataclasses.replace(board.snapshot(), workers=workers, workers_wanted=8, **changes)  # type: ignore[arg-type]
+    return board.snapshot()._replace(workers=workers, workers_wanted=8, **changes)  # type: ignore[arg-type]
 
 
 def test_boot_names_how_many_are_ready_and_what_the_others_wait_for(board: Board) -> None:
@@ -56,7 +55,7 @@ def test_commit_window_names_what_both_have_in_hand(board: Board) -> None:
         "the old one 1 request and 2 background tasks in hand",
     )
     assert committing(None, old)[1].startswith(": the new generation is not seen, the old one 1 request and")
-    retiring = dataclasses.replace(old, phase=Phase.RETIRING)
+    retiring = old._replace(phase=Phase.RETIRING)
     assert committing(new, retiring)[:2] == (
         "the old generation stops accepting",
         ": 1 request and 2 background tasks in hand",
@@ -78,7 +77,7 @@ def test_watch_names_the_time_that_is_left_and_the_errors_so_far(board: Board) -
 
 def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> None:
     old = seen(board, worker(1, WorkerState.SERVING), phase=Phase.SERVING)
-    few = dataclasses.replace(seen(board, worker(2, WorkerState.BOOTING)), workers_wanted=1, workers_full=8)
+    few = seen(board, worker(2, WorkerState.BOOTING))._replace(workers_wanted=1, workers_full=8)
     assert booting(few) == "worker 0 of 1 is ready (canary, of 8 workers)"
     text, more, *_ = committing(few, old)
     assert text == "watched as a canary of 1 of 8 workers"
@@ -89,10 +88,10 @@ def test_canary_is_shown_with_the_number_that_it_is_to_have(board: Board) -> Non
 
 def test_stop_names_the_tasks_that_it_waits_for(board: Board) -> None:
     began = clock.now_ns() - 75_000_000_000
-    busy = dataclasses.replace(worker(1, WorkerState.LEAVING), oldest_tasks=(TaskView(began, "report \x1b[2J"),))
-    found = seen(board, busy, dataclasses.replace(busy, tasks=0, oldest_tasks=()))
+    busy = worker(1, WorkerState.LEAVING)._replace(oldest_tasks=(TaskView(began, "report \x1b[2J"),))
+    found = seen(board, busy, busy._replace(tasks=0, oldest_tasks=()))
     assert oldest(found) == " (report \\x1b[2J for 1 min 15 s ...)"
-    assert oldest(seen(board, dataclasses.replace(busy, tasks=1))) == " (report \\x1b[2J for 1 min 15 s)"
+    assert oldest(seen(board, busy._replace(tasks=1))) == " (report \\x1b[2J for 1 min 15 s)"
     assert oldest(seen(board, worker(1, WorkerState.LEAVING))) == ""
 
 

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,13 +31,13 @@ def worker(pid: int, state: WorkerState = WorkerState.SERVING, in_flight: int = 
 @pytest.fixture
 def snapshot() -> Iterator[Snapshot]:
     board = Board.private("scenario")
-    yield replace(board.snapshot(), workers_wanted=2, workers=())
+    yield board.snapshot()._replace(workers_wanted=2, workers=())
     board.close()
 
 
 def course(snapshot: Snapshot, *states: list[WorkerView]) -> Any:
     """Return a course whose board has these workers, one state after the other, the last one for good."""
-    left = [replace(snapshot, workers=tuple(each)) for each in states]
+    left = [snapshot._replace(workers=tuple(each)) for each in states]
     signals: list[signal.Signals] = []
 
     def look() -> Snapshot:

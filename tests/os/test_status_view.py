@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -54,8 +53,7 @@ def worker(
 
 def shown(board: Board, *, since: int = 0, ticked: int = 0, **changes: object) -> Shown:
     """A generation with the longest of everything; `since` and `ticked` are seconds ago."""
-    plain = dataclasses.replace(
-        board.snapshot(),
+    plain = board.snapshot()._replace(
         name="shop",
         generation=3,
         master_pid=4194301,
@@ -68,7 +66,7 @@ def shown(board: Board, *, since: int = 0, ticked: int = 0, **changes: object) -
         ),
         listeners=(ListenerView("http://127.0.0.1:8000", 2048, 2048, 99_999_999),),
     )
-    return Shown(Generation(4194301, board), dataclasses.replace(plain, **changes))
+    return Shown(Generation(4194301, board), plain._replace(**changes))
 
 
 def text(lines: object) -> list[str]:
@@ -118,7 +116,7 @@ def test_status_says_that_a_generation_is_a_canary_and_how_many_workers_it_is_to
     assert "\n".join(lines).count(" 2 of 512 ") == 2
     # Once it has grown, and where its version does not tell.
     for full in (1, 0):
-        grown = dataclasses.replace(canary.snapshot, workers_full=full)
+        grown = canary.snapshot._replace(workers_full=full)
         assert "canary" not in "\n".join(text(lines_of([Shown(canary.generation, grown)], NOW, 80)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -22,10 +21,10 @@ AFTER, IN = WINDOW.ends + 1, WINDOW.began + 1
 
 #: A worker that has sent a heartbeat since the end of the window, and one that has not.
 HEARD, UNHEARD = WorkerSeen(11, beat_at=AFTER), WorkerSeen(12, beat_at=IN)
-READY = replace(HEARD, state=WorkerState.READY)
-RETIRING = replace(UNHEARD, retiring=True)
-LEAVING = replace(UNHEARD, state=WorkerState.LEAVING, occupied=True)
-BOOTING = replace(UNHEARD, pid=13, state=WorkerState.BOOTING, occupied=True, silence=40.0)
+READY = HEARD._replace(state=WorkerState.READY)
+RETIRING = UNHEARD._replace(retiring=True)
+LEAVING = UNHEARD._replace(state=WorkerState.LEAVING, occupied=True)
+BOOTING = UNHEARD._replace(pid=13, state=WorkerState.BOOTING, occupied=True, silence=40.0)
 SEGFAULT = int(signal.SIGSEGV)
 FAILED = Finding("database", Status.FAIL, "no connection", True, failing_for=0.2)
 NO_RESULT = Finding("database", Status.FAIL, "no recent result", True)
@@ -54,7 +53,7 @@ TABLE = {
         Judgement("worker 11 ended in the commit window: exit status 3"),
     ),
     "one crashes and another is there at once": (
-        seen(HEARD), seen(replace(HEARD, pid=19), lost=1, lost_pid=11, lost_status=SEGFAULT),
+        seen(HEARD), seen(HEARD._replace(pid=19), lost=1, lost_pid=11, lost_status=SEGFAULT),
         Judgement("worker 11 ended in the commit window: killed by SIGSEGV"),
     ),
     "one crashes, and its slot is free a moment before it is counted": (
@@ -76,27 +75,27 @@ TABLE = {
     "one was told to leave and is gone between two looks": (seen(HEARD, UNHEARD), seen(HEARD), CONFIRMED),
     "one leaves": (seen(HEARD, LEAVING), seen(HEARD, LEAVING), CONFIRMED),
     "one that was told to leave at the gate is gone": (
-        seen(HEARD, replace(READY, pid=12, retiring=True)), seen(HEARD), CONFIRMED,
+        seen(HEARD, READY._replace(pid=12, retiring=True)), seen(HEARD), CONFIRMED,
     ),
     "another boots (TTIN)": (seen(HEARD), seen(HEARD, BOOTING), CONFIRMED),
     "one is frozen": (
-        seen(HEARD), seen(replace(UNHEARD, silence=5.2, idle_for=5.1)),
+        seen(HEARD), seen(UNHEARD._replace(silence=5.2, idle_for=5.1)),
         Judgement("worker 12 has not sent a heartbeat for 5.2 s in the commit window"),
     ),
     "one is frozen at the gate": (
-        seen(READY), seen(replace(READY, silence=6.0, idle_for=6.0)),
+        seen(READY), seen(READY._replace(silence=6.0, idle_for=6.0)),
         Judgement("worker 11 has not sent a heartbeat for 6.0 s in the commit window"),
     ),
     "one has had a request in hand for long": (
-        seen(HEARD), seen(HEARD, replace(UNHEARD, occupied=True, silence=29.0)),
+        seen(HEARD), seen(HEARD, UNHEARD._replace(occupied=True, silence=29.0)),
         Judgement(waits_for="a heartbeat of worker 12"),
     ),
     "one has had a request in hand for longer than gunicorn allows": (
-        seen(HEARD), seen(HEARD, replace(UNHEARD, occupied=True, silence=30.1)),
+        seen(HEARD), seen(HEARD, UNHEARD._replace(occupied=True, silence=30.1)),
         Judgement("worker 12 has not sent a heartbeat for 30.1 s in the commit window"),
     ),
     "one has had a request in hand for longer than can be waited for": (
-        seen(HEARD), replace(seen(HEARD, replace(UNHEARD, occupied=True, silence=61), elapsed=61.0), timeout=0.0),
+        seen(HEARD), seen(HEARD, UNHEARD._replace(occupied=True, silence=61), elapsed=61.0)._replace(timeout=0.0),
         CONFIRMED,
     ),
     "one does not come through the gate for ever": (
@@ -115,10 +114,10 @@ TABLE = {
         seen(HEARD, required=1), seen(HEARD, BOOTING, required=1), CONFIRMED,
     ),
     "one of another version sends none": (
-        seen(HEARD), seen(replace(UNHEARD, known=False, silence=14.0)), CONFIRMED,
+        seen(HEARD), seen(UNHEARD._replace(known=False, silence=14.0)), CONFIRMED,
     ),
     "one of another version has sent none for longer than gunicorn allows": (
-        seen(HEARD), seen(replace(UNHEARD, known=False, silence=30.1)),
+        seen(HEARD), seen(UNHEARD._replace(known=False, silence=30.1)),
         Judgement("worker 12 has not sent a heartbeat for 30.1 s in the commit window"),
     ),
     "a check fails": (

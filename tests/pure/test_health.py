@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from typing import Any
@@ -78,7 +77,7 @@ def test_with_lame_duck_ready_a_lame_duck_is_ready_and_no_other_phase_of_a_stop(
 
 
 def test_a_ready_lame_duck_fails_as_a_serving_generation_does() -> None:
-    ill = dataclasses.replace(served_by(failed(), failed()), phase=Phase.LAME_DUCK, lame_duck_ready=True)
+    ill = served_by(failed(), failed())._replace(phase=Phase.LAME_DUCK, lame_duck_ready=True)
     reply = answer(Probe.READINESS, DETAILS, ill)
     assert (reply.status, reply.body.splitlines()[0]) == (503, b"[+]phase lame_duck")
     assert b"readiness failed: database" in reply.body
@@ -86,7 +85,7 @@ def test_a_ready_lame_duck_fails_as_a_serving_generation_does() -> None:
     assert answer(Probe.READINESS, Question(), without_workers).status == 503
     # Nothing that is finishing its work is killed.
     lively = failed(kind=Kind.LIVENESS)
-    stopping = dataclasses.replace(served_by(lively), phase=Phase.LAME_DUCK, lame_duck_ready=True)
+    stopping = served_by(lively)._replace(phase=Phase.LAME_DUCK, lame_duck_ready=True)
     assert answer(Probe.LIVENESS, Question(), stopping).status == 200
 
 

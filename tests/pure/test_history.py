@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 
@@ -14,22 +13,22 @@ from zdd_web.system import document
 from zdd_web.system.document import Document
 
 DEPLOY = Entry(at=1.0, kind="deploy", outcome="done", generation=2, release="7", seconds=3.5)
-REFUSED = dataclasses.replace(DEPLOY, outcome="refused", reason="an upgrade is under way")
+REFUSED = DEPLOY._replace(outcome="refused", reason="an upgrade is under way")
 
 
 def test_only_the_last_ones_are_kept():
     entries: tuple[Entry, ...] = ()
     for number in range(2 * history.MOST):
-        entries = appended(entries, dataclasses.replace(DEPLOY, generation=number))
+        entries = appended(entries, DEPLOY._replace(generation=number))
     assert [each.generation for each in entries] == list(range(history.MOST, 2 * history.MOST))
 
 
 def test_what_is_refused_again_and_again_pushes_nothing_out():
     entries = appended((), DEPLOY)
     for second in range(1000):
-        entries = appended(entries, dataclasses.replace(REFUSED, at=float(second), seconds=second / 1e6))
-    assert entries == (DEPLOY, dataclasses.replace(REFUSED, at=999.0, seconds=999 / 1e6, times=1000))
-    other = dataclasses.replace(REFUSED, reason="another")
+        entries = appended(entries, REFUSED._replace(at=float(second), seconds=second / 1e6))
+    assert entries == (DEPLOY, REFUSED._replace(at=999.0, seconds=999 / 1e6, times=1000))
+    other = REFUSED._replace(reason="another")
     assert appended(entries, other)[-1] == other
     # What was done twice was done twice.
     assert len(appended(appended((), DEPLOY), DEPLOY)) == 2
@@ -39,7 +38,7 @@ def test_texts_are_bounded_and_all_of_them_fit():
     worst = Entry(1.0, "deploy", "failed", 1 << 62, *["\U0001f600" * 10_000] * 3, 1.0, *["\U0001f600" * 10_000] * 2)
     entries: tuple[Entry, ...] = ()
     for number in range(history.MOST):
-        entries = appended(entries, dataclasses.replace(worst, generation=number))
+        entries = appended(entries, worst._replace(generation=number))
     assert len(entries) == history.MOST
     assert len(encode(entries)) <= history.SIZE
     assert decode(encode(entries)) == entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,17 +94,17 @@ def test_the_board_of_another_version_is_left_alone() -> None:
     assert before(second) == Totals()
 
 
-@given(st.lists(st.tuples(*[st.integers(0, 2**40)] * len(dataclasses.fields(Totals))), min_size=1))
+@given(st.lists(st.tuples(*[st.integers(0, 2**40)] * len(Totals._fields)), min_size=1))
 def test_nothing_goes_back(seen: list[tuple[int, ...]]) -> None:
     total = Totals()
     for each in seen:
         after = total.at_least(Totals(*each))
-        assert all(new >= old for new, old in zip(dataclasses.astuple(after), dataclasses.astuple(total), strict=True))
+        assert all(new >= old for new, old in zip(after, total, strict=True))
         total = after
 
 
 def test_there_is_room_for_all_totals() -> None:
-    assert Header.BEFORE_AT + len(dataclasses.fields(Totals)) <= Header.LISTENERS_AT
+    assert Header.BEFORE_AT + len(Totals._fields) <= Header.LISTENERS_AT
 
 
 def test_each_listener_has_its_queue_and_what_was_accepted_from_it() -> None:

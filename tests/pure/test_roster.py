@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -187,7 +186,7 @@ def test_plans_carried_out_lead_to_the_wanted_number_of_current_workers(
     least = min(wanted, len(serving(members)))
     for _ in range(200):
         decision = plan(members, wanted, phase)
-        members = [dataclasses.replace(m, told=m.told or m.pid in decision.retire) for m in members]
+        members = [m._replace(told=m.told or m.pid in decision.retire) for m in members]
         assert len(serving(members)) >= least
         for _ in range(decision.spawn):
             age += 1
@@ -198,7 +197,7 @@ def test_plans_carried_out_lead_to_the_wanted_number_of_current_workers(
         mover = data.draw(st.sampled_from(movers)) if len(movers) > 1 else movers[0]
         members.remove(mover)
         if not mover.told and mover.state in step:
-            members.append(dataclasses.replace(mover, state=step[mover.state]))
+            members.append(mover._replace(state=step[mover.state]))
         least = max(least, min(wanted, len(serving(members))))
     assert len(members) == len(serving(members)) == wanted
     assert not any(member.outdated for member in members)

@@ -293,7 +293,7 @@ class Board:
             )
         fields: dict[str, Any] = {
             name: getattr(header, name)
-            for name in Snapshot.__dataclass_fields__
+            for name in Snapshot._fields
             if name not in ("phase", "successor_phase", "upgrade_state", "workers", "listeners")
             and not name.startswith("connections_")
         }

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board.layout import UpgradeState, WorkerState
 from zdd_web.lifecycle import Phase
 
 
-@dataclass(frozen=True)
-class TaskView:
+class TaskView(NamedTuple):
     """A background task in hand: when it was offered, monotonic nanoseconds, and its name."""
 
     started: int
     name: str
 
 
-@dataclass(frozen=True)
-class WorkerView:
+class WorkerView(NamedTuple):
     """One worker as the board had it at an instant."""
 
     pid: int
@@ -36,8 +34,7 @@ class WorkerView:
     oldest_tasks: tuple[TaskView, ...] = ()
 
 
-@dataclass(frozen=True)
-class ListenerView:
+class ListenerView(NamedTuple):
     """One listener as the board had it: connections that wait, how many may, and how many were accepted from it.
 
     `accepted` is counted where there are several on a port (LISTENER = "reuseport"), and 0 elsewhere.
@@ -49,8 +46,7 @@ class ListenerView:
     accepted: int
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The board as it was at an instant: what probes, commands and tests decide upon."""
 
     name: str

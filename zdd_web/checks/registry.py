@@ -12,8 +12,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from zdd_web.board import MAX_CHECKS
 from zdd_web.errors import SettingsError
@@ -24,8 +23,7 @@ F = TypeVar("F", bound=Callable[[], Any])
 _KINDS = {kind.label: kind for kind in Kind}
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One check. `timeout` and `interval` are in seconds; only `critical` ones have a say."""
 
     name: str

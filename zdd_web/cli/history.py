@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -32,7 +31,7 @@ def history(which: Which, as_json: bool) -> None:
     generation = which.find()
     entries = entries_of(generation)
     if as_json:
-        plain = [{**dataclasses.asdict(entry), "at": _time(entry.at, local=False)} for entry in entries]
+        plain = [{**entry._asdict(), "at": _time(entry.at, local=False)} for entry in entries]
         show(json.dumps({"format": 1, "name": generation.header.name, "entries": plain}, indent=2))
         return
     console = screen.stdout()

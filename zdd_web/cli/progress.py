@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.live import Live
 from rich.text import Text
 
 from zdd_web import service
@@ -23,6 +22,9 @@ from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import Generation
 from zdd_web.system import clock, proc
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 LINE_EVERY = 1.0
 #: How often the successor is looked for, and the line redrawn, seconds.
@@ -42,6 +44,9 @@ class Ticker:
 
     def __enter__(self) -> Ticker:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Not for a pipe: a script need not wait for what draws on terminals.
+            from rich.live import Live
+
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
         return self

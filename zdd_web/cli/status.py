@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from zdd_web import service
 from zdd_web.board import Snapshot
-from zdd_web.cli import screen, watch
+from zdd_web.cli import screen
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.followed import Followed
 from zdd_web.cli.options import Which, which_service
@@ -37,6 +36,9 @@ def status(which: Which, as_json: bool, live: bool) -> None:
     if live and as_json:
         raise click.UsageError("give one of --json and --watch")
     if live:
+        # Not for a pipe: a script need not wait for what draws on terminals.
+        from zdd_web.cli import watch
+
         with contextlib.closing(Followed(lambda: _services(which))) as followed:
             watch.run(lambda: _read(followed.look())[0])
         return
@@ -105,16 +107,22 @@ TIMES = ("phase_since", "started_at", "ready_at", "tick_at", "deadline", "upgrad
 
 
 def _plain(snapshot: Snapshot, owner: int, now: Now) -> dict[str, Any]:
-    fields = dataclasses.asdict(snapshot)
+    fields = snapshot._asdict()
     fields["phase"] = snapshot.phase.label
     fields["successor_phase"] = snapshot.successor_phase.label if snapshot.successor_phase else None
     fields["upgrade_state"] = snapshot.upgrade_state.name.lower()
     fields["in_flight"], fields["tasks"] = snapshot.in_flight, snapshot.tasks
     fields["stalled_for"] = round(stalled(snapshot, now), 1)
     fields["times"] = {name: now.iso(fields[name]) for name in TIMES}
-    for worker in fields["workers"]:
-        worker["state"] = worker["state"].label
-        worker["oldest_tasks"] = [
-            {**task, "age": round(now.seconds_since(task["started"]), 1)} for task in worker["oldest_tasks"]
-        ]
+    fields["workers"] = [
+        {
+            **worker._asdict(),
+            "state": worker.state.label,
+            "oldest_tasks": [
+                {**task._asdict(), "age": round(now.seconds_since(task.started), 1)} for task in worker.oldest_tasks
+            ],
+        }
+        for worker in snapshot.workers
+    ]
+    fields["listeners"] = [listener._asdict() for listener in snapshot.listeners]
     return {**fields, "uid": owner}

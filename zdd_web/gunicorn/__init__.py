@@ -7,6 +7,7 @@ install(globals(), grace_period=30)
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from zdd_web.errors import ZddError
@@ -29,7 +30,14 @@ def install(namespace: dict[str, Any], **settings: Any) -> None:
     >>> callable(namespace["post_fork"])
     True
     """
-    from zdd_web.gunicorn import hooks
+    # What is made by imports stays: to look for garbage meanwhile finds none, and takes 5 ms of 70.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        from zdd_web.gunicorn import hooks
+    finally:
+        if collects:
+            gc.enable()
 
     try:
         hooks.install(namespace, settings)

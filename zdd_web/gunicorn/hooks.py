@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MARK = "__zdd_web__"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class State:
     """What this process knows: set in the master, inherited by its workers."""
 

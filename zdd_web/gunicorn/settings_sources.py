@@ -226,7 +226,7 @@ def apply_app_settings(settings: Settings) -> Settings:
 
     `settings` are those of its master. Raises `SettingsError` when an app contradicts them.
     """
-    master = _in_force or Sourced(settings)
+    master = _in_force or Sourced(settings, {})
     here = process.current()
     here.fixed = master.fixed
     here.settings = join(master, [*_of_django(), *process.app_settings()])

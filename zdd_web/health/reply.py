@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -13,8 +12,7 @@ from zdd_web.health.decision import Finding, Probe, Status, examine
 from zdd_web.health.view import Health
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer that an adaptor translates for its framework; `body` is empty for HEAD and OPTIONS."""
 
     status: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from zdd_web.lifecycle import Phase
@@ -53,8 +52,7 @@ class WorkerHealth(NamedTuple):
     checks: tuple[CheckSeen, ...] = ()
 
 
-@dataclass(frozen=True)
-class Health:
+class Health(NamedTuple):
     """A generation at an instant."""
 
     phase: Phase
@@ -64,7 +62,7 @@ class Health:
     successor_trouble: str = ""
     #: How many workers there should be; None where there is no gunicorn.
     wanted: int | None = None
-    workers: tuple[WorkerHealth, ...] = field(default=())
+    workers: tuple[WorkerHealth, ...] = ()
     #: Seconds since any worker's last heartbeat, and how many there may be; None for no limit.
     silence: float = 0.0
     worker_timeout: float | None = None

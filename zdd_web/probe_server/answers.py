@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from zdd_web import log
@@ -27,8 +26,7 @@ CONFIRM = 1.0
 METRICS_PATH = "/metrics"
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """A request, as far as an answer depends on it."""
 
     method: str
@@ -99,14 +97,14 @@ class Answers:
         health, header = look(self._board, lame_duck_ready=ready), self._board.header
         if header.successor_pid:
             # Retired, to the end of its last connection: a question is about the service, which its successor is.
-            return dataclasses.replace(health, phase=Phase.RETIRING)
+            return health._replace(phase=Phase.RETIRING)
         if not self.orphaned:
             return health
         before = self._predecessors
         if before is not None and proc.alive(before.header.master_pid, before.header.master_start):
             # It takes over again, or has never ceased to serve.
             return look(before, lame_duck_ready=ready)
-        return dataclasses.replace(health, phase=Phase.STOPPED)
+        return health._replace(phase=Phase.STOPPED)
 
     def _find(self, path: str) -> tuple[Probe, str] | None:
         if path not in self._probes and time.monotonic() - self._made_at >= REMAKE:

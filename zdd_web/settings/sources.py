@@ -12,7 +12,6 @@ import dataclasses
 import enum
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zdd_web.errors import SettingsError
@@ -48,8 +47,7 @@ class Origin(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class FrameworkSettings:
+class FrameworkSettings(NamedTuple):
     """A `ZDD_WEB` dictionary of Django's settings or of a Flask app's config, checked, with its names in lower case."""
 
     source: str
@@ -96,12 +94,11 @@ def django_source(module: str) -> str:
     return f"ZDD_WEB in Django's settings module {module}" if module else "ZDD_WEB in Django's settings"
 
 
-@dataclass(frozen=True)
-class Sourced:
+class Sourced(NamedTuple):
     """Settings, and for each that was set, where."""
 
     settings: Settings
-    origin: Mapping[str, Origin] = field(default_factory=dict)
+    origin: Mapping[str, Origin]
     django: FrameworkSettings | None = None
 
     @property

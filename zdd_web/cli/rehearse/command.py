@@ -16,7 +16,6 @@ import click
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.output import save, say, show
 from zdd_web.cli.rehearse import requests
-from zdd_web.cli.rehearse.server import RehearsalError, Server
 from zdd_web.settings import LISTENERS
 from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
@@ -113,6 +112,7 @@ def rehearse(
     if cacert and insecure:
         raise click.UsageError("--insecure checks no certificate, so --cacert would have no effect: give one of them")
     from zdd_web.cli.rehearse.course import Plan
+    from zdd_web.cli.rehearse.server import RehearsalError
 
     asked: dict[str, Any] = {
         "target": target, "arguments": masking.command(arguments), "clients": clients, "keepalive": keepalive,
@@ -153,6 +153,7 @@ def _rehearse(
     from dataclasses import replace
 
     from zdd_web.cli.rehearse.course import Course, Progress
+    from zdd_web.cli.rehearse.server import Server
 
     plan = plan if plan.requests else replace(plan, requests=[requests.Request("/")])
     options = {"max-requests": str(MAX_REQUESTS)} if "recycle" in plan.scenarios else {}
@@ -183,6 +184,7 @@ def _measure(
     from dataclasses import replace
 
     from zdd_web.cli.rehearse import outside, tls
+    from zdd_web.cli.rehearse.server import RehearsalError
 
     address = outside.address_of(url)
     context = tls.context(cacert, insecure=insecure) if address.tls else None
@@ -200,6 +202,8 @@ def _measure(
 def _warn_about_paths(host: str, port: int, plan: Plan, tls: SSLContext | None = None) -> None:
     import http.client
     import ssl
+
+    from zdd_web.cli.rehearse.server import RehearsalError
 
     for request in plan.requests:
         # An upload has effects, and a stream has no end: the load will show it.

@@ -26,6 +26,9 @@ R = TypeVar("R")
 #: The class of a connection's protocol.
 C = TypeVar("C", bound="AsyncioProtocol")
 
+#: How often a worker counts its connections to know whether there is room for more, seconds.
+COUNTS_EVERY = 0.25
+
 
 class AsyncioConnections(Generic[C]):
     """See `ConnectionStore` (workers/exchange.py); what the two classes have in common.
@@ -45,6 +48,8 @@ class AsyncioConnections(Generic[C]):
         self.loop: asyncio.AbstractEventLoop | None = None
         self.factory: Callable[[], C] | None = None
         self._connecting: set[asyncio.Task[None]] = set()
+        #: How many were in hand when they were last counted, and have been received since; and when that was.
+        self._counted, self._counted_at = 0, -COUNTS_EVERY
 
     # -- what differs
 
@@ -120,6 +125,7 @@ class AsyncioConnections(Generic[C]):
     def keep(self, connection: socket.socket, handed: Handed) -> None:
         """See `ConnectionStore`."""
         assert self.loop is not None
+        self._counted += 1
         connection.setblocking(False)
         task = self.loop.create_task(self._connect(connection, handed))
         self._connecting.add(task)
@@ -148,9 +154,16 @@ class AsyncioConnections(Generic[C]):
 
     def room(self) -> int:
         """See `ConnectionStore`."""
-        if self.factory is None:
+        if self.factory is None or self.loop is None:
             return 0
-        return 1 << 16 if self._limit is None else self._limit - self.in_hand()
+        if self._limit is None:
+            return 1 << 16
+        # Asked in each turn in which connections arrive, and often besides: to count thousands each time would be most
+        # of what the loop does.
+        now = self.loop.time()
+        if now - self._counted_at >= COUNTS_EVERY:
+            self._counted, self._counted_at = self.in_hand(), now
+        return self._limit - self._counted
 
     def in_hand(self) -> int:
         """See `ConnectionStore`."""

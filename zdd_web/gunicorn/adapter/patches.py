@@ -13,9 +13,8 @@ import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.adapter.versions import BEYOND, INSTALLED, OLDEST, numbers
@@ -23,8 +22,7 @@ from zdd_web.gunicorn.adapter.versions import BEYOND, INSTALLED, OLDEST, numbers
 Version: TypeAlias = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """One attribute: `owner` is the module or class of gunicorn that has it, `why` is what it is replaced for.
 
     `takes` are the signatures with which the replacement can stand in, as `inspect.signature()` prints them; empty for
@@ -220,6 +218,10 @@ def restore(target: object, name: str) -> None:
     vars(target).pop(name, None)
 
 
+#: What was found in order: a start checks twice, and signatures take milliseconds.
+_passed: dict[Patch, object] = {}
+
+
 def check(*modules: str, rows: Iterable[Patch] = PATCHES, version: str = INSTALLED) -> None:
     """Raise `SettingsError` for a gunicorn that has changed what we replace, in the modules that are loaded.
 
@@ -248,6 +250,8 @@ def _check(row: Patch, version: str) -> None:
     if row.owner != row.module:
         owner = getattr(owner, row.owner.rpartition(".")[2], None)
     found = getattr(owner, row.name, None)
+    if found is not None and found is _passed.get(row):
+        return
     if found is None:
         raise SettingsError(
             f"gunicorn {version} has no {row.label}{row.takes[0]}, which zdd_web replaces ({row.why}): {_remedy()}"
@@ -258,6 +262,7 @@ def _check(row: Patch, version: str) -> None:
             f"gunicorn {version} changed {row.label}{takes}: zdd_web replaces it as {' or '.join(row.takes)} "
             f"({row.why}): {_remedy()}"
         )
+    _passed[row] = found
 
 
 def _remedy() -> str:

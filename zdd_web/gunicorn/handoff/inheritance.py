@@ -7,13 +7,11 @@ without zdd_web ends before it binds, instead of serving ungated. One that was s
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from zdd_web.errors import UpgradeError
 from zdd_web.gunicorn.handoff.channel import Channel
@@ -29,8 +27,7 @@ _OPTIONAL = ("board", "probe", "exchange_give", "exchange_take", "history", "lin
 _SENT = tuple(name for name in _OPTIONAL if name != "lineage")
 
 
-@dataclass(frozen=True)
-class Inheritance:
+class Inheritance(NamedTuple):
     """What a successor is given, as descriptors of its own."""
 
     generation: int
@@ -72,7 +69,7 @@ class Inheritance:
 
     def to_environ(self) -> str:
         """Return the value of the environment variable."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(self._asdict())
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -112,12 +109,12 @@ class Inheritance:
         fields["groups"] = tuple((port, ordered, tuple(earlier)) for port, ordered, earlier in fields.get("groups", ()))
         fields["ancestors"] = tuple((pid, start) for pid, start in fields["ancestors"])
         # A predecessor of a later version may give more.
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        return cls(**{name: fields[name] for name in cls._fields if name in fields})
 
     def to_message(self) -> tuple[dict[str, Any], list[int]]:
         """Return what a process that is not a child is sent: fields, and descriptors in an order that these tell."""
         names = ["boot_log", *(name for name in _SENT if getattr(self, name) >= 0)]
-        fields = {**dataclasses.asdict(self), "descriptors": names}
+        fields = {**self._asdict(), "descriptors": names}
         return fields, [*(getattr(self, name) for name in names), *self.listeners]
 
     @classmethod

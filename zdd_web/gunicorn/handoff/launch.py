@@ -6,14 +6,13 @@ variables get into the environment.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.errors import SettingsError
 from zdd_web.gunicorn.handoff import release
@@ -23,8 +22,7 @@ from zdd_web.system import descriptors
 ONCE = ("GUNICORN_PID", "GUNICORN_FD", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SERVER_SOFTWARE")
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A command line, the directory it was given in, its environment, and the descriptors that were inherited."""
 
     directory: str
@@ -69,7 +67,7 @@ class Launch:
         command = tuple(moved(word) for word in self.command)
         # Words as they were written; the environment by what is there, since each of its values was not asked for.
         environ, left = release.move_environ(environ, old, release_dir)
-        there = dataclasses.replace(self, directory=release_dir, command=command, environ=environ, left=left)
+        there = self._replace(directory=release_dir, command=command, environ=environ, left=left)
         return there._following_the_symlink()
 
     def _following_the_symlink(self) -> Launch:
@@ -85,13 +83,13 @@ class Launch:
             return self  # not a release, but a directory such as /srv
         environ, left = release.move_environ(self.environ, old, new)
         command = release.move_words(self.command, old, new)
-        return dataclasses.replace(self, command=command, environ=environ, left=tuple(sorted({*self.left, *left})))
+        return self._replace(command=command, environ=environ, left=tuple(sorted({*self.left, *left})))
 
     def refreshed(self, before: dict[str, str], now: dict[str, str]) -> Launch:
         """Return this launch with the variables of an environment file as they are now; those taken out are gone."""
         environ = {key: value for key, value in self.environ.items() if key not in before}
         left = tuple(name for name in self.left if name not in before and name not in now)
-        return dataclasses.replace(self, environ={**environ, **now}, left=left)
+        return self._replace(environ={**environ, **now}, left=left)
 
     def obstacle(self) -> str | None:
         """Say what keeps this command from being run again; None when nothing does."""

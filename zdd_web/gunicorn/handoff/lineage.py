@@ -14,13 +14,11 @@ next generation in a memfd of its own, which both close at once.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from zdd_web.errors import UpgradeError
 from zdd_web.gunicorn.handoff import release
@@ -33,8 +31,7 @@ MOST_EARLIER = 5
 MOST_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """A release, and the launch of a generation of it; see the module's text."""
 
     launch: Launch
@@ -61,8 +58,8 @@ class Release:
         if "PWD" in environ:
             environ = {**environ, "PWD": where}
         # What it names now it names in any release, by a path of `named` or `real` that the other one lacks.
-        return dataclasses.replace(
-            launch, directory=where, command=command, environ=environ, real_directory=os.path.realpath(where),
+        return launch._replace(
+            directory=where, command=command, environ=environ, real_directory=os.path.realpath(where),
             left=tuple(sorted(left)),
         )  # fmt: skip
 
@@ -70,7 +67,7 @@ class Release:
         """Return the launch that starts this very release again, wherever `named` leads now."""
         launch = self.started_from(self.real)
         program = self.program if os.path.isfile(self.program) else launch.command[0]
-        return dataclasses.replace(launch, command=(program, *launch.command[1:]))
+        return launch._replace(command=(program, *launch.command[1:]))
 
     def _word(self, word: str, directory: str, relative: str) -> str:
         option, equals, path = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -112,8 +109,7 @@ def find(launch: Launch, chdir: str, label: str = "", realpath: Callable[[str], 
     return Release(launch, named, real, label, where)
 
 
-@dataclass(frozen=True)
-class Lineage:
+class Lineage(NamedTuple):
     """What a generation knows of the releases before its own; the oldest first."""
 
     earlier: tuple[Release, ...] = ()
@@ -139,7 +135,7 @@ class Lineage:
         """Return the lineage of the next generation, in the directory `to`; `follows` the symlink, or does not."""
         configured = None if follows else self.configured or own
         if to == own.real:
-            return dataclasses.replace(self, configured=configured)
+            return self._replace(configured=configured)
         others = tuple(each for each in self.earlier if each.real not in (own.real, to))
         return Lineage((*others, own)[-MOST_EARLIER:], configured)
 
@@ -149,7 +145,8 @@ class Lineage:
 
     def encode(self) -> bytes:
         """Return it as it is handed on."""
-        return json.dumps(dataclasses.asdict(self)).encode()
+        configured = None if self.configured is None else _plain(self.configured)
+        return json.dumps({"earlier": [_plain(each) for each in self.earlier], "configured": configured}).encode()
 
     @classmethod
     def decode(cls, text: bytes) -> Lineage:
@@ -164,6 +161,10 @@ class Lineage:
         return cls(earlier[-MOST_EARLIER:], None if configured is None else _release(configured))
 
 
+def _plain(release: Release) -> dict[str, Any]:
+    return {**release._asdict(), "launch": release.launch._asdict()}
+
+
 def _release(fields: dict[str, Any]) -> Release:
     launch = fields["launch"]
     for name in ("command", "descriptors", "left"):
@@ -173,6 +174,6 @@ def _release(fields: dict[str, Any]) -> Release:
     return Release(**{**found, "launch": Launch(**_known(Launch, launch)), "from_env_file": variables})
 
 
-def _known(kind: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type[Release] | type[Launch], fields: dict[str, Any]) -> dict[str, Any]:
     # Another version may have more.
-    return {field.name: fields[field.name] for field in dataclasses.fields(kind) if field.name in fields}
+    return {name: fields[name] for name in kind._fields if name in fields}

@@ -11,7 +11,7 @@ processes that wait for theirs.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.gunicorn.handoff import process_tree
 from zdd_web.system import proc
@@ -33,8 +33,7 @@ SHELLS = ("sh", "bash", "dash", "ash", "busybox", "zsh")
 WAITERS = ("su", "sudo", "runuser", "timeout", "uv")
 
 
-@dataclass(frozen=True)
-class Parentage:
+class Parentage(NamedTuple):
     """Whose child a master is.
 
     `words` are the first base names of the parent's command line: supervisord and honcho are Python scripts, which the

@@ -7,15 +7,13 @@ nothing, one that boots counts only as on its way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from zdd_web.board import SLOTS, WorkerState
 from zdd_web.lifecycle import SPAWNING, Phase
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A worker as the plan sees it. `age` counts up, the oldest has the lowest; `told` means it was told to retire."""
 
     pid: int

@@ -38,7 +38,7 @@ class Forked(Protocol):
     pid: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Entry:
     worker: Forked
     slot: Slot

@@ -6,7 +6,6 @@ that reached gunicorn's loop would stop the live service from inside the copy.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import NoReturn
@@ -29,9 +28,7 @@ def become_successor(
     try:
         stderr = stdio.duplicate_stderr()
         os.dup2(boot_log.output.writer, 2)
-        inherited = dataclasses.replace(
-            inheritance, channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors
-        )
+        inherited = inheritance._replace(channel=theirs.fileno(), stderr=stderr, passed_on=launch.descriptors)
         launch = pre_exec(launch)
         # After the hook, which may open what it likes.
         descriptors.inherit_only(inherited.descriptors, launch.descriptors)

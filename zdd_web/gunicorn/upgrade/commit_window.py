@@ -21,7 +21,6 @@ looks at the board for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from zdd_web.board import Board, WorkerState
@@ -50,8 +49,7 @@ class Window(NamedTuple):
         return self.began + int(self.seconds * 1e9)
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A generation in its commit window, at an instant."""
 
     #: Seconds since the window began, without pauses of this process.

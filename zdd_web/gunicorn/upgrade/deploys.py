@@ -8,7 +8,6 @@ it in a memfd of its own. So at each time one process writes, the active master,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from zdd_web.system.document import Document
 _LINEAGE_NAME = "zdd_web-lineage"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Attempt:
     """An upgrade that was asked for."""
 
@@ -125,7 +124,7 @@ class Deploys:
 
     def note_env_file(self, variables: Iterable[str]) -> None:
         """Note which variables ENV_FILE has given to this generation."""
-        self.own = dataclasses.replace(self.own, from_env_file=tuple(variables))
+        self.own = self.own._replace(from_env_file=tuple(variables))
 
     def refreshed(self, launch: Launch, variables: dict[str, str]) -> Launch:
         """Return the next generation's launch with what ENV_FILE says now; as it was, if that goes back."""

@@ -12,7 +12,7 @@ than chance explains; at its end its rate is taken as it is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board import LAYOUT, Board
 
@@ -23,8 +23,7 @@ LEAST_ERRORS = 2
 DEVIATIONS = 3.0
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """How many requests were answered, and how many of them with a status of 500 or more."""
 
     requests: int = 0

@@ -7,7 +7,7 @@ has none in hand sends a heartbeat each second, whatever its class, so it can be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from zdd_web.board import Board, Heartbeat, Slot, WorkerState
 from zdd_web.system import clock, pauses
@@ -19,8 +19,7 @@ FROZEN_AFTER = 5.0
 AT_WORK = (WorkerState.READY, WorkerState.SERVING)
 
 
-@dataclass(frozen=True)
-class WorkerSeen:
+class WorkerSeen(NamedTuple):
     """A worker as its slot shows it. Durations are seconds, without the time in which this process was paused."""
 
     pid: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -134,7 +133,7 @@ class Preparation:
         """Return the launch as the user's `pre_exec` hook leaves it; called in the forked child."""
         given, removed = self._server.call_pre_exec()
         environ = {key: value for key, value in launch.environ.items() if key not in removed}
-        return dataclasses.replace(launch, environ={**environ, **given})
+        return launch._replace(environ={**environ, **given})
 
     def after_fork(self) -> None:
         """Close, in a worker, what is the master's alone."""

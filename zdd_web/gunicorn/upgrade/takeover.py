@@ -38,8 +38,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, UpgradeError
@@ -68,8 +67,7 @@ TRIED_AGAIN_AFTER = 0.2
 SAID_EVERY = 1.0
 
 
-@dataclass
-class _Waiting:
+class _Waiting(NamedTuple):
     """A connection whose request has not come yet, and its deadline."""
 
     end: socket.socket

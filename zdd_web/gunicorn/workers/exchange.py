@@ -53,6 +53,10 @@ PATIENCE = 3.0
 #: Sent in one turn of the loop: what arrives meanwhile on others is served before the next ones leave.
 GIVEN_AT_ONCE = 64
 
+#: No more is sent while so many bytes lie in the exchange, some sixty messages: what is asked on a connection that lies
+#: there waits until the connection is taken.
+MOST_WAITING = 4096
+
 #: How long a connection that was taken is kept at least, seconds: a request may have been sent while it travelled, to a
 #: worker that would have read it at once.
 LEFT_AT_LEAST = 1.0
@@ -210,9 +214,7 @@ class KeptConnections:
         assert self.store is not None and self._exchange.take is not None
         taken = 0
         # Bounded by what is read, valid or not: another worker that sends garbage must not hold up this loop.
-        for _ in range(most):
-            if self.store.room() <= 0:
-                break
+        for _ in range(min(most, self.store.room())):
             try:
                 found = connection_passing.receive(self._exchange.take)
             except MessageError as error:
@@ -262,6 +264,8 @@ class KeptConnections:
         try:
             idle = self.store.idle()
             for connection in idle[:GIVEN_AT_ONCE]:
+                if connection_passing.waiting_bytes(self._exchange.take) >= MOST_WAITING:
+                    return False
                 fd, handed = self.store.describe(connection)
                 if not connection_passing.send(self._exchange.give, fd, handed):
                     return False
@@ -334,9 +338,10 @@ class HandingOver:
             self._accepts = False
             self._stop_accepting()
         if not self._is_over and kept.hands_over():
-            has_given = store.in_loop(kept.give_some) and store.in_loop(kept.is_taken)
-            kept.is_busy = not has_given
-            if has_given and (not store.in_hand() or store.must_end()):
+            # Both, always: an exchange that stays full is given up too.
+            has_given, is_taken = store.in_loop(kept.give_some), store.in_loop(kept.is_taken)
+            kept.is_busy = not (has_given and is_taken)
+            if has_given and is_taken and (not store.in_hand() or store.must_end()):
                 self._is_over = True
             elif kept.hands_over() and not kept.is_too_late:
                 return False
