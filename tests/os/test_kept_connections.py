@@ -108,12 +108,23 @@ def gthread() -> Iterator[Callable[..., Gthread]]:
 
 
 def test_received_connections_stand_in_the_order_in_which_they_end(gthread: Callable[..., Gthread]) -> None:
-    worker = gthread()
+    worker = gthread(keepalive=50)
     for left in (3.0, 1.0, 2.0, 4.0):
         worker.keep(left)
     lefts = [worker.store.describe(each)[1].left for each in worker.store.idle()]
     assert [round(left) for left in lefts] == [1, 2, 3, 4]
     assert (worker.store.in_hand(), worker.store.room()) == (4, 4)
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+def test_a_received_connection_does_not_outlast_those_that_come_after_it(
+    gthread: Callable[..., Gthread], requests: int
+) -> None:
+    worker = gthread(keepalive=2)
+    worker.keep(left=1e6, requests=requests)
+    (received,) = worker.store.idle()
+    # As gunicorn does before it appends a connection of its own.
+    assert received.timeout <= time.monotonic() + worker.worker.cfg.keepalive
 
 
 def test_a_connection_goes_on_where_it_is_received_with_its_next_request_as_its_second(

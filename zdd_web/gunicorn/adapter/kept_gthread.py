@@ -171,7 +171,9 @@ class GthreadConnections:
             connection.close()
             return
         conn: GthreadConnection = _TConn(worker.cfg, connection, client, handed.server)
-        conn.timeout = time.monotonic() + handed.left
+        # No longer than one of this worker's own, which gunicorn appends: where the first one lasts longer than others,
+        # it closes none of them. The predecessor may have had a longer `keepalive`, or a class without such a limit.
+        conn.timeout = time.monotonic() + min(handed.left, worker.cfg.keepalive)
         # Its request is here when the loop sees it: no thread is to wait for it once more.
         conn.data_ready = True
         among, on_readable = worker.keepalived_conns, worker.on_client_socket_readable
