@@ -384,6 +384,24 @@ def test_room_is_known_without_a_look_at_every_connection_each_time() -> None:
     asyncio.run(asyncio.wait_for(play(), PATIENCE))
 
 
+@pytest.mark.parametrize("protocol", protocols(), ids=lambda each: each.__name__)
+def test_uvicorn_connection_is_closed_right_after_the_look_at_it(protocol: Any) -> None:
+    async def play() -> None:
+        server = Uvicorn(protocol)
+        ends, client = socket.socketpair()
+        for each in (ends, client):
+            each.setblocking(False)
+        await server.loop.connect_accepted_socket(server.make, ends)
+        (idle,) = server.store.idle()
+        with client:
+            assert server.store.close_idle(idle)
+            # And not in the next turn of the loop.
+            assert client.recv(1) == b""
+        await server.settle()
+
+    asyncio.run(asyncio.wait_for(play(), PATIENCE))
+
+
 # -- gevent
 
 GEVENT = """

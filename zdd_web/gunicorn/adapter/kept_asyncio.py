@@ -8,6 +8,9 @@ with the transport. Neither may shut the connection down, as gunicorn's `_close_
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -16,7 +19,6 @@ from zdd_web.gunicorn.adapter.kept import Keeper
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Collection
 
     from zdd_web.gunicorn.adapter.protocols import AsgiProtocol, AsyncioProtocol, UvicornProtocol
@@ -116,8 +118,12 @@ class AsyncioConnections(Generic[C]):
         transport = protocol.transport
         if transport is None or not self._is_quiet(protocol) or not self.is_idle(protocol):
             return False
-        if waiting_bytes(transport.get_extra_info("socket").fileno()):
+        fd = transport.get_extra_info("socket").fileno()
+        if waiting_bytes(fd):
             return False
+        # Right after the look: the transport closes its descriptor a turn of the loop later, when all others that are
+        # to be closed have been looked at.
+        _shut(fd)
         self._kept.count_closed()
         self.forget(protocol)
         return True
@@ -184,6 +190,12 @@ class AsyncioConnections(Generic[C]):
             self.loop.add_reader(self._kept.take_fd, self._kept.take_some)
         else:
             self.loop.remove_reader(self._kept.take_fd)
+
+
+def _shut(fd: int) -> None:
+    """Tell the client that no more is sent. By a copy: the sockets that transports show cannot do it in every loop."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
+        copy.shutdown(socket.SHUT_WR)
 
 
 class AsgiConnections(AsyncioConnections["AsgiProtocol"]):
