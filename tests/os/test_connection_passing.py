@@ -6,6 +6,8 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -197,3 +199,29 @@ def test_bytes_that_wait_are_seen_without_being_read(connection: Pair) -> None:
     assert (waiting_bytes(server), waiting_bytes(server.fileno())) == (3, 3)
     server.close()
     assert waiting_bytes(server) == 0
+
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, os, resource, socket
+from zdd_web.system.connection_passing import Handed, pair, receive, send
+
+gevent.sleep(0)
+give, take = pair()
+server, client = socket.socketpair()
+assert send(give, server.fileno(), Handed(1.0, 0, ""))
+last = os.open("/", os.O_RDONLY)
+os.close(last)
+gevent.sleep(0.01)
+fill = [os.dup(0) for _ in range(3)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(fill) + 2, max(fill) + 2))
+received = receive(take)
+os.write(1, str(received is not None).encode())
+"""
+
+
+def test_last_descriptor_is_enough_where_gevent_closes_descriptors_later() -> None:
+    pytest.importorskip("gevent")
+    done = subprocess.run([sys.executable, "-c", GEVENT], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("True", "")

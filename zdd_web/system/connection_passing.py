@@ -15,6 +15,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import socket
@@ -139,7 +140,8 @@ def receive(end: socket.socket) -> tuple[socket.socket, Handed] | None:
 
 def _has_room_for_one() -> bool:
     try:
-        os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
+        # Not os.close(): gevent's closes in a later turn of its loop, and the last descriptor would be in use.
+        io.FileIO(os.memfd_create("room"), "r+").close()
     except OSError as error:
         if error.errno in _EXHAUSTED:
             return False
