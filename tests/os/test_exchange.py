@@ -272,6 +272,24 @@ def test_a_full_exchange_that_no_worker_takes_from_is_given_up(
     assert leaving.kept.are_to_close() and len(leaving.store.kept) == 500
 
 
+def test_an_exchange_that_was_empty_in_between_is_not_given_up(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    leaving, other, serving = make(), make(), make()
+    for each in (leaving, other):
+        each.leave()
+    for _ in range(2):
+        # The same number of bytes each time.
+        other.store.connect(2)
+        other.kept.give_some()
+        assert not leaving.kept.is_taken() and not leaving.kept.are_to_close()
+        assert serving.kept.take_some() == 2
+        assert leaving.kept.is_taken()
+        now[0] += exchange.PATIENCE + 0.1
+
+
 def test_what_no_worker_takes_is_taken_back_and_closed_as_ever(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,8 @@ class KeptConnections:
         assert self._exchange.take is not None
         lies, now = connection_passing.waiting_bytes(self._exchange.take), time.monotonic()
         if not lies:
+            # As many bytes later are other messages.
+            self._lay = 0
             return True
         if lies != self._lay:
             self._lay, self._lay_since = lies, now
