@@ -86,6 +86,9 @@ APP = """
 #: Every family of worker classes.
 WORKER_CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
 
+#: The parent of the kernel's threads, whose environment is empty too; 0 in a pid namespace without them.
+KTHREADD = 2 if proc.name(2) == "kthreadd" else 0
+
 #: A process that gets it writes down what its threads are doing.
 SHOW_STACKS = signal.SIGRTMIN + 5
 
@@ -115,8 +118,8 @@ def until(what: str, probe: Callable[[], T | None], service: Service | None = No
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {patience:g} s for {what}\n{service.describe() if service else ''}")
-        # To look through /proc takes 10 ms: tests that wait would keep the machine busy, and each other waiting.
-        time.sleep(min(0.2, max(0.01, 10 * (time.thread_time() - began))))
+        # To look through /proc takes milliseconds: tests that wait would keep the machine busy, and each other waiting.
+        time.sleep(min(0.2, max(0.01, 20 * (time.thread_time() - began))))
 
 
 @dataclass(frozen=True)
@@ -366,17 +369,18 @@ class Service:
         for pid, inode in present.items():
             if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
-            try:
-                with open(f"/proc/{pid}/environ", "rb") as file:
-                    environ = file.read()
-                if self._needle in environ:
-                    found.append(pid)
-                elif environ and proc.parent(pid) != os.getpid():
-                    # Only a child of this process may still become one of the service, by exec. In the middle of an
-                    # exec the environment is empty: a successor must not be taken for a stranger for good.
+            environ = b""
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                environ = file.read()
+            if self._needle in environ:
+                found.append(pid)
+            elif environ:
+                # Only a child of this process may still become one of the service, by exec.
+                if proc.parent(pid) != os.getpid():
                     self._strangers[pid] = inode
-            except OSError:
-                continue
+            # In the middle of an exec it is empty too: a successor must not be taken for a stranger for good.
+            elif KTHREADD and KTHREADD in (pid, proc.parent(pid)):
+                self._strangers[pid] = inode
         return found
 
     def describe(self) -> str:
