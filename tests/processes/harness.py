@@ -108,6 +108,20 @@ def skip_unless_installed(worker_class: str) -> str:
     return worker_class
 
 
+#: A pattern that may match over the end of a line, or asks where the text begins or ends.
+_BEYOND_A_LINE = re.compile(r"\n|\\[nsWDAZ]|\[\^|[\^$]")
+
+
+def lines_that_match(pattern: str, text: str) -> list[str]:
+    """Return the lines in which a pattern is found, or its group of each, if it has one."""
+    whole = f".*{pattern}.*"
+    if _BEYOND_A_LINE.search(pattern):
+        return re.findall(whole, text)
+    # Only where it is found: in any other line the expression is tried from each character, through to the end.
+    is_in = re.compile(pattern).search
+    return [found for line in text.split("\n") if is_in(line) for found in re.findall(whole, line)]
+
+
 def until(what: str, probe: Callable[[], T | None], service: Service | None = None, patience: float = PATIENCE) -> T:
     """Return the first true value of `probe()`; fail with the server's log at the deadline."""
     deadline = time.monotonic() + patience
@@ -246,7 +260,7 @@ class Service:
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
         before, found = self._matched.get(pattern, (None, []))
         if version != before:
-            found = re.findall(f".*{pattern}.*", self.log())
+            found = lines_that_match(pattern, self.log())
             self._matched[pattern] = (version, found)
         return list(found)
 
