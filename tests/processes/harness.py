@@ -86,6 +86,9 @@ APP = """
 #: Every family of worker classes.
 WORKER_CLASSES = ["sync", "gthread", "gevent", "asgi", "uvicorn_worker.UvicornWorker"]
 
+#: The parent of the kernel's threads, whose environment is empty too; 0 in a pid namespace without them.
+KTHREADD = 2 if proc.name(2) == "kthreadd" else 0
+
 #: A process that gets it writes down what its threads are doing.
 SHOW_STACKS = signal.SIGRTMIN + 5
 
@@ -105,6 +108,20 @@ def skip_unless_installed(worker_class: str) -> str:
     return worker_class
 
 
+#: A pattern that may match over the end of a line, or asks where the text begins or ends.
+_BEYOND_A_LINE = re.compile(r"\n|\\[nsWDAZ]|\[\^|[\^$]")
+
+
+def lines_that_match(pattern: str, text: str) -> list[str]:
+    """Return the lines in which a pattern is found, or its group of each, if it has one."""
+    whole = f".*{pattern}.*"
+    if _BEYOND_A_LINE.search(pattern):
+        return re.findall(whole, text)
+    # Only where it is found: in any other line the expression is tried from each character, through to the end.
+    is_in = re.compile(pattern).search
+    return [found for line in text.split("\n") if is_in(line) for found in re.findall(whole, line)]
+
+
 def until(what: str, probe: Callable[[], T | None], service: Service | None = None, patience: float = PATIENCE) -> T:
     """Return the first true value of `probe()`; fail with the server's log at the deadline."""
     deadline = time.monotonic() + patience
@@ -115,8 +132,8 @@ def until(what: str, probe: Callable[[], T | None], service: Service | None = No
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {patience:g} s for {what}\n{service.describe() if service else ''}")
-        # To look through /proc takes 10 ms: tests that wait would keep the machine busy, and each other waiting.
-        time.sleep(min(0.2, max(0.01, 10 * (time.thread_time() - began))))
+        # To look through /proc takes milliseconds: tests that wait would keep the machine busy, and each other waiting.
+        time.sleep(min(0.2, max(0.01, 20 * (time.thread_time() - began))))
 
 
 @dataclass(frozen=True)
@@ -243,7 +260,7 @@ class Service:
         version = (status.st_ino, status.st_size, status.st_mtime_ns)
         before, found = self._matched.get(pattern, (None, []))
         if version != before:
-            found = re.findall(f".*{pattern}.*", self.log())
+            found = lines_that_match(pattern, self.log())
             self._matched[pattern] = (version, found)
         return list(found)
 
@@ -366,17 +383,18 @@ class Service:
         for pid, inode in present.items():
             if self._strangers.get(pid) == inode or pid == os.getpid():
                 continue
-            try:
-                with open(f"/proc/{pid}/environ", "rb") as file:
-                    environ = file.read()
-                if self._needle in environ:
-                    found.append(pid)
-                elif environ and proc.parent(pid) != os.getpid():
-                    # Only a child of this process may still become one of the service, by exec. In the middle of an
-                    # exec the environment is empty: a successor must not be taken for a stranger for good.
+            environ = b""
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                environ = file.read()
+            if self._needle in environ:
+                found.append(pid)
+            elif environ:
+                # Only a child of this process may still become one of the service, by exec.
+                if proc.parent(pid) != os.getpid():
                     self._strangers[pid] = inode
-            except OSError:
-                continue
+            # In the middle of an exec it is empty too: a successor must not be taken for a stranger for good.
+            elif KTHREADD and KTHREADD in (pid, proc.parent(pid)):
+                self._strangers[pid] = inode
         return found
 
     def describe(self) -> str:

@@ -63,6 +63,7 @@ AT_IMPORT = {
 
 
 @pytest.mark.parametrize("faults", [list(AT_IMPORT)[:4], list(AT_IMPORT)[4:]], ids=["exceptions", "ends"])
+@pytest.mark.begins_first
 def test_an_app_that_ends_at_import_costs_nothing(service: Service, faults: list[str]):
     configure(service).start()
     with on_trial(service) as trial:
@@ -104,6 +105,7 @@ IN_CONFIGURATION = {
 
 
 @pytest.mark.parametrize("faults", [list(IN_CONFIGURATION)[:5], list(IN_CONFIGURATION)[5:]], ids=["file", "hooks"])
+@pytest.mark.begins_first
 def test_a_configuration_that_fails_costs_nothing(make_service, faults: list[str]):
     service = configure(make_service("sync")).start()
     with on_trial(service) as trial:
@@ -495,15 +497,15 @@ def descriptor_limit(pid: int, spare: int) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize("spare", range(4))
-def test_a_descriptor_limit_costs_nothing(make_service, spare: int):
+def test_a_descriptor_limit_costs_nothing(make_service):
     service = configure(make_service("sync"), upgrade_timeout=10).start()
     with on_trial(service) as trial:
-        with descriptor_limit(trial.master, spare):
-            trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(?:upgrade\.failed|refused)")
-            trial.answers()
-            assert len(service.matches("event=internal.error")) == 0, service.log()
-        trial.cost_nothing()
+        for spare in range(4):
+            with descriptor_limit(trial.master, spare):
+                trial.fails("Too many open files|EMFILE|Errno 24", event=r"event=(?:upgrade\.failed|refused)")
+                trial.answers()
+                assert len(service.matches("event=internal.error")) == 0, service.log()
+            trial.cost_nothing()
         trial.recovers()
 
 
@@ -613,28 +615,32 @@ MEETS = {
 }
 
 
-def retries(service: Service) -> list[float]:
-    lines = service.matches(r"event=worker\.boot_failed")
+def retries(service: Service, before: int = 0) -> list[float]:
+    """Return how long it waited after each failed boot but the first ones."""
+    lines = service.matches(r"event=worker\.boot_failed")[before:]
     return [float(match[1]) for line in lines if (match := re.search(r"retry_in=([\d.]+)", line))]
 
 
-@pytest.mark.parametrize("fault", MEETS)
-def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Service, fault: str):
+@pytest.mark.parametrize("faults", [list(MEETS)[:3], list(MEETS)[3:]], ids=["exceptions", "ends"])
+def test_a_generation_that_has_served_survives_broken_code_on_disk(service: Service, faults: list[str]):
     configure(service).start()
-    before = settled(service, 2)
     with on_trial(service) as trial:
-        service.deploy("2", at_import=MEETS[fault])
-        service.signal(signal.SIGTTIN)
-        service.wait_for(r"event=worker\.boot_failed", times=3)
-        trial.answers()
-        assert serving_workers(service) == before
-        # What it waits grows, or it would burn the CPU that the others need.
-        waits = retries(service)
-        assert waits == sorted(set(waits)), waits
-        service.deploy("good")
-        until("three workers", lambda: len(serving_workers(service)) == 3, service)
-        assert service.pid == trial.master
-        assert len(service.processes()) == 4
+        for fault in faults:
+            before = settled(service, service.workers)
+            failed = len(service.matches(r"event=worker\.boot_failed"))
+            service.deploy("2", at_import=MEETS[fault])
+            service.signal(signal.SIGTTIN)
+            service.wait_for(r"event=worker\.boot_failed", times=failed + 3)
+            trial.answers()
+            assert serving_workers(service) == before
+            # What it waits grows, or it would burn the CPU that the others need.
+            waits = retries(service, failed)
+            assert waits == sorted(set(waits)), waits
+            service.deploy("good")
+            service.workers += 1
+            until("one more worker", lambda: len(serving_workers(service)) == service.workers, service)
+            assert service.pid == trial.master
+            assert len(service.processes()) == 1 + service.workers
 
 
 @pytest.mark.parametrize("fault", ["SyntaxError", "os._exit(3)"])

@@ -55,6 +55,7 @@ def nginx(directory: Path, upstream: str) -> Iterator[int]:
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+@pytest.mark.begins_first
 def test_clients_of_nginx_see_no_error_across_ten_upgrades(
     make_service: Callable[..., Service], worker_class: str, tmp_path: Path
 ):

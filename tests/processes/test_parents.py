@@ -365,6 +365,7 @@ def test_failed_upgrade_leaves_the_keeper_and_the_service_as_they_were(kept):
     until("version 4", lambda: kept.get().version == "4", kept)
 
 
+@pytest.mark.begins_first
 def test_one_keeper_and_no_zombie_is_left_after_ten_upgrades(kept, record_property):
     keeper = become_kept(kept)
     for number in range(2, 11):

@@ -104,6 +104,7 @@ def test_configuration_that_hangs_is_given_up(make_service: MakeService, monkeyp
     assert not os.path.exists(rehearsal.log_path)
 
 
+@pytest.mark.begins_first
 def test_every_scenario_is_rehearsed_and_nothing_is_lost_that_could_be_saved(
     make_service: MakeService, tmp_path: Path
 ) -> None:

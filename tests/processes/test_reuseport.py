@@ -50,6 +50,7 @@ UPGRADED, RESIZED = (
 
 
 @pytest.mark.parametrize("worker_class", UPGRADED)
+@pytest.mark.begins_first
 def test_upgrades_under_load_lose_nothing_whatever_the_number_of_workers(make_service: Make, worker_class: str):
     service = make_service(skip_unless_installed(worker_class), workers=3, grace_period=15)
     # On the command line the number would be the same for ever.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 import re
@@ -135,7 +136,9 @@ def part_of(module: str) -> str:
     return names[1] if len(names) > 1 else "__init__"
 
 
-def sources() -> dict[str, ast.Module]:
+# Read when they are asked for: this file is imported by each process of a test run.
+@functools.cache
+def trees() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         names = ["zdd_web", *path.relative_to(PACKAGE).with_suffix("").parts]
@@ -143,9 +146,6 @@ def sources() -> dict[str, ast.Module]:
             names.pop()
         found[".".join(names)] = ast.parse(path.read_text(), str(path))
     return found
-
-
-TREES = sources()
 
 
 class Reader(ast.NodeVisitor):
@@ -171,7 +171,7 @@ class Reader(ast.NodeVisitor):
         for alias in node.names:
             whole = f"{node.module}.{alias.name}"
             # `from gunicorn import sock` names a module, `from zdd_web.board import Board` does not.
-            self.note(whole if whole in TREES or "." not in str(node.module) else str(node.module), node.lineno)
+            self.note(whole if whole in trees() or "." not in str(node.module) else str(node.module), node.lineno)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.within("function", node.body)
@@ -187,16 +187,21 @@ class Reader(ast.NodeVisitor):
 
 def imports_of(module: str) -> list[Import]:
     reader = Reader(module)
-    reader.visit(TREES[module])
+    reader.visit(trees()[module])
     return reader.found
 
 
-IMPORTS = [each for module in TREES for each in imports_of(module)]
-REAL = [each for each in IMPORTS if each.where != "typing"]
+@functools.cache
+def imports() -> list[Import]:
+    return [each for module in trees() for each in imports_of(module)]
+
+
+def real_imports() -> list[Import]:
+    return [each for each in imports() if each.where != "typing"]
 
 
 def test_this_test_reads_what_it_is_meant_to_read() -> None:
-    found = {str(each).partition(":")[0] + str(each).partition(" imports")[2] for each in IMPORTS}
+    found = {str(each).partition(":")[0] + str(each).partition(" imports")[2] for each in imports()}
     assert {
         "zdd_web.wsgi zdd_web.probes (module)",
         "zdd_web.wsgi _typeshed.wsgi (typing)",
@@ -212,13 +217,13 @@ def test_this_test_reads_what_it_is_meant_to_read() -> None:
 
 
 def test_every_part_has_its_place_in_the_order() -> None:
-    assert {part_of(module) for module in TREES} <= set(MAY_USE)
+    assert {part_of(module) for module in trees()} <= set(MAY_USE)
 
 
 def test_parts_use_only_those_that_they_may() -> None:
     wrong = [
         str(each)
-        for each in REAL
+        for each in real_imports()
         if each.top == "zdd_web"
         and each.part != part_of(each.importer)
         and each.part not in MAY_USE[part_of(each.importer)]
@@ -239,19 +244,22 @@ def part_inside_gunicorn(module: str) -> str:
     return names[2] if len(names) > 2 else "__init__"
 
 
-INSIDE_GUNICORN = [
-    each for each in IMPORTS if part_of(each.importer) == "gunicorn" and each.name.startswith("zdd_web.gunicorn.")
-]
+def inside_gunicorn() -> list[Import]:
+    return [
+        each for each in imports() if part_of(each.importer) == "gunicorn" and each.name.startswith("zdd_web.gunicorn.")
+    ]
 
 
 def test_every_part_of_gunicorn_has_its_place_in_the_order() -> None:
-    assert {part_inside_gunicorn(module) for module in TREES if part_of(module) == "gunicorn"} == set(GUNICORN_MAY_USE)
+    assert {part_inside_gunicorn(module) for module in trees() if part_of(module) == "gunicorn"} == set(
+        GUNICORN_MAY_USE
+    )
 
 
 def test_parts_of_gunicorn_use_only_those_that_they_may() -> None:
     wrong = [
         str(each)
-        for each in INSIDE_GUNICORN
+        for each in inside_gunicorn()
         if (importer := part_inside_gunicorn(each.importer)) != (used := part_inside_gunicorn(each.name))
         and used not in GUNICORN_MAY_USE[importer]
     ]
@@ -266,7 +274,7 @@ def test_order_inside_gunicorn_has_no_circles() -> None:
 
 
 def test_modules_of_gunicorn_import_each_other_in_no_circle() -> None:
-    edges = {(each.importer, each.name) for each in INSIDE_GUNICORN if each.name in TREES}
+    edges = {(each.importer, each.name) for each in inside_gunicorn() if each.name in trees()}
     while True:
         # What nothing imports, and what imports nothing, is in no circle.
         importers, imported = {importer for importer, _ in edges}, {name for _, name in edges}
@@ -278,14 +286,14 @@ def test_modules_of_gunicorn_import_each_other_in_no_circle() -> None:
 
 
 def test_no_role_receives_the_whole_master() -> None:
-    users = {each.importer for each in IMPORTS if each.name == "zdd_web.gunicorn.master.master"}
+    users = {each.importer for each in imports() if each.name == "zdd_web.gunicorn.master.master"}
     assert users == KNOW_THE_MASTER
 
 
 def test_decisions_touch_nothing_of_the_world() -> None:
     wrong = [
         str(each)
-        for each in REAL
+        for each in real_imports()
         if part_of(each.importer) in PURE and each.top != "zdd_web" and each.top not in PURE_STDLIB
     ]
     assert wrong == []
@@ -294,7 +302,7 @@ def test_decisions_touch_nothing_of_the_world() -> None:
 
 
 def test_decisions_open_no_file_and_print_nothing() -> None:
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         if part_of(module) in PURE:
             names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
             assert names & {"open", "print", "input", "exec", "eval", "__import__"} == set(), module
@@ -302,25 +310,27 @@ def test_decisions_open_no_file_and_print_nothing() -> None:
 
 @pytest.mark.parametrize(("framework", "home"), [("django", {"django", "apps"}), ("flask", {"flask"})])
 def test_framework_is_imported_by_its_adaptor_alone(framework: str, home: set[str]) -> None:
-    assert {part_of(each.importer) for each in IMPORTS if each.top == framework} == home
+    assert {part_of(each.importer) for each in imports() if each.top == framework} == home
 
 
 def test_no_other_framework_is_imported_by_anybody_else() -> None:
     wrong = [
         str(each)
-        for each in IMPORTS
+        for each in imports()
         if each.top in FRAMEWORKS and part_of(each.importer) not in ("django", "flask", "apps")
     ]
     assert wrong == []
 
 
 def test_click_and_rich_are_the_commands_alone() -> None:
-    users = {part_of(each.importer) for each in IMPORTS if each.top in ("click", "rich")}
+    users = {part_of(each.importer) for each in imports() if each.top in ("click", "rich")}
     assert users == {"cli"}
     # The probe port's process reads HTTP; it alone of all that runs in a service.
-    assert {part_of(each.importer) for each in IMPORTS if each.top == "h11"} == {"cli", "probe_server"}
+    assert {part_of(each.importer) for each in imports() if each.top == "h11"} == {"cli", "probe_server"}
     forked = [
-        each for each in REAL if each.name.startswith("zdd_web.probe_server") and part_of(each.importer) == "gunicorn"
+        each
+        for each in real_imports()
+        if each.name.startswith("zdd_web.probe_server") and part_of(each.importer) == "gunicorn"
     ]
     assert {each.where for each in forked} == {"function"}
 
@@ -329,10 +339,12 @@ def test_click_and_rich_are_the_commands_alone() -> None:
 
 
 def test_one_module_knows_which_gunicorn_this_is() -> None:
-    bare = {each.importer for each in REAL if each.name == "gunicorn" and part_of(each.importer) == "gunicorn"}
+    bare = {
+        each.importer for each in real_imports() if each.name == "gunicorn" and part_of(each.importer) == "gunicorn"
+    }
     assert bare == {"zdd_web.gunicorn.adapter.versions"}
     known = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if (
                 isinstance(node, ast.Attribute)
@@ -340,7 +352,9 @@ def test_one_module_knows_which_gunicorn_this_is() -> None:
                 and not (isinstance(node.value, ast.Name) and node.value.id == "zdd_web")
             ):
                 known.append(module)
-    metadata = [each.importer for each in IMPORTS if each.name in ("importlib.metadata", "packaging", "pkg_resources")]
+    metadata = [
+        each.importer for each in imports() if each.name in ("importlib.metadata", "packaging", "pkg_resources")
+    ]
     assert {*known, *metadata} == {"zdd_web.gunicorn.adapter.versions"}
 
 
@@ -400,14 +414,14 @@ def test_writes_are_found() -> None:
 
 
 def test_adapter_alone_imports_gunicorn() -> None:
-    assert [str(each) for each in IMPORTS if each.top == "gunicorn" and not is_in_adapter(each.importer)] == []
+    assert [str(each) for each in imports() if each.top == "gunicorn" and not is_in_adapter(each.importer)] == []
 
 
 def test_adapter_alone_writes_attributes_of_the_arbiter_and_its_workers() -> None:
     # State.worker in hooks.py is our own WorkerRuntime.
     found = [
         f"{module}: {each}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         for each in writes_of(tree)
         if part_of(module) == "gunicorn" and not is_in_adapter(module) and "state.worker." not in each
     ]
@@ -415,7 +429,7 @@ def test_adapter_alone_writes_attributes_of_the_arbiter_and_its_workers() -> Non
 
 
 def test_in_the_adapter_one_module_writes_them() -> None:
-    assert [each for module, tree in TREES.items() if is_in_adapter(module) for each in writes_of(tree)] == []
+    assert [each for module, tree in trees().items() if is_in_adapter(module) for each in writes_of(tree)] == []
 
 
 CONTRACT = Path(__file__).parents[1] / "contract"
@@ -468,7 +482,7 @@ def test_public_names_resolve_and_are_the_same_everywhere() -> None:
 
 def test_type_checkers_are_told_the_same_names() -> None:
     told = {}
-    for node in TREES["zdd_web"].body:
+    for node in trees()["zdd_web"].body:
         if isinstance(node, ast.If):
             for each in node.body:
                 assert isinstance(each, ast.ImportFrom)
@@ -488,7 +502,7 @@ def test_no_public_name_is_the_name_of_a_module() -> None:
 
 
 def test_all_that_a_module_announces_is_there() -> None:
-    for module in TREES:
+    for module in trees():
         if not module.endswith("__main__"):
             loaded = importlib.import_module(module)
             missing = [name for name in getattr(loaded, "__all__", []) if not hasattr(loaded, name)]
@@ -548,8 +562,19 @@ def test_a_start_does_not_load_what_it_does_not_need() -> None:
     assert LAZY_IMPORTS & set(loaded) == set()
 
 
+#: What a command that prints to a pipe does without: a deploy script runs several.
+LAZY_IN_COMMANDS = {"rich.live", "rich.table", "subprocess", "tempfile", "socket", "asyncio", "h11"}
+
+
+def test_a_command_does_not_load_what_it_does_not_need() -> None:
+    run = [sys.executable, "-Ic", "import sys, zdd_web.cli; print(*sys.modules)"]
+    loaded = subprocess.run(run, check=True, timeout=60, capture_output=True, text=True).stdout.split()
+    assert {"zdd_web.cli.upgrade", "zdd_web.cli.rehearse.command"} <= set(loaded)
+    assert LAZY_IN_COMMANDS & set(loaded) == set()
+
+
 def test_types_of_gunicorns_objects_are_for_type_checkers_alone() -> None:
-    users = {each.where for each in IMPORTS if each.name.startswith("zdd_web.gunicorn.adapter.protocols")}
+    users = {each.where for each in imports() if each.name.startswith("zdd_web.gunicorn.adapter.protocols")}
     assert users == {"typing"}
 
 
