@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 
-from tests.pure.test_architecture import IMPORTS, TREES
+from tests.pure.test_architecture import imports, trees
 
 WORKERS = "zdd_web.gunicorn.workers"
 
@@ -15,8 +15,8 @@ BELOW = {"adapter", "log_rotation", "process_exit", "settings_sources", "sockets
 
 def graph() -> dict[str, set[str]]:
     """Return which module of the workers' part imports which others."""
-    modules = {module: set[str]() for module in TREES if module.startswith(f"{WORKERS}.")}
-    for each in IMPORTS:
+    modules = {module: set[str]() for module in trees() if module.startswith(f"{WORKERS}.")}
+    for each in imports():
         # A name of a module is an import of the module.
         target = each.name if each.name in modules else each.name.rpartition(".")[0]
         if each.importer in modules and target in modules:
@@ -37,7 +37,7 @@ def test_an_adapter_does_not_know_the_runtime() -> None:
 
 
 def test_states_are_decided_without_touching_anything() -> None:
-    used = {each.name for each in IMPORTS if each.importer == f"{WORKERS}.exit_states"}
+    used = {each.name for each in imports() if each.importer == f"{WORKERS}.exit_states"}
     assert {name.partition(".")[0] for name in used} == {"__future__", "collections", "enum", "zdd_web"}
     assert {name.split(".")[1] for name in used if name.startswith("zdd_web.")} == {"errors", "lifecycle"}
 
@@ -46,7 +46,7 @@ def test_a_worker_uses_nothing_of_what_stands_above_it() -> None:
     prefix = "zdd_web.gunicorn."
     used = {
         each.name.removeprefix(prefix).split(".")[0]
-        for each in IMPORTS
+        for each in imports()
         if each.importer.startswith(f"{WORKERS}.") and each.name.startswith(prefix)
     }
     assert used - {"workers"} <= BELOW
