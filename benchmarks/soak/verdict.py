@@ -11,10 +11,6 @@ from typing import NamedTuple
 MEMORY_TOLERANCE = 2048
 #: The same for the memory of all processes together.
 ALL_MEMORY_TOLERANCE = 6144
-#: The same for the benchmark's own processes, which keep what they have measured.
-OWN_MEMORY_TOLERANCE = 16384
-#: The figures of these.
-OWN = ("resident memory of this program", "resident memory of the clients")
 
 
 class Growth(NamedTuple):
@@ -39,8 +35,6 @@ def tolerance(name: str) -> float:
     """
     if not name.endswith("KiB"):
         return 0.0
-    if name.startswith(OWN):
-        return float(OWN_MEMORY_TOLERANCE)
     return float(ALL_MEMORY_TOLERANCE if name.startswith("proportional") else MEMORY_TOLERANCE)
 
 

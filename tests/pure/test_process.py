@@ -8,6 +8,7 @@ import dis
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,12 +182,19 @@ def test_no_thread_gets_between_the_two_halves_of_a_count(worker: Process, hook:
 def test_a_count_is_locked_where_there_is_no_gil(worker: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker.slot is not None
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    lock = threading.Lock()
+    monkeypatch.setattr(request_counts.threading, "Lock", lambda: lock)
     counter = RequestCounter(worker, 1 << 60, (), lambda _: True)
-    assert worker.slot.in_flight == 0
+    seen: list[tuple[str, bool]] = []
+    # What each hook calls while it counts, the lock taken.
+    monkeypatch.setattr(counter, "_started_late", lambda request: seen.append(("started", lock.locked())))
+    monkeypatch.setattr(counter, "failed", lambda request: seen.append(("finished", lock.locked())))
+    worker.board.header.phase = Phase.DRAINING
     contextvars.copy_context().run(counter.started, None, "a request")
     assert worker.slot.in_flight == 1
-    counter.finished(None, "a request", {}, None)
+    counter.finished(None, "a request", {}, SimpleNamespace(status_code=500))  # type: ignore[arg-type]
     assert (worker.slot.in_flight, worker.slot.requests) == (0, 1)
+    assert seen == [("started", True), ("finished", True)] and not lock.locked()
 
 
 def test_worker_says_its_state_and_since_when(worker: Process) -> None:
