@@ -29,7 +29,7 @@ def take(service: Service) -> dict[str, int]:
         master, workers = generation.pid, [worker.pid for worker in generation.snapshot().workers]
     probes = [pid for pid in service.processes() if pid not in (master, *workers)]
     everything = [master, *workers, *probes]
-    # Cyclic garbage of ours waits for a full collection, which comes the more rarely the more there is: 4 MiB up and down.
+    # Cyclic garbage of ours waits for a full collection, the longer the more there is: 4 MiB up and down.
     gc.collect()
     return {
         "descriptors of the master": len(descriptors(master)),

@@ -80,9 +80,7 @@ def test_turn_ends_although_others_go_on_to_connect(offer: TakeoverListener, mon
         left.close()
 
 
-def test_no_more_of_ours_are_let_in_than_have_a_place(
-    offer: TakeoverListener, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_of_ours_are_let_in_than_have_a_place(offer: TakeoverListener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ACCEPTS_FOR", 60.0)
     with contextlib.ExitStack() as stack:
         for _ in range(MOST_WAITING + 2):
