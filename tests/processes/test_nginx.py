@@ -64,7 +64,7 @@ def test_clients_of_nginx_see_no_error_across_ten_upgrades(
     service.settings["generation_header"] = "X-Zdd-Generation"
     start(bound_to(service, f"unix:{path}"))
     with nginx(tmp_path / "nginx", f"unix:{path}") as port:
-        load = LoadThread(Load("127.0.0.1", port, ("/",), 8, 0.5, 0.02, 20.0, pace=0.05))
+        load = LoadThread(Load("127.0.0.1", port, ("/",), 8, 0.5, 0.1, 20.0, pace=0.1))
         with load:
             answered_from(load, 50)
             for _ in range(10):

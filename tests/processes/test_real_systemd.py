@@ -121,7 +121,7 @@ class Unit:
 
     @contextlib.contextmanager
     def under_load(self) -> Iterator[LoadThread]:
-        load = LoadThread(Load("127.0.0.1", self.port, ("/",), 8, 0.5, 0.02, 20.0, pace=0.05))
+        load = LoadThread(Load("127.0.0.1", self.port, ("/",), 8, 0.5, 0.1, 20.0, pace=0.1))
         with load:
             answered_from(load, 50)
             yield load

@@ -289,7 +289,7 @@ def unprivileged() -> list[str]:
 
 @contextlib.contextmanager
 def load_on(port: int, path: str = "/", clients: int = 8) -> Iterator[LoadThread]:
-    load = LoadThread(Load("127.0.0.1", port, (path,), clients, 0.5, 0.02, 20.0, pace=0.05))
+    load = LoadThread(Load("127.0.0.1", port, (path,), clients, 0.5, 0.1, 20.0, pace=0.1))
     with load:
         answered_from(load, 50)
         yield load

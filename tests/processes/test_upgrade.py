@@ -17,8 +17,8 @@ from zdd_web.lifecycle import Phase
 def test_new_code_takes_over_without_a_lost_request(service: Service):
     service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
-    # As dense as it gets, here at least.
-    with service.under_load(16, pause=0.01) as load:
+    # Denser than elsewhere, here at least.
+    with service.under_load(16, pause=0.02) as load:
         for number in (2, 3):
             service.deploy(str(number))
             service.upgrade()

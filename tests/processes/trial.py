@@ -43,7 +43,7 @@ def on_trial(service: Service, clients: int = 6, *, status: int | None = 0, may_
     The load is a light one. In an upgrade that fails the old generation is not touched, so what matters is that a
     request comes in each moment of it; generating more was half of what these tests cost.
     """
-    with service.under_load(clients, may_lose=may_lose, pause=0.1) as load:
+    with service.under_load(clients, may_lose=may_lose) as load:
         yield Trial(service, load)
     ends_without_a_trace(service, status)
 
