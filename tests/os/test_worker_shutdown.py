@@ -86,9 +86,9 @@ class Worker(WorkerShutdown):
         self.machine = StateMachine(state)
         self.fake = Adapter(winds_down)
         self.process = Process(self.board, slot, Settings())
-        after_loop = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
+        background = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
         super().__init__(
-            worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", after_loop), lambda: True
+            worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", background), lambda: True
         )
 
     def _count_close(self) -> None:

@@ -7,9 +7,9 @@ A mode (`LISTENER`) decides how they come to be and go, and nothing else:
                 when a worker does, and every worker accepts from all, so that no connection waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
-A successor inherits them, with what each is called (factory.py). Those that it does not want are drained by the
-predecessor: no new connection is let in, its workers accept what waits, and when the last of them accepts no more they
-are closed.
+A successor inherits them, with what each is called (listener_factory.py). Those that it does not want are drained by
+the predecessor: no new connection is let in, its workers accept what waits, and when the last of them accepts no more
+they are closed.
 
 Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
 to the other (listeners/reuseport/drain.py), and holds its sockets until they are empty and its workers have left.
@@ -36,8 +36,8 @@ from zdd_web.gunicorn.adapter.sockets import bind_listener
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
+from zdd_web.gunicorn.sockets.listener_factory import ListenerFactory, paths_added
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners.accept_queue import allow_new_connections, block_new_connections, queue
 from zdd_web.listeners.reuseport.drain import PeerGeneration
