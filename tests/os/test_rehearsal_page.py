@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import pytest
-from html.parser import HTMLParser
 
 from zdd_web.cli.rehearse import charts, html_report, junit_report, report
 from zdd_web.cli.rehearse.generator_health import GeneratorHealth
