@@ -19,6 +19,7 @@ from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
 from zdd_web.system import clock
+from zdd_web.waitgroup import all_groups
 
 
 class Ended(Exception):
@@ -33,7 +34,7 @@ class Worker:
     """What an `BackgroundDrain` is made of."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, state: State = State.FINISHING, orphaned: bool = False) -> None:
-        monkeypatch.setattr(waitgroup, "observer", None)
+        monkeypatch.setattr(all_groups, "observer", None)
         monkeypatch.setattr(process_exit, "end", end)
         monkeypatch.setattr(process_exit, "bound", lambda until, beat, status, interval: self.bounds.append(status))
         self.bounds: list[int] = []
