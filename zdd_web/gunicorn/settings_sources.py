@@ -1,8 +1,8 @@
 """Where the settings of a generation come from, and what happens when two places disagree.
 
 The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names one in its environment), `install()` and
-the environment. The module is read by a child process, since the master imports no app. It is read at the first hook
-that sees gunicorn's whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
+the environment. The module is read by a child process (read_django_settings.py), at the first hook that sees gunicorn's
+whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
 A module that is not imported within `UPGRADE_TIMEOUT` is left out: most hold no `ZDD_WEB`, and if this one does, and
 contradicts what the master runs with, its workers find that.
 
