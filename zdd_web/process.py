@@ -20,6 +20,7 @@ from zdd_web.errors import LifecycleError
 from zdd_web.lifecycle import LEAVING, Phase
 from zdd_web.settings import FrameworkSettings, Settings, merge
 from zdd_web.system import clock
+from zdd_web.waitgroup import all_groups
 
 App = TypeVar("App")
 
@@ -46,7 +47,7 @@ class Process:
         # Made once: these are written at each change of the work in hand.
         self._task_records = [slot.task(index) for index in range(NAMED_TASKS)] if slot is not None else []
         if slot is not None:
-            waitgroup.observer = self._tasks_changed
+            all_groups.observer = self._tasks_changed
         #: There is no gunicorn.
         self.alone = bool(board.header.alone)
         self._runner: checks.Runner | None = None
@@ -254,7 +255,7 @@ def remember() -> Callable[[], None]:
             del _apps[app]
         # With its board and the settings of the environment as it was.
         use(None)
-        waitgroup.observer = None
+        all_groups.observer = None
 
     return restore
 

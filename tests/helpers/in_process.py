@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from zdd_web import process, waitgroup
+from zdd_web import process
 from zdd_web.board import Board
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 from zdd_web.system import pauses
+from zdd_web.waitgroup import all_groups
 
 
 def descriptors() -> set[tuple[int, str]]:
@@ -32,13 +33,13 @@ def nothing_is_left_behind() -> Iterator[None]:
     """Fail a test that leaves a descriptor open or a child process unreaped."""
     # A board that another test has closed is not this one's.
     process.use(None)
-    waitgroup.observer = None
+    all_groups.observer = None
     # Nor is a loop that another test has played: its turns do not come any more, which looks like a pause.
     pauses.forget()
     before = descriptors()
     yield
     process.use(None)
-    waitgroup.observer = None
+    all_groups.observer = None
     give_up = time.monotonic() + 5
     while descriptors() - before and time.monotonic() < give_up:
         gc.collect()  # a mapping that is part of a cycle is not a leak

@@ -15,7 +15,7 @@ from zdd_web.board import Board
 from zdd_web.board.record import WORD
 from zdd_web.gunicorn.adapter.worker import HANDLERS, WorkerFacade
 from zdd_web.gunicorn.workers import app_forks
-from zdd_web.system.memory import write_to_a_copy
+from zdd_web.system.shared_memory import write_to_a_copy
 
 
 def test_what_a_child_writes_to_its_workers_slot_is_its_own_and_the_header_is_not() -> None:

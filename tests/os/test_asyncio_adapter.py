@@ -13,9 +13,9 @@ import pytest
 from zdd_web.board import Board
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections
 from zdd_web.gunicorn.sockets.exchange import Exchange
-from zdd_web.gunicorn.workers import exchange
+from zdd_web.gunicorn.workers import kept_connections
 from zdd_web.gunicorn.workers.asyncio_adapter import AsyncioAdapter
-from zdd_web.gunicorn.workers.exchange import KeptConnections
+from zdd_web.gunicorn.workers.kept_connections import KeptConnections
 from zdd_web.lifecycle import Phase
 
 
@@ -26,7 +26,7 @@ class Adapter(AsyncioAdapter[Any]):
 
 def test_worker_looks_into_the_exchange_as_soon_as_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     # The gate may open right after a turn, and the next one is far.
-    monkeypatch.setattr(exchange, "TURN", 1000.0)
+    monkeypatch.setattr(kept_connections, "TURN", 1000.0)
     board, pair = Board.private(), Exchange()
     board.header.phase = Phase.SERVING
     listener = socket.create_server(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def test_worker_looks_into_the_exchange_as_soon_as_it_listens(monkeypatch: pytes
     )
     runtime: Any = SimpleNamespace(
         worker=worker, board=board, slot=board.slot(0), pid=os.getpid(), process=SimpleNamespace(going=False),
-        is_finishing=False, notify=lambda: None, after_loop=SimpleNamespace(threads_left=lambda **_: ()),
+        is_finishing=False, notify=lambda: None, background=SimpleNamespace(threads_left=lambda **_: ()),
     )  # fmt: skip
     runtime.kept = KeptConnections(runtime, pair)
     adapter = Adapter(runtime)

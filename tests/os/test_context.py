@@ -13,6 +13,7 @@ from zdd_web.board import Board
 from zdd_web.errors import LifecycleError
 from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.context import Generation
+from zdd_web.gunicorn.read_django_settings import MODULE
 from zdd_web.lifecycle import ON_ENTRY, Event, Phase
 
 
@@ -90,7 +91,7 @@ def test_settings_of_a_generation_are_those_in_force_after_a_reload(monkeypatch:
     monkeypatch.setattr(settings_sources, "_in_force", None)
     monkeypatch.setattr(settings_sources, "_installed", {})
     monkeypatch.setattr(settings_sources, "_settled", False)
-    monkeypatch.delenv(settings_sources.MODULE, raising=False)
+    monkeypatch.delenv(MODULE, raising=False)
     cfg: Any = SimpleNamespace(env={})
     settings_sources.take({"readiness_path": "/ready"})
     settings_sources.settle(cfg)

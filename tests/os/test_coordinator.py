@@ -18,11 +18,11 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.channel import Channel
 from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
-from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.deploy_history import Deploys
 from zdd_web.gunicorn.upgrade.states import Successor
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import Phase
-from zdd_web.system import document
+from zdd_web.system import shared_text
 from zdd_web.system.boot_log import BootLog
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -79,7 +79,7 @@ class Scene:
     @property
     def noted(self) -> list[tuple[str, str, str]]:
         """What the history has, by kind, outcome and reason."""
-        entries = history.decode(document.read(self.deploys._document.fd))
+        entries = history.decode(shared_text.read(self.deploys._document.fd))
         return [(each.kind, each.outcome, each.reason) for each in entries]
 
 

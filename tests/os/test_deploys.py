@@ -14,10 +14,10 @@ from zdd_web.deploy_request import DeployRequest, standing
 from zdd_web.errors import UpgradeError
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
-from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.deploy_history import Deploys
 from zdd_web.history import Entry
 from zdd_web.settings import Settings
-from zdd_web.system import document
+from zdd_web.system import shared_text
 
 Make = Callable[..., Deploys]
 
@@ -51,7 +51,7 @@ def inheriting(deploys: Deploys, *, taken: bool = False) -> Inheritance:
 
 
 def noted(deploys: Deploys) -> list[tuple[str, str, int]]:
-    entries = history.decode(document.read(deploys._document.fd))
+    entries = history.decode(shared_text.read(deploys._document.fd))
     return [(each.kind, each.outcome, each.generation) for each in entries]
 
 
@@ -81,7 +81,7 @@ def test_what_is_refused_meanwhile_does_not_take_the_place_of_what_is_under_way(
     assert deploys.watch(Settings()) == (60, 0.5)
     assert deploys.next_label == str((tmp_path / "2").resolve())
     deploys.ended("done")
-    refused, done = history.decode(document.read(deploys._document.fd))
+    refused, done = history.decode(shared_text.read(deploys._document.fd))
     assert (refused.outcome, refused.directory) == ("refused", "")
     assert (done.outcome, done.directory) == ("done", str((tmp_path / "2").resolve()))
     assert "still leads to" in done.note

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tests.helpers.forks import spawn, status_of
 from zdd_web import service
 from zdd_web.board import Board, Slot, WorkerState
-from zdd_web.cli import control, leftovers, main
+from zdd_web.cli import control, main, unfinished_work
 from zdd_web.lifecycle import Phase
 from zdd_web.service import Generation
 from zdd_web.system import clock, proc
@@ -162,13 +162,13 @@ def test_second_drain_ends_no_lame_duck(
     kill, sent = os.kill, []
     monkeypatch.setattr(os, "kill", lambda *signalled: sent.append(signalled))
     monkeypatch.setattr(control, "POLL", 0.0)
-    look = leftovers.Leftovers.look
+    look = unfinished_work.UnfinishedWork.look
 
-    def looked(self: leftovers.Leftovers) -> None:
+    def looked(self: unfinished_work.UnfinishedWork) -> None:
         look(self)
         kill(pid, signal.SIGTERM)  # from somebody else
 
-    monkeypatch.setattr(leftovers.Leftovers, "look", looked)
+    monkeypatch.setattr(unfinished_work.UnfinishedWork, "look", looked)
     result = drain(*wait)
     monkeypatch.undo()
     assert (result.exit_code, sent) == (0, [])

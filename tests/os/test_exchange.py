@@ -15,8 +15,8 @@ import pytest
 from zdd_web.board import Board
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.exchange import Exchange
-from zdd_web.gunicorn.workers import exchange
-from zdd_web.gunicorn.workers.exchange import GIVEN_AT_ONCE, LEFT_AT_LEAST, TAKEN_AT_ONCE, KeptConnections
+from zdd_web.gunicorn.workers import kept_connections
+from zdd_web.gunicorn.workers.kept_connections import GIVEN_AT_ONCE, LEFT_AT_LEAST, TAKEN_AT_ONCE, KeptConnections
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock, connection_passing
 from zdd_web.system.connection_passing import Handed
@@ -223,7 +223,7 @@ def test_a_full_exchange_leaves_a_connection_where_it_is(make: Callable[..., Wor
     hand_over = leaving.kept.leaving(lambda: None, None)
     assert hand_over is not None and not hand_over.over()
     assert len(leaving.store.kept) == 3
-    assert leaving.kept.limits_wait and leaving.kept.pause() == exchange.TURN
+    assert leaving.kept.limits_wait and leaving.kept.pause() == kept_connections.TURN
     serving.store.limit = 1 << 20
     while serving.kept.take_some():
         pass
@@ -244,7 +244,7 @@ def test_few_connections_lie_in_the_exchange_at_a_time(make: Callable[..., Worke
     for _ in range(20):
         assert not hand_over.over()
     lies = connection_passing.waiting_bytes(pair.take)
-    assert exchange.MOST_WAITING <= lies < exchange.MOST_WAITING + connection_passing.MOST_BYTES
+    assert kept_connections.MOST_WAITING <= lies < kept_connections.MOST_WAITING + connection_passing.MOST_BYTES
     assert len(leaving.store.kept) > 350, "where a request on them is answered at once"
     while not hand_over.over():
         while serving.kept.take_some():
@@ -256,15 +256,15 @@ def test_a_full_exchange_that_no_worker_takes_from_is_given_up(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [time.monotonic()]
-    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now[0])
     leaving = make()
     leaving.store.connect(500)
     leaving.leave()
     hand_over = leaving.kept.leaving(lambda: None, SimpleNamespace(over=lambda: True))
     assert hand_over is not None
-    while connection_passing.waiting_bytes(leaving.kept.take_fd) < exchange.MOST_WAITING:
+    while connection_passing.waiting_bytes(leaving.kept.take_fd) < kept_connections.MOST_WAITING:
         assert not hand_over.over()
-    now[0] += exchange.PATIENCE - 0.1
+    now[0] += kept_connections.PATIENCE - 0.1
     assert not hand_over.over()
     assert not leaving.kept.are_to_close()
     now[0] += 0.2
@@ -276,7 +276,7 @@ def test_an_exchange_that_was_empty_in_between_is_not_given_up(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [time.monotonic()]
-    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now[0])
     leaving, other, serving = make(), make(), make()
     for each in (leaving, other):
         each.leave()
@@ -287,21 +287,21 @@ def test_an_exchange_that_was_empty_in_between_is_not_given_up(
         assert not leaving.kept.is_taken() and not leaving.kept.are_to_close()
         assert serving.kept.take_some() == 2
         assert leaving.kept.is_taken()
-        now[0] += exchange.PATIENCE + 0.1
+        now[0] += kept_connections.PATIENCE + 0.1
 
 
 def test_what_no_worker_takes_is_taken_back_and_closed_as_ever(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [time.monotonic()]
-    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now[0])
     leaving = make()
     leaving.store.connect(5)
     leaving.leave()
     without = SimpleNamespace(over=lambda: True)
     hand_over = leaving.kept.leaving(lambda: None, without)
     assert hand_over is not None and not hand_over.over() and leaving.store.kept == []
-    now[0] += exchange.PATIENCE - 0.1
+    now[0] += kept_connections.PATIENCE - 0.1
     assert not hand_over.over() and leaving.store.kept == []
     assert not leaving.kept.are_to_close()
     now[0] += 0.2
@@ -436,7 +436,7 @@ def test_idle_connections_leave_over_the_lame_duck(make: Callable[..., Worker]) 
     header.phase, header.stop_since = Phase.LAME_DUCK, clock.now_ns()
     assert not worker.kept.limits_wait
     worker.kept.turn()
-    assert worker.kept.limits_wait and worker.kept.pause() == exchange.LAME_DUCK_TURN
+    assert worker.kept.limits_wait and worker.kept.pause() == kept_connections.LAME_DUCK_TURN
     assert worker.store.closed <= 1
     header.stop_since = clock.now_ns() - int(5.5e9)
     worker.kept._looks_at = 0.0

@@ -13,9 +13,9 @@ import pytest
 from tests.helpers.masters import Masters
 from zdd_web import lookup, service
 from zdd_web.board import Board
-from zdd_web.cli import followed as module
 from zdd_web.cli import progress
-from zdd_web.cli.followed import Followed
+from zdd_web.cli import watched_services as module
+from zdd_web.cli.watched_services import Followed
 from zdd_web.errors import ServiceNotFound
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.os.test_load import Server, keep_answering, read_request
-from zdd_web.cli.rehearse.generator import EVERY, Watch
+from zdd_web.cli.rehearse.generator_health import EVERY, Watch
 from zdd_web.cli.rehearse.load import Load, LoadThread
-from zdd_web.cli.rehearse.requests import Request, in_turn, parse
+from zdd_web.cli.rehearse.request_mix import Request, in_turn, parse
 from zdd_web.cli.rehearse.samples import Outcome, Sample
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.forks import spawn, status_of
 from zdd_web.board import Board, Heartbeat, WorkerState
 from zdd_web.gunicorn.upgrade import heartbeats
-from zdd_web.gunicorn.upgrade.orphans import Orphans
+from zdd_web.gunicorn.upgrade.orphaned_workers import Orphans
 from zdd_web.system import clock, proc
 
 #: Real children are seen under /proc.

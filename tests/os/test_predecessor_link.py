@@ -14,8 +14,8 @@ from gunicorn.errors import HaltServer
 from zdd_web.board import Board
 from zdd_web.gunicorn.handoff.channel import Channel
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.upgrade import accession
-from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.upgrade import predecessor_link
+from zdd_web.gunicorn.upgrade.predecessor_link import PredecessorLink
 from zdd_web.gunicorn.upgrade.states import Link
 from zdd_web.system import boot_log, clock
 
@@ -151,7 +151,7 @@ def test_a_predecessor_that_closes_the_channel_and_stays_has_given_this_one_up(
     scene.predecessor.close()
     assert not scene.link.follow()
     assert scene.link.state is Link.BOOTING
-    monkeypatch.setattr(accession, "GIVEN_UP_AFTER", -1.0)
+    monkeypatch.setattr(predecessor_link, "GIVEN_UP_AFTER", -1.0)
     with pytest.raises(HaltServer):
         scene.link.follow()
     assert scene.link.state is Link.REJECTED

@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from zdd_web.cli.rehearse import charts, html, junit, report
-from zdd_web.cli.rehearse.generator import GeneratorHealth
+from zdd_web.cli.rehearse import charts, html_report, junit_report, report
+from zdd_web.cli.rehearse.generator_health import GeneratorHealth
 from zdd_web.cli.rehearse.report import Report
 from zdd_web.cli.rehearse.samples import Handover, Outcome, PhaseSpan, Sample, ScenarioResult, StopResult
 from zdd_web.cli.rehearse.tally import Tally
@@ -71,7 +71,7 @@ def rehearsed(lost: int = 2, upgrades: int = 2) -> Report:
 
 
 def test_page_is_well_formed_and_fetches_nothing() -> None:
-    text = html.page(rehearsed())
+    text = html_report.page(rehearsed())
     page = Page(text)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe", "object", "image", "use")]
     assert not re.search(r"https?:|url\(|@import|\b(src|href|on\w+)=", text)
@@ -82,7 +82,7 @@ def test_page_is_well_formed_and_fetches_nothing() -> None:
 
 def test_page_says_the_verdict_first_and_what_is_wrong() -> None:
     found = rehearsed()
-    page = Page(html.page(found))
+    page = Page(html_report.page(found))
     assert "2 of 302 requests LOST in 2 upgrades, a reload and a stop" in page.text
     assert "the load generator was the bottleneck: it used a whole CPU for 50 % of the time" in page.text
     assert "waited for a CPU, up to 80 ms at the 99th percentile" in page.text
@@ -91,7 +91,7 @@ def test_page_says_the_verdict_first_and_what_is_wrong() -> None:
 
 
 def test_every_svg_is_well_formed_and_each_loss_generation_and_phase_is_in_one() -> None:
-    text = html.page(rehearsed(lost=2))
+    text = html_report.page(rehearsed(lost=2))
     svgs = [ET.fromstring(each) for each in re.findall(r"<svg.*?</svg>", text, re.S)]
     assert len(svgs) == 3 + 3  # losses, rates, latency, and a row for each generation
     titles = [title.text or "" for svg in svgs for title in svg.iter("title")]
@@ -102,15 +102,15 @@ def test_every_svg_is_well_formed_and_each_loss_generation_and_phase_is_in_one()
 
 def test_what_a_service_sends_is_text_on_the_page_and_in_the_xml() -> None:
     found = rehearsed(lost=1)
-    assert "<script" not in html.page(found)
-    assert "alert(1)" in html.page(found)
-    document = ET.fromstring(junit.document(found).partition("\n")[2])
+    assert "<script" not in html_report.page(found)
+    assert "alert(1)" in html_report.page(found)
+    document = ET.fromstring(junit_report.document(found).partition("\n")[2])
     assert "alert(1)" in "".join(document.itertext())
     assert "\x00" not in "".join(document.itertext())
 
 
 def test_junit_has_a_case_for_each_promise() -> None:
-    suite = ET.fromstring(junit.document(rehearsed(lost=1)).partition("\n")[2])[0]
+    suite = ET.fromstring(junit_report.document(rehearsed(lost=1)).partition("\n")[2])[0]
     cases = {case.get("name"): case.find("failure") for case in suite.iter("testcase")}
     assert list(cases) == ["no request is lost", "no reply differs", "upgrade 1", "upgrade 2", "reload", "stop"]
     failed = {name: each.get("message") for name, each in cases.items() if each is not None}
@@ -122,14 +122,14 @@ def test_junit_has_a_case_for_each_promise() -> None:
 
 @pytest.mark.parametrize("upgrades", [0, 1, 200])
 def test_page_stays_small_and_whole_for_any_number_of_upgrades(upgrades: int) -> None:
-    text = html.page(rehearsed(lost=0, upgrades=upgrades))
+    text = html_report.page(rehearsed(lost=0, upgrades=upgrades))
     page = Page(text)
     assert len(text) < 600_000
     assert page.classes("phase") == min(upgrades + 1, 4 if upgrades > charts.ROWS else charts.ROWS)
 
 
 def test_page_of_nothing() -> None:
-    page = Page(html.page(report.of(Tally(), stop=None, interrupted="by SIGTERM after 0 of 5 upgrades")))
+    page = Page(html_report.page(report.of(Tally(), stop=None, interrupted="by SIGTERM after 0 of 5 upgrades")))
     assert "NOT PROVEN: no request was sent" in page.text
     assert "INTERRUPTED: by SIGTERM after 0 of 5 upgrades" in page.text
 
@@ -154,7 +154,7 @@ def test_excused_losses_are_named_and_do_not_spoil_the_verdict() -> None:
     scenario = ScenarioResult("kill-worker", 19, 20, True, "worker 7 held 3 connections", "", 2, 1, excused=1)
     found = report.of(tally, stop=None, scenarios=[scenario])
     assert (found.ok, found.lost, found.excused) == (True, 1, 1)
-    page = Page(html.page(found))
+    page = Page(html_report.page(found))
     assert "1 of 21 requests lost, all with the process that was killed, in a kill-worker" in page.text
     assert "1 of the lost requests were in the hands of the process that kill-worker killed" in page.text
     worse = report.of(tally, stop=None, scenarios=[ScenarioResult("kill-worker", 19, 20, True, "", "", 2, 1)])

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from tests.helpers.forks import spawn, status_of
-from zdd_web.cli.rehearse import activate, command, scenarios
-from zdd_web.cli.rehearse.configured import Configured
+from zdd_web.cli.rehearse import command, scenarios, socket_activation
+from zdd_web.cli.rehearse.read_configuration import Configured
 from zdd_web.cli.rehearse.server import RehearsalError, in_place_of, refuse_own
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -72,7 +72,7 @@ def test_sockets_stand_where_systemd_puts_them_whatever_their_numbers_were() -> 
             # Each has the number that the other is to get.
             os.dup2(numbers[0], 4)
             os.dup2(numbers[1], 3)
-            sockets = activate.parse(activate.spell({"a=b,c": 4, "d": 3}))
-            activate.activate(sockets, [sys.executable, "-W", "ignore", "-c", LOOK, *ports])
+            sockets = socket_activation.parse(socket_activation.spell({"a=b,c": 4, "d": 3}))
+            socket_activation.activate(sockets, [sys.executable, "-W", "ignore", "-c", LOOK, *ports])
 
         assert status_of(spawn(become)) == 0

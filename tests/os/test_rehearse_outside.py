@@ -24,8 +24,8 @@ from click.testing import CliRunner, Result
 
 from tests.helpers.certificates import self_signed
 from zdd_web.cli import main
-from zdd_web.cli.rehearse import course, outside
-from zdd_web.cli.rehearse.outside import address_of
+from zdd_web.cli.rehearse import external_service, rehearsal
+from zdd_web.cli.rehearse.external_service import address_of
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789"
 
@@ -128,7 +128,7 @@ def rehearse(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "SETTLE", 0.3)
+    monkeypatch.setattr(rehearsal, "SETTLE", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_command_that_was_only_just_started_is_ended_too(monkeypatch: pytest.Mon
             # Between fork() and the moment at which the caller has the process.
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(outside.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(external_service.subprocess, "Popen", Interrupted)
     with serving(Treacherous(every=10**9)) as server:
         done = rehearse("--url", f"http://127.0.0.1:{server.port}/", "--do", "exec sleep 600", "--clients", "2")
     status = started[0].poll()
@@ -246,7 +246,7 @@ def test_signal_that_does_not_interrupt_the_wait_for_the_command_ends_it(monkeyp
                 threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM)).start()
             return super().wait(timeout)
 
-    monkeypatch.setattr(outside.subprocess, "Popen", Waiting)
+    monkeypatch.setattr(external_service.subprocess, "Popen", Waiting)
     try:
         with serving(Treacherous(every=10**9)) as server:
             done = rehearse("--url", f"http://127.0.0.1:{server.port}/", "--do", "exec sleep 8", "--clients", "2")

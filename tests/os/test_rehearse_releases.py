@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from zdd_web.cli import control, deploys
+from zdd_web.cli import control, deploy_requests
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse import scenarios
 from zdd_web.cli.rehearse.releases import Releases
@@ -93,7 +93,7 @@ class Deploys:
         self.server = SimpleNamespace(releases=SimpleNamespace(a="/r/a", b="/r/b"))
         self.tally = SimpleNamespace(answers_of=lambda generation: 7 * generation)
         self.generation: Any = self.numbered(1)
-        monkeypatch.setattr(deploys, "asking", self.asking)
+        monkeypatch.setattr(deploy_requests, "asking", self.asking)
         monkeypatch.setattr(control, "upgrade", self.upgrade)
         monkeypatch.setattr(scenarios, "_directory_of", lambda pid: self.where)
 

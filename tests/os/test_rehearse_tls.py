@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from tests.helpers.certificates import SelfSigned, self_signed
 from tests.os.test_load import OK, PATIENCE, Script, Server, answer_once, keep_answering, outcomes, read_request, reset
 from zdd_web.cli import main
-from zdd_web.cli.rehearse import course
+from zdd_web.cli.rehearse import rehearsal
 from zdd_web.cli.rehearse.load import Client, Outcome, Sample, Target
 from zdd_web.cli.rehearse.samples import Kind
 
@@ -30,7 +30,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> SelfSigned:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "SETTLE", 0.3)
+    monkeypatch.setattr(rehearsal, "SETTLE", 0.3)
 
 
 class TLSServer(Server):

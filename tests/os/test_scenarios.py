@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.forks import spawn, status_of
 from zdd_web.board import Board, Snapshot, WorkerState, WorkerView
-from zdd_web.cli.rehearse import connections, scenarios
+from zdd_web.cli.rehearse import held_connections, scenarios
 from zdd_web.cli.rehearse.phases import PhaseWatch
 from zdd_web.cli.rehearse.scenarios import kill_worker, recycle, reload
 from zdd_web.lifecycle import Phase
@@ -111,13 +111,13 @@ def test_nothing_is_killed_where_no_worker_serves(snapshot: Snapshot) -> None:
 
 
 def test_connections_are_those_of_the_process_and_not_its_listeners() -> None:
-    before = connections.held_by(os.getpid())
+    before = held_connections.held_by(os.getpid())
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
-        assert connections.held_by(os.getpid()) == before + 1
+        assert held_connections.held_by(os.getpid()) == before + 1
         accepted, _ = listener.accept()
         with accepted:
-            assert connections.held_by(os.getpid()) == before + 2
-    assert connections.held_by(2**22 + 1) == 0
+            assert held_connections.held_by(os.getpid()) == before + 2
+    assert held_connections.held_by(2**22 + 1) == 0
 
 
 def test_phases_are_read_with_the_instants_that_the_board_has() -> None:

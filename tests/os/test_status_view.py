@@ -20,7 +20,7 @@ from rich.style import Style
 
 from tests.helpers.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import frameworks, history, main, screen, watch
+from zdd_web.cli import frameworks, history, main, terminal, watch
 from zdd_web.cli.status_view import Shown, lines_of
 from zdd_web.cli.times import Now
 from zdd_web.history import Entry
@@ -217,7 +217,7 @@ def test_live_board_shows_checks_and_the_oldest_task_of_an_earlier_version(board
 # -- the terminal
 
 
-@pytest.mark.parametrize("style", [screen.GOOD, screen.BUSY, screen.BAD])
+@pytest.mark.parametrize("style", [terminal.GOOD, terminal.BUSY, terminal.BAD])
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255)])
 def test_colours_can_be_read_on_black_and_on_white(style: str, background: tuple[int, int, int]) -> None:
     colour = Style.parse(style).color
@@ -270,13 +270,13 @@ def test_an_error_on_a_terminal_breaks_no_word() -> None:
 
 
 def test_a_log_on_a_terminal_breaks_between_words_and_goes_on_behind_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "console", lambda stream: Console(width=40, force_terminal=True))
-    line = f"{screen.BAR}    raise RuntimeError('the migration is missing')"
-    assert screen.wrapped(line, None).split("\n") == [
+    monkeypatch.setattr(terminal, "console", lambda stream: Console(width=40, force_terminal=True))
+    line = f"{terminal.BAR}    raise RuntimeError('the migration is missing')"
+    assert terminal.wrapped(line, None).split("\n") == [
         "  |     raise RuntimeError('the",
         "  |         migration is missing')",
     ]
-    assert screen.wrapped(f"{screen.BAR}{'x' * 60}", None) == f"{screen.BAR}{'x' * 60}"
+    assert terminal.wrapped(f"{terminal.BAR}{'x' * 60}", None) == f"{terminal.BAR}{'x' * 60}"
 
 
 def test_accepted_is_a_column_where_it_is_counted(board: Board) -> None:
@@ -399,5 +399,5 @@ def test_module_is_the_command() -> None:
 
 
 def test_words_longer_than_the_screen_are_not_broken() -> None:
-    lines = screen.paragraph(f"short {'x' * 100} short", 80)
+    lines = terminal.paragraph(f"short {'x' * 100} short", 80)
     assert [line.plain for line in lines] == ["  short", f"  {'x' * 100}", "  short"]

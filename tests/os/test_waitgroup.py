@@ -36,13 +36,14 @@ from zdd_web.waitgroup import (
     WaitGroup,
     abandon,
     all_entries,
+    all_groups,
     close_all,
     current_request,
     drained,
     on_drained,
     run_drained_hooks,
 )
-from zdd_web.waitgroup.threads import Threads
+from zdd_web.waitgroup.threads import Threads, name_of
 
 PATIENCE = 60
 
@@ -73,7 +74,7 @@ def lane() -> Iterator[WaitGroup]:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    monkeypatch.setattr(waitgroup, "observer", counts.append)
+    monkeypatch.setattr(all_groups, "observer", counts.append)
     return counts
 
 
@@ -314,7 +315,7 @@ def test_group_that_is_made_while_others_are_counted_does_no_harm(
                     made.append(WaitGroup("meanwhile"))
                 yield each
 
-    monkeypatch.setattr(waitgroup, "_groups", Busy([group]))
+    monkeypatch.setattr(all_groups, "_groups", Busy([group]))
     with group.track():
         assert counts == [1]
     assert len(made) == 1
@@ -335,7 +336,7 @@ def test_work_that_the_garbage_collector_ends_within_the_observer_is_counted() -
                 gc.collect()
             counts.append(count)
 
-        waitgroup.observer = observe
+        all_groups.observer = observe
         abandoned: list[Any] = [stream()]
         abandoned.append(abandoned)
         next(abandoned[0])
@@ -358,7 +359,7 @@ def test_count_that_was_overtaken_is_told_again(group: WaitGroup, monkeypatch: p
         slot[0] = count
 
     slow = threading.Thread(target=lambda: group.add("slow"))
-    monkeypatch.setattr(waitgroup, "observer", store)
+    monkeypatch.setattr(all_groups, "observer", store)
     slow.start()
     assert overtaken.wait(PATIENCE)
     quick = threading.Thread(target=lambda: group.add("quick"))
@@ -436,7 +437,7 @@ def test_work_of_the_parent_does_not_end_work_of_the_child() -> None:
 def test_child_of_a_worker_does_not_write_into_the_workers_slot(group: WaitGroup, counts: list[int]) -> None:
     def child() -> object:
         with group.track():
-            return counts, waitgroup.observer is None
+            return counts, all_groups.observer is None
 
     with group.track():
         assert in_child(child) == [[1], True]
@@ -620,7 +621,7 @@ def test_entry_names_the_request_that_it_was_offered_in(group: WaitGroup, caplog
 def test_partial_is_named_after_its_function(group: WaitGroup) -> None:
     with pytest.raises(ValueError, match="hush"):
         group.go(functools.partial(functools.partial(int, base=10), "hush")).result(PATIENCE)
-    assert waitgroup.name_of(functools.partial(functools.partial(int, base=10), "hush")) == "int"
+    assert name_of(functools.partial(functools.partial(int, base=10), "hush")) == "int"
 
 
 def test_failures_are_counted(group: WaitGroup) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 
-from zdd_web import waitgroup
 from zdd_web.board import Board, WorkerState
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.workers import exit_states, shutdown
@@ -21,6 +20,7 @@ from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
 from zdd_web.system import clock
+from zdd_web.waitgroup import all_groups
 
 FILES = {shutdown.__file__, exit_states.__file__}
 
@@ -72,7 +72,7 @@ class Worker(WorkerShutdown):
     """A shutdown with a board, an adapter and a socket of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, winds_down: bool = False, state: State = State.SERVING):
-        monkeypatch.setattr(waitgroup, "observer", None)
+        monkeypatch.setattr(all_groups, "observer", None)
         self.board = Board.private()
         self.board.header.phase = Phase.SERVING
         slot = self.board.slot(0)
@@ -86,9 +86,9 @@ class Worker(WorkerShutdown):
         self.machine = StateMachine(state)
         self.fake = Adapter(winds_down)
         self.process = Process(self.board, slot, Settings())
-        after_loop = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
+        background = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
         super().__init__(
-            worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", after_loop), lambda: True
+            worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", background), lambda: True
         )
 
     def _count_close(self) -> None:

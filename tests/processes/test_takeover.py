@@ -139,7 +139,7 @@ def test_nothing_is_lost_and_the_line_goes_on(make_service, worker_class: str):
 #: What systemd does for a socket unit.
 ACTIVATE = """
 import fcntl, socket, sys
-from zdd_web.cli.rehearse.activate import activate
+from zdd_web.cli.rehearse.socket_activation import activate
 listener = socket.create_server(("127.0.0.1", 0), backlog=100)
 activate({"web": fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 10)}, sys.argv[1:])
 """

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from zdd_web.gunicorn.workers import asyncio_drain
-from zdd_web.gunicorn.workers.base import LINGER
+from zdd_web.gunicorn.workers.worker_adapter import LINGER
 from zdd_web.system import clock
 
 
@@ -19,7 +19,7 @@ def leaving(monkeypatch: pytest.MonkeyPatch, websockets: set[Any], connections: 
     runtime = SimpleNamespace(
         slot=SimpleNamespace(in_flight=0),
         process=SimpleNamespace(deadline_ns=clock.NEVER),
-        after_loop=SimpleNamespace(background_is_over=lambda: True, give_up_background=lambda: None),
+        background=SimpleNamespace(background_is_over=lambda: True, give_up_background=lambda: None),
     )
     adapter = SimpleNamespace(
         runtime=runtime,

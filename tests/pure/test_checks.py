@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from zdd_web import process, waitgroup
+from zdd_web import process
 from zdd_web.board import MAX_CHECKS, Board
 from zdd_web.checks import Registry, Runner, State, check, failing, load, pass_all, registered, registry, runner
 from zdd_web.errors import LifecycleError, SettingsError
 from zdd_web.health import Kind, Result
 from zdd_web.probes import Probes, is_loopback, kinds, look, may_see
 from zdd_web.settings import Settings
-from zdd_web.waitgroup import background, on_drained, run_drained_hooks
+from zdd_web.waitgroup import all_groups, background, on_drained, run_drained_hooks
 
 DEADLINE = 20
 
@@ -430,7 +430,7 @@ def test_a_check_that_comes_later_is_asked_too() -> None:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[process.Process]:
     """This process as a worker of gunicorn."""
-    monkeypatch.setattr(waitgroup, "observer", None)
+    monkeypatch.setattr(all_groups, "observer", None)
     board = Board.private()
     board.header.alone = 0
     yield process.attach(board, board.slot(0), Settings())

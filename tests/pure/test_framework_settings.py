@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from tests.pure.test_settings import NAMES, ONE_OF_EACH, ONE_OF_EACH_TYPE, VALUES
 from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
-from zdd_web.gunicorn import settings_sources
-from zdd_web.gunicorn.settings_sources import join, read_django
+from zdd_web.gunicorn import read_django_settings, settings_sources
+from zdd_web.gunicorn.read_django_settings import read_django
+from zdd_web.gunicorn.settings_sources import join
 from zdd_web.settings import APP_SETTINGS, FrameworkSettings, Settings, Sourced, merge, of_app, resolve
 
 PLACE = "app.config['ZDD_WEB']"
@@ -309,7 +310,7 @@ def test_module_that_cannot_be_imported_is_named_with_its_error_and_the_remedy(p
 def test_module_that_is_not_imported_in_time_is_left_out_with_a_warning(
     project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(settings_sources, "SLOW_AFTER", 0.05)
+    monkeypatch.setattr(read_django_settings, "SLOW_AFTER", 0.05)
     assert read("import time\ntime.sleep(1000)", timeout=0.2) is None
     slow, unread = caplog.records
     assert slow.levelname == unread.levelname == "WARNING"

@@ -9,8 +9,8 @@ import pytest
 
 from zdd_web import history
 from zdd_web.history import Entry, appended, decode, encode
-from zdd_web.system import document
-from zdd_web.system.document import Document
+from zdd_web.system import shared_text
+from zdd_web.system.shared_text import Document
 
 DEPLOY = Entry(at=1.0, kind="deploy", outcome="done", generation=2, release="7", seconds=3.5)
 REFUSED = DEPLOY._replace(outcome="refused", reason="an upgrade is under way")
@@ -71,7 +71,7 @@ def test_later_text_is_read_whole_and_no_reader_can_write():
     try:
         for text in (b"x" * 9_000, b"short", b""):
             shared.write(text)
-            assert document.read(shared.fd) == text
+            assert shared_text.read(shared.fd) == text
         with pytest.raises(ValueError, match="and there is room for"):
             shared.write(bytes(shared.size + 1))
         with pytest.raises(PermissionError):
@@ -88,7 +88,7 @@ def test_child_that_has_closed_it_has_no_way_to_write():
     fd = os.dup(shared.fd)
     shared.close()
     shared.write(b"too late")
-    assert document.read(fd) == b"the master's"
+    assert shared_text.read(fd) == b"the master's"
     os.close(fd)
 
 
@@ -97,5 +97,5 @@ def test_what_is_not_such_a_memory_raises(size: int):
     fd = os.memfd_create("other")
     os.write(fd, b"\xff" * size)
     with pytest.raises(ValueError):
-        document.read(fd)
+        shared_text.read(fd)
     os.close(fd)

@@ -21,17 +21,18 @@ from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
+from zdd_web.waitgroup import all_groups
 
 
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     # What a worker does to this process is taken back.
     process.use(None)
-    monkeypatch.setattr(waitgroup, "observer", None)
+    monkeypatch.setattr(all_groups, "observer", None)
     board = Board.create("unit", slots=1)
     yield board
     process.use(None)
-    waitgroup.observer = None
+    all_groups.observer = None
     board.close()
 
 

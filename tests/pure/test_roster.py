@@ -14,9 +14,9 @@ from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.board.record import LARGEST_COUNT
 from zdd_web.errors import BoardError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
-from zdd_web.gunicorn.master import roster as module
-from zdd_web.gunicorn.master.plan import Member, Plan, plan
-from zdd_web.gunicorn.master.roster import Roster
+from zdd_web.gunicorn.master import worker_roster as module
+from zdd_web.gunicorn.master.worker_plan import Member, Plan, plan
+from zdd_web.gunicorn.master.worker_roster import Roster
 from zdd_web.lifecycle import SPAWNING, Phase
 from zdd_web.system import clock
 

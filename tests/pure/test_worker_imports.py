@@ -26,7 +26,7 @@ def graph() -> dict[str, set[str]]:
 
 def test_there_is_no_cycle_among_the_modules_of_a_worker() -> None:
     found = graph()
-    assert f"{WORKERS}.base" in found[f"{WORKERS}.gevent_adapter"]
+    assert f"{WORKERS}.worker_adapter" in found[f"{WORKERS}.gevent_adapter"]
     order = list(graphlib.TopologicalSorter(found).static_order())
     assert order[-1] == f"{WORKERS}.runtime"
 

@@ -9,8 +9,8 @@ and that a process killed in the middle of anything leaves nothing locked. `memo
 one move; `struct.pack_into` would write zeroes first, and a reader would see them.
 
 What a worker writes is a claim, never an order: the master's user is often root and a worker's is not. A slot is
-whole pages, and `restrict()` leaves a worker no writable page but those (system/memory.py). Which process has a slot
-and whether it shall leave stands in the orders, written by the master from its own forks. Readers of a slot get
+whole pages, and `restrict()` leaves a worker no writable page but those (system/shared_memory.py). Which process has a
+slot and whether it shall leave stands in the orders, written by the master from its own forks. Readers of a slot get
 numbers within bounds and states that exist (record.py); no process is signalled because a slot names it.
 
 Texts are longer than a word: they stand under a sequence counter that is odd while the text is being written. A reader
@@ -51,7 +51,7 @@ from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock
-from zdd_web.system import memory as shared_memory
+from zdd_web.system import shared_memory as shared_memory
 
 MEMFD_PREFIX = "zdd_web:"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zdd_web.board import LAYOUT, Snapshot, UpgradeState
-from zdd_web.cli.leftovers import Leftovers
+from zdd_web.cli.unfinished_work import UnfinishedWork
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.service import Generation, line_of
 from zdd_web.system import boot_log, clock
@@ -313,14 +313,14 @@ def drain(
     began = time.monotonic()
     retiring = [each for each in line_of(generation) if each.pid != generation.pid and _retires(each)]
     everyone = (generation, *retiring)
-    leftovers = [Leftovers(each.board) for each in everyone]
+    unfinished = [UnfinishedWork(each.board) for each in everyone]
     counted, shown = interrupts or Interrupts(), False
 
     def look() -> None:
         nonlocal shown
         for one in everyone:
             one.refresh()
-        for each in leftovers:
+        for each in unfinished:
             each.look()
         if counted.count > 1:
             raise Left
@@ -340,7 +340,7 @@ def drain(
     except Left:
         return DrainResult(False, "", time.monotonic() - began, left=True)
     seconds = time.monotonic() - began
-    counts = [each.count() for each in leftovers]
+    counts = [each.count() for each in unfinished]
     requests, tasks = sum(count[0] for count in counts), sum(count[1] for count in counts)
     if requests or tasks:
         return DrainResult(False, "", seconds, requests, tasks)

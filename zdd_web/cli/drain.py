@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from zdd_web.cli import control, screen
+from zdd_web.cli import control, terminal
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.options import Which, another_version, count, title, which_service
 from zdd_web.cli.output import cell, say
@@ -54,10 +54,10 @@ def _report(number: int, result: control.DrainResult) -> int:
         say(f"generation {number} has ended, after {result.seconds:.1f} s; nothing was cut off")
         return 0
     if result.reason:
-        screen.fail(f"drain failed: {cell(result.reason)}")
+        terminal.fail(f"drain failed: {cell(result.reason)}")
     else:
         lost = f"{count(result.requests, 'request')} and {count(result.tasks, 'background task')}"
-        screen.fail(
+        terminal.fail(
             f"generation {number} has ended, after {result.seconds:.1f} s; cut off: {lost}: "
             f"see event=background.abandoned and event=drain.abandoned in its log"
         )

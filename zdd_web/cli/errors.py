@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import click
 
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.system import masking
 
 
@@ -25,4 +25,4 @@ class CannotHelp(click.ClickException):
         """Print the message; where that is impossible, the exit status still tells."""
         with contextlib.suppress(OSError, AttributeError):
             stream = sys.stderr if file is None else file
-            click.echo(screen.wrapped(f"Error: {self.format_message()}", stream), file=stream)
+            click.echo(terminal.wrapped(f"Error: {self.format_message()}", stream), file=stream)

@@ -10,8 +10,8 @@ import click
 from rich.text import Text
 
 from zdd_web import release
-from zdd_web.cli import screen
-from zdd_web.cli.deploys import entries_of
+from zdd_web.cli import terminal
+from zdd_web.cli.deploy_requests import entries_of
 from zdd_web.cli.options import Which, which_service
 from zdd_web.cli.output import cell, refuse, show
 from zdd_web.history import Entry
@@ -20,7 +20,7 @@ COLUMNS = ("when", "what", "gen", "release", "took", "outcome")
 #: A longer name of a release stands below its entry: 80 columns have no room for it.
 LONGEST_RELEASE = 16
 
-STYLES = {"done": screen.GOOD, "failed": screen.BAD, "lost": screen.BAD}
+STYLES = {"done": terminal.GOOD, "failed": terminal.BAD, "lost": terminal.BAD}
 
 
 @click.command()
@@ -34,9 +34,9 @@ def history(which: Which, as_json: bool) -> None:
         plain = [{**entry._asdict(), "at": _time(entry.at, local=False)} for entry in entries]
         show(json.dumps({"format": 1, "name": generation.header.name, "entries": plain}, indent=2))
         return
-    console = screen.stdout()
-    found = lines_of(entries, screen.width_of(console)) if entries else [Text("nothing was noted yet")]
-    refuse(screen.show(console, found))
+    console = terminal.stdout()
+    found = lines_of(entries, terminal.width_of(console)) if entries else [Text("nothing was noted yet")]
+    refuse(terminal.show(console, found))
 
 
 def lines_of(entries: Sequence[Entry], width: int | None, *, indent: int = 0) -> list[Text]:
@@ -46,14 +46,14 @@ def lines_of(entries: Sequence[Entry], width: int | None, *, indent: int = 0) ->
     >>> [line.plain.strip() for line in lines_of([entry], 80)[2:]]
     ['it ended']
     """
-    head, *rows = screen.table(COLUMNS, [_row(entry) for entry in entries], left=(0, 1, 3, 5), indent=indent)
+    head, *rows = terminal.table(COLUMNS, [_row(entry) for entry in entries], left=(0, 1, 3, 5), indent=indent)
     found = [head]
     for entry, row in zip(entries, rows, strict=True):
         found.append(row)
         reason = entry.reason, STYLES.get(entry.outcome, "")
         for text, style in ((_release(entry), ""), (_canary(entry), ""), reason, (entry.note, "")):
             if text:
-                found += screen.paragraph(cell(text), width, indent=indent + 4, style=style)
+                found += terminal.paragraph(cell(text), width, indent=indent + 4, style=style)
     return found
 
 
@@ -61,7 +61,7 @@ def _row(entry: Entry) -> tuple[Text | str, ...]:
     outcome = cell(entry.outcome) + (f", {entry.times} times" if entry.times > 1 else "")
     number = str(entry.generation) if entry.generation else ""
     name = "" if _release(entry) else cell(release.short(entry.release))
-    style = STYLES.get(entry.outcome, screen.BUSY)
+    style = STYLES.get(entry.outcome, terminal.BUSY)
     return _time(entry.at), cell(entry.kind), number, name, f"{entry.seconds:.1f} s", Text(outcome, style=style)
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any, TextIO, cast
 
 import click
 
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
@@ -35,7 +35,7 @@ def say(text: str = "", *, err: bool = False) -> None:
 
 def _print(text: str, to: Any) -> OSError | None:
     stream = TolerantStream(to)
-    click.echo(screen.wrapped(safe(text), to), file=cast("IO[str]", stream))
+    click.echo(terminal.wrapped(safe(text), to), file=cast("IO[str]", stream))
     return stream.lost
 
 

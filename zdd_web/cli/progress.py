@@ -14,7 +14,7 @@ from rich.text import Text
 
 from zdd_web import service
 from zdd_web.board import Board, Snapshot, UpgradeState, WorkerState
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.cli.options import count, in_hand
 from zdd_web.cli.output import cell
 from zdd_web.cli.times import Now, duration
@@ -37,7 +37,7 @@ class Ticker:
     """Prints steps, and what goes on at present."""
 
     def __init__(self) -> None:
-        self._console = screen.stdout()
+        self._console = terminal.stdout()
         self._began = self._printed_at = time.monotonic()
         self._printed = ""
         self._live: Live | None = None
@@ -59,7 +59,7 @@ class Ticker:
     def step(self, text: str) -> None:
         """Print a line that stays."""
         self._printed, self._printed_at = text, time.monotonic()
-        screen.show(self._console, screen.paragraph(text, screen.width_of(self._console)))
+        terminal.show(self._console, terminal.paragraph(text, terminal.width_of(self._console)))
 
     def now(self, text: str, more: str = "", *, repeats_step: bool = False) -> None:
         """Show what goes on: at the bottom of a terminal with `more`, and in a pipe as a line when it has changed.
@@ -71,8 +71,8 @@ class Ticker:
                 self.step(text)
             return
         elapsed = duration(time.monotonic() - self._began)
-        lines = screen.paragraph(f"{elapsed}: {text}{more}", self._console.width - 1)
-        self._live.update(Text("\n", style=screen.BUSY).join(lines), refresh=True)
+        lines = terminal.paragraph(f"{elapsed}: {text}{more}", self._console.width - 1)
+        self._live.update(Text("\n", style=terminal.BUSY).join(lines), refresh=True)
 
 
 class UpgradeProgress:

@@ -13,13 +13,13 @@ from rich.text import Text
 
 from zdd_web import service
 from zdd_web.board import Snapshot
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.cli.errors import CannotHelp
-from zdd_web.cli.followed import Followed
 from zdd_web.cli.options import Which, which_service
 from zdd_web.cli.output import cell, refuse, say, show
 from zdd_web.cli.status_view import Shown, hangs, lines_of, stalled
 from zdd_web.cli.times import Now
+from zdd_web.cli.watched_services import Followed
 from zdd_web.errors import BoardError
 from zdd_web.lookup import user
 
@@ -52,8 +52,8 @@ def status(which: Which, as_json: bool, live: bool) -> None:
         plain = [_plain(each.snapshot, each.generation.owner, now) for line in found for each in line]
         show(json.dumps({"format": 1, "generations": plain}, indent=2))
     else:
-        console = screen.stdout()
-        refuse(screen.show(console, _whole(found, now, screen.width_of(console))))
+        console = terminal.stdout()
+        refuse(terminal.show(console, _whole(found, now, terminal.width_of(console))))
     _say_who_hangs(which, found, now)
 
 
@@ -96,7 +96,7 @@ def _say_who_hangs(which: Which, found: list[list[Shown]], now: Now) -> None:
     hanging = [each for line in found for each in line if stalled(each.snapshot, now)]
     for each in hanging:
         whose = "" if each.generation.owner == os.geteuid() else f" ({user(each.generation.owner)})"
-        screen.fail(f"{hangs(each.snapshot, now)}{whose}")
+        terminal.fail(f"{hangs(each.snapshot, now)}{whose}")
     # Any user can make a board that says so; that must not fail the watch over one's own.
     if any(each.generation.owner in (os.geteuid(), which.owner) for each in hanging):
         sys.exit(1)

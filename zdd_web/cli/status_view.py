@@ -10,7 +10,7 @@ from rich.text import Text
 
 from zdd_web import release
 from zdd_web.board import Snapshot, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.cli.control import UNDER_WAY
 from zdd_web.cli.output import cell
 from zdd_web.cli.times import Now, duration
@@ -18,12 +18,12 @@ from zdd_web.lifecycle import Phase, stalled_for
 from zdd_web.lookup import Generation, user
 
 PHASE_STYLES = {
-    Phase.BOOTING: screen.BUSY,
-    Phase.SERVING: screen.GOOD,
-    Phase.LAME_DUCK: screen.BUSY,
-    Phase.DRAINING: screen.BUSY,
-    Phase.RETIRING: screen.FAINT,
-    Phase.STOPPED: screen.FAINT,
+    Phase.BOOTING: terminal.BUSY,
+    Phase.SERVING: terminal.GOOD,
+    Phase.LAME_DUCK: terminal.BUSY,
+    Phase.DRAINING: terminal.BUSY,
+    Phase.RETIRING: terminal.FAINT,
+    Phase.STOPPED: terminal.FAINT,
 }
 
 
@@ -53,10 +53,10 @@ def hangs(snapshot: Snapshot, now: Now) -> str:
 def lines_of(line: Sequence[Shown], now: Now, width: int | None) -> list[Text]:
     """Return what is shown of one service, the oldest generation first, in at most 80 columns where `width` is 80."""
     snapshots = [each.snapshot for each in line]
-    title = Text(cell(snapshots[-1].name), style=screen.HEAD)
+    title = Text(cell(snapshots[-1].name), style=terminal.HEAD)
     owner = line[-1].generation.owner
     if owner != os.geteuid():
-        title.append(f" ({user(owner)})", style=screen.BUSY)
+        title.append(f" ({user(owner)})", style=terminal.BUSY)
     lines = [title, *generations(snapshots, now)]
     for snapshot in snapshots:
         lines += release_of(snapshot, width)
@@ -65,20 +65,20 @@ def lines_of(line: Sequence[Shown], now: Now, width: int | None) -> list[Text]:
         lines += upgrade_of(snapshot, now, width)
     lines += [Text(""), *workers(snapshots)]
     for worker in (worker for snapshot in snapshots for worker in snapshot.workers if worker.error):
-        lines += screen.paragraph(f"worker {worker.pid}: {cell(worker.error)}", width, style=_error_style(worker))
+        lines += terminal.paragraph(f"worker {worker.pid}: {cell(worker.error)}", width, style=_error_style(worker))
     queues = listeners(snapshots)
     return [*lines, Text(""), *queues] if queues else lines
 
 
 def _error_style(worker: WorkerView) -> str:
     # While it boots, the step that it is at stands there.
-    return screen.BUSY if worker.state is WorkerState.BOOTING else screen.BAD
+    return terminal.BUSY if worker.state is WorkerState.BOOTING else terminal.BAD
 
 
 def generations(snapshots: Sequence[Snapshot], now: Now) -> list[Text]:
     """Return the table of generations."""
     heads = ("gen", "phase", "since", "for", "master", "workers", "in flight", "tasks")
-    return screen.table(heads, [list(_generation(each, now)) for each in snapshots], left=(1, 2), indent=2)
+    return terminal.table(heads, [list(_generation(each, now)) for each in snapshots], left=(1, 2), indent=2)
 
 
 def _generation(snapshot: Snapshot, now: Now) -> Iterator[Text | str]:
@@ -88,7 +88,7 @@ def _generation(snapshot: Snapshot, now: Now) -> Iterator[Text | str]:
     yield now.age(snapshot.phase_since)
     yield str(snapshot.master_pid)
     few = len(snapshot.workers) < snapshot.workers_wanted or snapshot.is_canary
-    yield Text(workers_of(snapshot), style=screen.BUSY if few and snapshot.phase is Phase.SERVING else "")
+    yield Text(workers_of(snapshot), style=terminal.BUSY if few and snapshot.phase is Phase.SERVING else "")
     yield str(snapshot.in_flight)
     yield str(snapshot.tasks)
 
@@ -96,7 +96,7 @@ def _generation(snapshot: Snapshot, now: Now) -> Iterator[Text | str]:
 def phase_of(snapshot: Snapshot, now: Now) -> Text:
     """Return the phase, and that the master hangs where it does."""
     if stalled(snapshot, now):
-        return Text(f"{snapshot.phase.label}, hangs", style=screen.BAD)
+        return Text(f"{snapshot.phase.label}, hangs", style=terminal.BAD)
     return Text(snapshot.phase.label, style=PHASE_STYLES[snapshot.phase])
 
 
@@ -106,7 +106,7 @@ def release_of(snapshot: Snapshot, width: int | None) -> list[Text]:
     if not snapshot.release:
         return []
     text = f"release of generation {snapshot.generation}: {cell(release.short(snapshot.release))}"
-    return screen.paragraph(text, width)
+    return terminal.paragraph(text, width)
 
 
 def workers_of(snapshot: Snapshot) -> str:
@@ -123,7 +123,7 @@ def canary_of(snapshot: Snapshot, width: int | None) -> list[Text]:
         f"generation {snapshot.generation} is a canary: {snapshot.workers_wanted} of {snapshot.workers_full} workers "
         f"until its watch is passed"
     )
-    return screen.paragraph(text, width, style=screen.BUSY)
+    return terminal.paragraph(text, width, style=terminal.BUSY)
 
 
 def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:
@@ -138,8 +138,8 @@ def upgrade_of(snapshot: Snapshot, now: Now, width: int | None) -> list[Text]:
         text += f" since {clock}, for {age}" if state in UNDER_WAY else f" at {clock}, {age} ago"
     if snapshot.upgrade_reason:
         text += f": {cell(snapshot.upgrade_reason)}"
-    style = screen.BUSY if state in UNDER_WAY else screen.BAD if bad else screen.FAINT
-    return screen.paragraph(text, width, style=style)
+    style = terminal.BUSY if state in UNDER_WAY else terminal.BAD if bad else terminal.FAINT
+    return terminal.paragraph(text, width, style=style)
 
 
 def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
@@ -157,12 +157,12 @@ def workers(snapshots: Sequence[Snapshot]) -> list[Text]:
         for each in snapshot.workers
     ]
     heads = ("gen", "worker", "state", "in flight", "requests", "tasks")
-    return screen.table(heads, rows, left=(2,), indent=2)
+    return terminal.table(heads, rows, left=(2,), indent=2)
 
 
 def state_of(worker: WorkerView, *, brief: bool = False) -> Text:
     """Return a worker's state, and unless it is to be `brief`, that its master has ordered it to leave."""
-    style = {WorkerState.SERVING: screen.GOOD, WorkerState.LEAVING: screen.FAINT}.get(worker.state, screen.BUSY)
+    style = {WorkerState.SERVING: terminal.GOOD, WorkerState.LEAVING: terminal.FAINT}.get(worker.state, terminal.BUSY)
     return Text(f"{worker.state.label}, retiring" if worker.retiring and not brief else worker.state.label, style=style)
 
 
@@ -174,7 +174,7 @@ def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
     rows = [
         (
             str(snapshot.generation),
-            Text(str(each.length), style=screen.BUSY if each.length else ""),
+            Text(str(each.length), style=terminal.BUSY if each.length else ""),
             str(each.limit or ""),
             *((str(each.accepted),) if is_counted else ()),
             cell(each.name),
@@ -182,4 +182,4 @@ def listeners(snapshots: Sequence[Snapshot]) -> list[Text]:
         for snapshot, each in found
     ]
     heads = ("gen", "waiting", "limit", *(("accepted",) if is_counted else ()), "listener")
-    return screen.table(heads, rows, left=(len(heads) - 1,), indent=2) if rows else []
+    return terminal.table(heads, rows, left=(len(heads) - 1,), indent=2) if rows else []

@@ -7,7 +7,7 @@ import sys
 import click
 
 from zdd_web.board import Snapshot
-from zdd_web.cli import control, deploys, screen
+from zdd_web.cli import control, deploy_requests, terminal
 from zdd_web.cli.options import Which, another_version, in_hand, title, which_service
 from zdd_web.cli.output import cell, say
 from zdd_web.cli.progress import Ticker, UpgradeProgress
@@ -29,9 +29,9 @@ LEFT = 3
               help="Start the next generation from this release's directory.")  # fmt: skip
 @click.option("--watch", metavar="SECONDS", type=click.FloatRange(0, 86_400),
               help="Have both generations serve for so long; take back one that does worse.")  # fmt: skip
-@click.option("--max-errors", metavar="SHARE", callback=deploys.share,
+@click.option("--max-errors", metavar="SHARE", callback=deploy_requests.share,
               help="Of replies with status 500 or above, beyond those of the old one: 0.01 or 1%.")  # fmt: skip
-@click.option("--canary", metavar="N|P%", callback=deploys.canary,
+@click.option("--canary", metavar="N|P%", callback=deploy_requests.canary,
               help="Watch so many workers of the new one, or a percentage; then start the rest.")  # fmt: skip
 def upgrade(which: Which, to: str | None, watch: float | None, max_errors: float | None, canary: str | None) -> None:
     """Replace the running code with what is on disk.
@@ -53,7 +53,7 @@ def deploy(which: Which, request: DeployRequest) -> None:
     say(title(generation))
     # To the end: one that comes when the outcome is known must not print that the command was aborted.
     with control.Interrupts() as interrupts:
-        with another_version(), deploys.asking(generation, request) as asked_for, Ticker() as ticker:
+        with another_version(), deploy_requests.asking(generation, request) as asked_for, Ticker() as ticker:
 
             def interrupted(asked: bool) -> None:
                 ticker.step(
@@ -91,10 +91,10 @@ def _report(generation: Generation, result: control.UpgradeResult) -> int:
     lines = result.log.splitlines()[-LOG_LINES:]
     if lines:
         say(f"the new generation's last {len(lines)} log lines:", err=True)
-        say("\n".join(f"{screen.BAR}{cell(line)}" for line in lines), err=True)
+        say("\n".join(f"{terminal.BAR}{cell(line)}" for line in lines), err=True)
     say(_who_serves(generation, result), err=True)
     # Last: what the operator looks for is at the bottom of the screen.
-    screen.fail(f"upgrade {cell(result.reason)}")
+    terminal.fail(f"upgrade {cell(result.reason)}")
     return 1
 
 

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from zdd_web import release
 from zdd_web.board import Board, Snapshot
-from zdd_web.cli import screen
+from zdd_web.cli import terminal
 from zdd_web.cli.control import UNDER_WAY
-from zdd_web.cli.deploys import entries_of
+from zdd_web.cli.deploy_requests import entries_of
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.history import lines_of
 from zdd_web.cli.options import count
@@ -26,7 +26,7 @@ from zdd_web.cli.times import Now
 from zdd_web.errors import BoardError
 from zdd_web.health.view import Result
 
-#: How often the boards are read, seconds. All processes are looked at much less often: see followed.py.
+#: How often the boards are read, seconds. All processes are looked at much less often: see watched_services.py.
 EVERY = 0.5
 #: How many background tasks of a generation are named.
 MOST_TASKS = 4
@@ -35,7 +35,11 @@ MOST_ENTRIES = 3
 #: Below that, two generations do not fit side by side.
 LEAST_WIDTH = 38
 
-RESULT_STYLES = {Result.PASSED: screen.GOOD, Result.FAILED: screen.BAD, Result.LATE: screen.BAD}
+RESULT_STYLES = {
+    Result.PASSED: terminal.GOOD,
+    Result.FAILED: terminal.BAD,
+    Result.LATE: terminal.BAD,
+}
 WRONG = (Result.FAILED, Result.LATE)
 
 Services = list[list[Shown]]
@@ -43,7 +47,7 @@ Services = list[list[Shown]]
 
 def run(look: Callable[[], Services]) -> None:
     """Show the board until Ctrl-C. Raises `CannotHelp` where there is no terminal."""
-    console = screen.stdout()
+    console = terminal.stdout()
     if not console.is_terminal or console.is_dumb_terminal:
         raise CannotHelp("--watch needs a terminal: use --json in a loop instead")
     try:
@@ -65,19 +69,19 @@ def look_again(look: Callable[[], Services]) -> Services:
 
 def board(services: Services, now: Now, console: Console) -> RenderableType:
     """Return what is shown at an instant."""
-    parts: list[RenderableType] = [Text(f"{now.clock(now.monotonic)}  Ctrl-C ends", style=screen.FAINT)]
+    parts: list[RenderableType] = [Text(f"{now.clock(now.monotonic)}  Ctrl-C ends", style=terminal.FAINT)]
     for line in services:
-        parts.append(Text(cell(line[-1].snapshot.name), style=screen.HEAD))
+        parts.append(Text(cell(line[-1].snapshot.name), style=terminal.HEAD))
         parts.append(_side_by_side([_panel(each, now, console) for each in line], console.width))
         for each in line:
             parts += canary_of(each.snapshot, console.width)
             if each.snapshot.upgrade_state in UNDER_WAY or not has_history(each):
                 parts += upgrade_of(each.snapshot, now, console.width)
             if stalled(each.snapshot, now):
-                parts += screen.paragraph(hangs(each.snapshot, now), console.width, style=screen.BAD)
+                parts += terminal.paragraph(hangs(each.snapshot, now), console.width, style=terminal.BAD)
         parts += recent(line[-1], console.width)
     if not services:
-        parts.append(Text("no service runs here", style=screen.BAD))
+        parts.append(Text("no service runs here", style=terminal.BAD))
     return Group(*parts)
 
 
@@ -134,16 +138,16 @@ def _workers(snapshot: Snapshot) -> Iterator[Text]:
     ]
     if rows:
         yield Text("")
-        yield from screen.table(("worker", "state", "busy", "requests"), rows, left=(1,), indent=0)
+        yield from terminal.table(("worker", "state", "busy", "requests"), rows, left=(1,), indent=0)
     for each in snapshot.workers:
         if each.error:
-            yield Text(f"{each.pid}: {cell(each.error)}", style=screen.BUSY)
+            yield Text(f"{each.pid}: {cell(each.error)}", style=terminal.BUSY)
 
 
 def _queues(snapshot: Snapshot) -> Iterator[Text]:
     for each in snapshot.listeners:
         limit = f" of {each.limit}" if each.limit else ""
-        yield Text(f"{each.length}{limit} wait at {cell(each.name)}", style=screen.BUSY if each.length else "")
+        yield Text(f"{each.length}{limit} wait at {cell(each.name)}", style=terminal.BUSY if each.length else "")
 
 
 def _work(shown: Shown, now: Now) -> Iterator[Text]:
@@ -155,17 +159,17 @@ def _work(shown: Shown, now: Now) -> Iterator[Text]:
     yield from _tasks(shown.snapshot, found, now)
     for name, (result, message) in sorted(checks(found).items()):
         text = f"check {name}: {result.name.lower()}" + (f": {message}" if message and result in WRONG else "")
-        yield Text(text, style=RESULT_STYLES.get(result, screen.FAINT))
+        yield Text(text, style=RESULT_STYLES.get(result, terminal.FAINT))
 
 
 def _tasks(snapshot: Snapshot, found: Board, now: Now) -> Iterator[Text]:
     named = snapshot.oldest_tasks[:MOST_TASKS]
     for task in named:
-        yield Text(f"task for {now.age(task.started)}: {cell(task.name)}", style=screen.BUSY)
+        yield Text(f"task for {now.age(task.started)}: {cell(task.name)}", style=terminal.BUSY)
     others = snapshot.tasks - len(named)
     if others > 0:
         what = "more task" if named else "background task"
-        yield Text(count(others, what) + ("" if named else _oldest_of(found, now)), style=screen.BUSY)
+        yield Text(count(others, what) + ("" if named else _oldest_of(found, now)), style=terminal.BUSY)
 
 
 def _oldest_of(found: Board, now: Now) -> str:

@@ -13,7 +13,7 @@ from zdd_web.gunicorn import settings_sources
 from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.adapter.sockets import check_certificates
 from zdd_web.gunicorn.handoff.launch import read_env_file
-from zdd_web.gunicorn.master.capacity import too_many_workers
+from zdd_web.gunicorn.master.worker_count import too_many_workers
 from zdd_web.listeners.bind_errors import refuse_mixed
 from zdd_web.listeners.matching import Place
 from zdd_web.settings import Settings

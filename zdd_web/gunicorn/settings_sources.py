@@ -1,8 +1,8 @@
 """Where the settings of a generation come from, and what happens when two places disagree.
 
 The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names one in its environment), `install()` and
-the environment. The module is read by a child process, since the master imports no app. It is read at the first hook
-that sees gunicorn's whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
+the environment. The module is read by a child process (read_django_settings.py), at the first hook that sees gunicorn's
+whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
 A module that is not imported within `UPGRADE_TIMEOUT` is left out: most hold no `ZDD_WEB`, and if this one does, and
 contradicts what the master runs with, its workers find that.
 
@@ -16,21 +16,15 @@ when a master setting has changed. App settings may change, the new workers take
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import logging
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zdd_web import log, process
+from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.read_django_settings import MODULE, read_django
 from zdd_web.settings import (
     APP_SETTINGS,
     DEFAULT_UPGRADE_TIMEOUT,
@@ -40,18 +34,9 @@ from zdd_web.settings import (
     Source,
     Sourced,
     collect,
-    django_source,
     merge,
     spelled,
 )
-from zdd_web.system import boot_log, proc
-from zdd_web.system.captured_output import CapturedOutput, last_line
-
-#: A settings module of a big project imports in two or three seconds on a busy machine; seconds until a longer import
-#: is reported.
-SLOW_AFTER = 10.0
-
-MODULE = "DJANGO_SETTINGS_MODULE"
 
 #: A reload brings new code into the workers: what that is called changes with it. No worker acts on it.
 TAKEN_BY_A_RELOAD = frozenset({"release"})
@@ -125,97 +110,6 @@ def _upgrade_timeout(environ: Mapping[str, str]) -> float:
     values, _ = collect(_installed, environ)
     timeout: float = values.get("upgrade_timeout", DEFAULT_UPGRADE_TIMEOUT)
     return timeout
-
-
-def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings | None:
-    """Return what Django's settings module says, as a child process reads it; None when the environment names none.
-
-    Also None, after a WARNING, when its import takes longer than `timeout` seconds. Raises `SettingsError` when it
-    cannot be imported, or when it holds what cannot work.
-    """
-    module = environ.get(MODULE, "")
-    if not module:
-        return None
-    try:
-        answer = _ask(environ, timeout)
-    except subprocess.TimeoutExpired:
-        log.emit("settings.unread", logging.WARNING, module=module, seconds=timeout, remedy=_remedy_unread(module))
-        return None
-    source = django_source(module)
-    if "refused" in answer:
-        raise SettingsError(f"{source}: {answer['refused']}")
-    if "value" in answer:
-        return FrameworkSettings.read(source, answer["value"], module)
-    raise SettingsError(
-        f"{MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: fix it "
-        f"({shlex.join(['python', '-c', f'import {module}'])} in {os.getcwd()} shows where), "
-        f"or unset the variable for gunicorn's master"
-    )
-
-
-def _remedy_unread(module: str) -> str:
-    return (
-        f"the start goes on without its ZDD_WEB, if it has one: pass those settings to install(), unset {MODULE} for "
-        f"gunicorn's master, or find out what is slow ({_import_command(module)})"
-    )
-
-
-def _import_command(module: str) -> str:
-    return f"{shlex.join(['python', '-X', 'importtime', '-c', f'import {module}'])} in {os.getcwd()}"
-
-
-def _ask(environ: Mapping[str, str], timeout: float) -> dict[str, Any]:
-    # Raises TimeoutExpired.
-    there = json.dumps({"path": sys.path, "argv": sys.argv})
-    # A file, not a pipe: what the module may have started would hold that open after the child's end.
-    answer = boot_log.create()
-    try:
-        output = CapturedOutput()
-    except OSError:
-        os.close(answer)
-        raise
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "zdd_web.django.read_settings", str(answer), there],
-            env=dict(environ), stdin=subprocess.DEVNULL, stdout=output.writer, stderr=output.writer, pass_fds=[answer],
-            # A group of its own, to be killed as one; and with the master, which may be killed meanwhile.
-            start_new_session=True,
-            preexec_fn=functools.partial(proc.die_with_parent, signal.SIGKILL, os.getpid()),
-        )  # fmt: skip
-        try:
-            output.close_writer()
-            status = _wait(child, output, timeout, environ[MODULE])
-        except BaseException:
-            # Also Ctrl-C, which does not reach a group of its own.
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            raise
-        said = os.pread(answer, os.fstat(answer).st_size, 0)
-        if said:
-            found: dict[str, Any] = json.loads(said)
-            return found
-        output.drain_all()
-        said_last = last_line(output.text())
-        return {"raised": f"the process that tried it ended with status {status}" + (said_last and f"; {said_last}")}
-    finally:
-        os.close(answer)
-        output.close()
-
-
-def _wait(child: subprocess.Popen[bytes], output: CapturedOutput, timeout: float, module: str) -> int:
-    # By the child's end, not the pipe's. Raises TimeoutExpired as `Popen.wait()` does.
-    began, reported = time.monotonic(), False
-    while True:
-        output.drain()
-        try:
-            return child.wait(0.02)
-        except subprocess.TimeoutExpired:
-            seconds = time.monotonic() - began
-            if seconds > timeout:
-                raise
-            if seconds > SLOW_AFTER and not reported:
-                reported = True
-                log.emit("settings.slow", logging.WARNING, module=module, seconds=seconds, timeout=timeout)
 
 
 # -- in a worker

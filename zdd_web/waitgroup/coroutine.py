@@ -12,7 +12,7 @@ from zdd_web.waitgroup.threads import name_of
 if TYPE_CHECKING:
     import asyncio
 
-    from zdd_web.waitgroup import WaitGroup
+    from zdd_web.waitgroup.group import WaitGroup
 
 R = TypeVar("R")
 

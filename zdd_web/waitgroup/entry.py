@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import asyncio
 
-    from zdd_web.waitgroup import WaitGroup
+    from zdd_web.waitgroup.group import WaitGroup
 
 #: The request that this code runs for: a text, or anything with `method` and `path`; set where
 #: requests are answered.

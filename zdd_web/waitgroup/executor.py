@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from zdd_web.waitgroup.threads import Threads
 
 if TYPE_CHECKING:
-    from zdd_web.waitgroup import WaitGroup
+    from zdd_web.waitgroup.group import WaitGroup
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,7 +12,7 @@ from zdd_web.waitgroup.entry import OnAbandon
 from zdd_web.waitgroup.threads import refuse_coroutines
 
 if TYPE_CHECKING:
-    from zdd_web.waitgroup import WaitGroup
+    from zdd_web.waitgroup.group import WaitGroup
 
 P = ParamSpec("P")
 R = TypeVar("R")

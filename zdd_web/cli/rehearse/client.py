@@ -8,7 +8,7 @@ A verdict is only as good as the classification, which rests on what the kernel 
   after the write, it cannot be known whether the request was acted on: KEEPALIVE_RACE.
 - *What had arrived* separates a cut reply (TRUNCATED) from none (RESET, CLOSED). Linux delivers queued bytes
   before it reports a reset, so a failed write does not end an exchange: an early answer is still read.
-- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike. See wire.py.
+- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike (client_connection.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 
 import h11
 
-from zdd_web.cli.rehearse.replies import Body
-from zdd_web.cli.rehearse.requests import Request
+from zdd_web.cli.rehearse.changed_replies import Body
+from zdd_web.cli.rehearse.client_connection import NotTLS, Wire, connect
+from zdd_web.cli.rehearse.request_mix import Request
 from zdd_web.cli.rehearse.samples import Kind, Outcome, Sample
-from zdd_web.cli.rehearse.wire import NotTLS, Wire, connect
 from zdd_web.settings import REQUEST_HEADER
 
 _LOCAL_ERRORS = (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

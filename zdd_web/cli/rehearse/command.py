@@ -15,7 +15,7 @@ import click
 
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.output import save, say, show
-from zdd_web.cli.rehearse import requests
+from zdd_web.cli.rehearse import request_mix
 from zdd_web.settings import LISTENERS
 from zdd_web.system import masking
 from zdd_web.system.stdio import TolerantStream
@@ -23,7 +23,7 @@ from zdd_web.system.stdio import TolerantStream
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from zdd_web.cli.rehearse.course import Plan
+    from zdd_web.cli.rehearse.rehearsal import Plan
     from zdd_web.cli.rehearse.report import Report
 
 #: The scenarios besides upgrades, in the order of `all`: scenarios.SCENARIOS, which `--help` need not import.
@@ -56,7 +56,7 @@ MAX_REQUESTS = 500
               help="What is requested, with GET; may be repeated.  [default: /]")  # fmt: skip
 @click.option("--upload", "uploads", multiple=True, metavar="[WEIGHT:]PATH",
               help="Where a body of --upload-size is sent to, with POST; may be repeated.")  # fmt: skip
-@click.option("--upload-size", default=requests.UPLOAD, show_default=True, type=click.IntRange(0, 100_000_000),
+@click.option("--upload-size", default=request_mix.UPLOAD, show_default=True, type=click.IntRange(0, 100_000_000),
               help="Bytes.")  # fmt: skip
 @click.option("--stream", "streams", multiple=True, metavar="[WEIGHT:]PATH",
               help="What is requested and may take any time, if it is never silent for --timeout.")  # fmt: skip
@@ -111,7 +111,7 @@ def rehearse(
         raise click.UsageError("--cacert and --insecure are for a --url that begins with https:")
     if cacert and insecure:
         raise click.UsageError("--insecure checks no certificate, so --cacert would have no effect: give one of them")
-    from zdd_web.cli.rehearse.course import Plan
+    from zdd_web.cli.rehearse.rehearsal import Plan
     from zdd_web.cli.rehearse.server import RehearsalError
 
     asked: dict[str, Any] = {
@@ -121,9 +121,9 @@ def rehearse(
         "duration": duration, "scenarios": scenarios, "uploads": uploads, "streams": streams,
     }  # fmt: skip
     try:
-        wanted = [requests.parse(each) for each in paths]
-        wanted += [requests.parse(each, upload=upload_size) for each in uploads]
-        wanted += [requests.parse(each, stream=True) for each in streams]
+        wanted = [request_mix.parse(each) for each in paths]
+        wanted += [request_mix.parse(each, upload=upload_size) for each in uploads]
+        wanted += [request_mix.parse(each, stream=True) for each in streams]
         plan = Plan(
             requests=wanted,
             clients=clients,
@@ -152,10 +152,10 @@ def _rehearse(
 ) -> tuple[Report, dict[str, Any], str]:
     from dataclasses import replace
 
-    from zdd_web.cli.rehearse.course import Course, Progress
+    from zdd_web.cli.rehearse.rehearsal import Course, Progress
     from zdd_web.cli.rehearse.server import Server
 
-    plan = plan if plan.requests else replace(plan, requests=[requests.Request("/")])
+    plan = plan if plan.requests else replace(plan, requests=[request_mix.Request("/")])
     options = {"max-requests": str(MAX_REQUESTS)} if "recycle" in plan.scenarios else {}
     with Server(target, arguments, listener, options, with_releases="rollback" in plan.scenarios) as server:
         say(f"$ cd {shlex.quote(server.working_directory)} && {shlex.join(masking.command(server.command))}")
@@ -183,18 +183,18 @@ def _measure(
     import ssl
     from dataclasses import replace
 
-    from zdd_web.cli.rehearse import outside, tls
+    from zdd_web.cli.rehearse import external_service, trusted_certificates
     from zdd_web.cli.rehearse.server import RehearsalError
 
-    address = outside.address_of(url)
-    context = tls.context(cacert, insecure=insecure) if address.tls else None
-    plan = plan if plan.requests else replace(plan, requests=[requests.Request(address.path)])
+    address = external_service.address_of(url)
+    context = trusted_certificates.context(cacert, insecure=insecure) if address.tls else None
+    plan = plan if plan.requests else replace(plan, requests=[request_mix.Request(address.path)])
     try:
         _warn_about_paths(address.host, address.port, plan, context)
     except ssl.SSLError as error:
-        raise tls.explain(url, error) from None
+        raise trusted_certificates.explain(url, error) from None
     try:
-        return outside.measure(address, command, plan, context), {}
+        return external_service.measure(address, command, plan, context), {}
     except OSError as error:
         raise RehearsalError(f"--url {url}: {error}") from None
 
@@ -253,7 +253,7 @@ def _progress_bar(upgrades: int) -> Iterator[Callable[[int], object]]:
 
 
 def _show(report: Report, tail: str, json_file: TextIO | None, others: dict[str, object]) -> None:
-    from zdd_web.cli.rehearse.render import text
+    from zdd_web.cli.rehearse.terminal_report import text
 
     show()
     show(text(report))
@@ -265,10 +265,10 @@ def _show(report: Report, tail: str, json_file: TextIO | None, others: dict[str,
 
 def _write(report: Report, html_file: TextIO | None, junit_file: TextIO | None) -> None:
     if html_file is not None:
-        from zdd_web.cli.rehearse.html import page
+        from zdd_web.cli.rehearse.html_report import page
 
         save(page(report), html_file)
     if junit_file is not None:
-        from zdd_web.cli.rehearse.junit import document
+        from zdd_web.cli.rehearse.junit_report import document
 
         save(document(report), junit_file)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import h11
 
 from zdd_web.cli.rehearse.client import Client, Target, head
-from zdd_web.cli.rehearse.generator import GeneratorHealth, Watch
-from zdd_web.cli.rehearse.requests import Request, in_turn
+from zdd_web.cli.rehearse.generator_health import GeneratorHealth, Watch
+from zdd_web.cli.rehearse.request_mix import Request, in_turn
 from zdd_web.cli.rehearse.samples import Kind, Outcome, Sample
 
 __all__ = ["Client", "Load", "LoadThread", "Outcome", "Sample", "Target"]

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from zdd_web.cli.rehearse.generator import GeneratorHealth
-from zdd_web.cli.rehearse.replies import Difference
+from zdd_web.cli.rehearse.changed_replies import Difference
+from zdd_web.cli.rehearse.generator_health import GeneratorHealth
 from zdd_web.cli.rehearse.samples import Handover, Kind, Outcome, PhaseSpan, Sample, ScenarioResult, StopResult
 from zdd_web.cli.rehearse.tally import WINDOWS, Near, Tally, noticed_at
 from zdd_web.cli.rehearse.timeline import Timeline

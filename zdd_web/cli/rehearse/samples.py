@@ -48,7 +48,7 @@ class Sample:
 
     `started` is before connecting, or the instant at which an open-loop load was due to send it; `connection_opened`
     is None if there never was a connection; `generation` is the reply's `X-Zdd-Generation`; `detail` an errno name or
-    a few words. `length` and `digest` are those of the reply's body, without digits: see replies.py.
+    a few words. `length` and `digest` are those of the reply's body, without digits: see changed_replies.py.
     """
 
     client: int

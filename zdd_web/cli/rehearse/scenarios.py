@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zdd_web.board import Snapshot, WorkerState, WorkerView
-from zdd_web.cli import control, deploys
+from zdd_web.cli import control, deploy_requests
 from zdd_web.cli.errors import CannotHelp
-from zdd_web.cli.rehearse import connections
+from zdd_web.cli.rehearse import held_connections
 from zdd_web.deploy_request import DeployRequest
 from zdd_web.system import proc
 
 if TYPE_CHECKING:
-    from zdd_web.cli.rehearse.course import Course
+    from zdd_web.cli.rehearse.rehearsal import Course
 
 #: How long workers may take to be replaced, seconds.
 REPLACED_WITHIN = 90.0
@@ -80,7 +80,7 @@ def rollback(course: Course) -> Found:
 def _deploy(course: Course, request: DeployRequest, expected: str) -> str:
     """Deploy a release; return why that failed, "" when its code runs in the `expected` directory."""
     try:
-        with deploys.asking(course.generation, request):
+        with deploy_requests.asking(course.generation, request):
             outcome = control.upgrade(course.generation)
     except CannotHelp as error:
         return f"failed: {error.message}"
@@ -132,7 +132,7 @@ def kill_worker(course: Course) -> Found:
     worker = max(serving, key=lambda each: each.in_flight)
     # Stopped first, so that it closes none of them between the count and its end.
     proc.kill(worker.pid, worker.start, signal.SIGSTOP)
-    held = connections.held_by(worker.pid)
+    held = held_connections.held_by(worker.pid)
     proc.kill(worker.pid, worker.start, signal.SIGKILL)
     found = _replaced(course, [worker], "after SIGKILL")
     return Found(found.reason, f"worker {worker.pid} held {held} connections; a new worker serves", excused=held)

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from zdd_web import service
-from zdd_web.cli.rehearse import activate
-from zdd_web.cli.rehearse.configured import Configured
+from zdd_web.cli.rehearse import socket_activation
+from zdd_web.cli.rehearse.read_configuration import Configured
 from zdd_web.cli.rehearse.releases import Releases
 from zdd_web.errors import ZddError
 from zdd_web.lifecycle import Phase
@@ -261,7 +261,7 @@ class Server:
     def _ask(self, wrapper: str) -> Configured:
         """Have the configuration loaded, and return what it sets. Raises `RehearsalError`."""
         answer = os.path.join(self._directory.name, "configured")
-        command = [sys.executable, "-m", "zdd_web.cli.rehearse.configured", answer, "-c", wrapper, *self._arguments]
+        command = [*_run_module("read_configuration"), answer, "-c", wrapper, *self._arguments]
         with open(self.log_path, "wb") as log:
             asked = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.working_directory
@@ -291,7 +291,7 @@ class Server:
         command = self.command
         sockets = {name: held.fileno() for name, held in self._held.items()}
         if sockets:
-            command = [sys.executable, "-m", "zdd_web.cli.rehearse.activate", activate.spell(sockets), *command]
+            command = [*_run_module("socket_activation"), socket_activation.spell(sockets), *command]
         with open(self.log_path, "wb") as log:
             self._first = subprocess.Popen(
                 command,
@@ -388,3 +388,7 @@ def _knows(setting: str) -> bool:
     from zdd_web.gunicorn.adapter import config
 
     return config.knows(setting)
+
+
+def _run_module(name: str) -> list[str]:
+    return [sys.executable, "-m", f"zdd_web.cli.rehearse.{name}"]

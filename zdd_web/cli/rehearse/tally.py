@@ -21,8 +21,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from zdd_web.cli.rehearse.changed_replies import Comparison
 from zdd_web.cli.rehearse.latencies import Latencies
-from zdd_web.cli.rehearse.replies import Comparison
 from zdd_web.cli.rehearse.samples import NEAR, Handover, Outcome, Sample
 from zdd_web.cli.rehearse.timeline import Timeline
 

@@ -1,4 +1,4 @@
-"""What the kept connections of a worker class may ask of the worker that keeps them; see workers/exchange.py."""
+"""What the kept connections of a worker class may ask of the worker that keeps them (workers/kept_connections.py)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ COUNTS_EVERY = 0.25
 
 
 class AsyncioConnections(Generic[C]):
-    """See `ConnectionStore` (workers/exchange.py); what the two classes have in common.
+    """See `ConnectionStore` (workers/kept_connections.py); what the two classes have in common.
 
     `connections()` returns the protocols of the worker's connections, `websockets()` those that are websockets.
     """

@@ -98,7 +98,7 @@ class Idle(gevent.Timeout):  # type: ignore[misc]
 
 
 class GeventConnections:
-    """See `ConnectionStore` (workers/exchange.py)."""
+    """See `ConnectionStore` (workers/kept_connections.py)."""
 
     def __init__(self, worker: Worker, kept: Keeper) -> None:
         self._worker, self._kept = worker, kept

@@ -42,7 +42,7 @@ def store_for(worker: object, kept: Keeper) -> GthreadConnections | None:
 
 
 class GthreadConnections:
-    """See `ConnectionStore` (workers/exchange.py)."""
+    """See `ConnectionStore` (workers/kept_connections.py)."""
 
     def __init__(self, worker: GthreadWorker, kept: Keeper) -> None:
         self._worker, self._kept = worker, kept

@@ -9,9 +9,9 @@ from zdd_web import log
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
 from zdd_web.gunicorn.context import Generation
-from zdd_web.gunicorn.master.roster import Roster
-from zdd_web.gunicorn.sockets.manager import ListenerManager
-from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.master.worker_roster import Roster
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
+from zdd_web.gunicorn.upgrade.predecessor_link import PredecessorLink
 from zdd_web.lifecycle import Event
 from zdd_web.system import clock
 

@@ -42,21 +42,21 @@ from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.log_rotation import AdjacentGeneration, Rotation
 from zdd_web.gunicorn.master import heap
 from zdd_web.gunicorn.master.boot import Boot
-from zdd_web.gunicorn.master.capacity import Capacity, too_many_workers
+from zdd_web.gunicorn.master.manage_workers import Workforce
 from zdd_web.gunicorn.master.probe_process import ProbePort
 from zdd_web.gunicorn.master.reload import Reload
-from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
-from zdd_web.gunicorn.master.workforce import Workforce
+from zdd_web.gunicorn.master.worker_count import Capacity, too_many_workers
+from zdd_web.gunicorn.master.worker_roster import Roster
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.exchange import Exchange
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
-from zdd_web.gunicorn.upgrade.accession import PredecessorLink
 from zdd_web.gunicorn.upgrade.canary import Canary
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator
-from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.deploy_history import Deploys
+from zdd_web.gunicorn.upgrade.predecessor_link import PredecessorLink
 from zdd_web.gunicorn.upgrade.takeover import TakeoverListener
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.orders import Once

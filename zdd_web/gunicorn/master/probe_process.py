@@ -38,8 +38,8 @@ from zdd_web.gunicorn.adapter.ownership import change_user, set_process_title
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.log_rotation import reopening
-from zdd_web.gunicorn.master.roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
-from zdd_web.gunicorn.upgrade.accession import PredecessorLink
+from zdd_web.gunicorn.master.worker_roster import BACKOFF_FACTOR, BACKOFF_FIRST, BACKOFF_MOST
+from zdd_web.gunicorn.upgrade.predecessor_link import PredecessorLink
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.lifecycle import STOPPING, Phase
 from zdd_web.settings import APP_SETTINGS, Settings

@@ -23,9 +23,9 @@ from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.context import Generation
-from zdd_web.gunicorn.master.capacity import too_many_workers
+from zdd_web.gunicorn.master.worker_count import too_many_workers
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.settings import Settings
 from zdd_web.system import clock, pauses, proc, stdio

@@ -1,9 +1,9 @@
 """The predecessor's side of a deploy: from SIGUSR2 to the end of this master.
 
 `Upgrade` (successor_process.py) knows one successor, and judges it; here stands what the judgement means for this
-master: its phase, its identity (identity.py), and what the operator is told. How far the successor has come is one
-state (states.py); `Preparation` has what it is started with, `Leftovers` what remains of one that was rejected,
-`Descendants` what is owed to those that are active after this one.
+master: its phase, its identity (service_identity.py), and what the operator is told. How far the successor has come is
+one state (states.py); `Preparation` has what it is started with, `FailedSuccessors` what remains of one that was
+rejected, `Descendants` what is owed to those that are active after this one.
 
 An upgrade that was refused, failed or cancelled leaves everything as it was. The order of a commit: the identity, the
 message to the successor, then the phase, whose entry actions retire the workers.
@@ -27,18 +27,18 @@ from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.boot_progress import first_boot
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.systemd import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.cancellation import Cancellation
-from zdd_web.gunicorn.upgrade.deploys import Deploys
+from zdd_web.gunicorn.upgrade.deploy_history import Deploys
 from zdd_web.gunicorn.upgrade.descendants import Descendants
 from zdd_web.gunicorn.upgrade.error_watch import ErrorWatch
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
-from zdd_web.gunicorn.upgrade.identity import ServiceIdentity
-from zdd_web.gunicorn.upgrade.leftovers import Leftovers
+from zdd_web.gunicorn.upgrade.failed_successors import FailedSuccessors
 from zdd_web.gunicorn.upgrade.outcome import Outcome
-from zdd_web.gunicorn.upgrade.preparation import Preparation
+from zdd_web.gunicorn.upgrade.prepare_successor import Preparation
+from zdd_web.gunicorn.upgrade.service_identity import ServiceIdentity
 from zdd_web.gunicorn.upgrade.states import (
     HANDED_OVER,
     RELEASED,
@@ -86,7 +86,7 @@ class UpgradeCoordinator:
         self._all_leave, self._close_takeover = all_leave, close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         self.upgrade: Upgrade | None = None
-        self.leftovers = Leftovers()
+        self.leftovers = FailedSuccessors()
         #: The process that has started this one waits for its pid.
         self._was_started = inherited is None or inherited.taken
         self._preparation = Preparation(

@@ -2,7 +2,7 @@
 
 Theory of operation
 -------------------
-`Upgrade.begin()` forks, and the child execs (become_successor.py). The master then calls `poll()` from its tick. It
+`Upgrade.begin()` forks, and the child execs (exec_successor.py). The master then calls `poll()` from its tick. It
 returns nothing while all goes its way, and a `Verdict` when the successor asks to serve, or has failed. What to do
 about it is the master's business.
 
@@ -29,8 +29,8 @@ from zdd_web.gunicorn.boot_progress import progress
 from zdd_web.gunicorn.handoff.channel import MOST_QUEUED, Channel, Message
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
-from zdd_web.gunicorn.upgrade.become_successor import become_successor
 from zdd_web.gunicorn.upgrade.commit_window import CommitWindow, Judgement
+from zdd_web.gunicorn.upgrade.exec_successor import become_successor
 from zdd_web.gunicorn.upgrade.states import (
     BEFORE_GO,
     HANDED_OVER,
@@ -89,7 +89,7 @@ class Upgrade:
         self.board: Board | None = None
         self.status: int | None = None
         self.reopen_number = 0
-        #: Whether its board outlives this object, see `orphans.py`.
+        #: Whether its board outlives this object, see `orphaned_workers.py`.
         self.keeps_board = False
         self._channel = channel
         #: These adopt its workers when it has ended.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from zdd_web.board import Board, Slot
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
-from zdd_web.gunicorn.workers.after_loop import AfterLoop
-from zdd_web.gunicorn.workers.exchange import KeptConnections
+from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
+from zdd_web.gunicorn.workers.kept_connections import KeptConnections
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.process import Process
 from zdd_web.settings import Settings
@@ -28,7 +28,7 @@ class AdaptedWorker(Protocol):
     process: Process
     pid: int
     requests: RequestCounter
-    after_loop: AfterLoop
+    background: BackgroundDrain
     kept: KeptConnections
     #: Calls `worker_exit`, for a worker that ends within a signal handler.
     run_exit_hook: Callable[[], None]

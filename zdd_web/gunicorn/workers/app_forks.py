@@ -28,7 +28,7 @@ from types import FrameType
 
 from zdd_web.board import Slot
 from zdd_web.gunicorn.adapter.worker import HANDLERS, WorkerFacade
-from zdd_web.system import memory
+from zdd_web.system import shared_memory
 
 #: What a child of this worker is to do first; None in a process that is not a worker, such as the child itself.
 _leave: Callable[[], None] | None = None
@@ -70,7 +70,7 @@ def attach(worker: WorkerFacade, slot: Slot, listeners: Iterable[int], stop_acce
     def leave() -> None:
         reset_handlers()
         size = slot.words.itemsize
-        memory.write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
+        shared_memory.write_to_a_copy(slot.memory, slot.base * size, slot.WORDS * size)
         worker.replace("notify", lambda: None)
         close_copies(inodes)
         stop_accepting()

@@ -22,11 +22,11 @@ from zdd_web.gunicorn.adapter.kept import can_travel
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections
 from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
-from zdd_web.gunicorn.workers.asgi_app import CountingApp
+from zdd_web.gunicorn.workers.asgi_request_counter import CountingApp
 from zdd_web.gunicorn.workers.asyncio_drain import AsyncioDrain
-from zdd_web.gunicorn.workers.base import WorkerAdapter
 from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.warmup import warm_up_asgi
+from zdd_web.gunicorn.workers.worker_adapter import WorkerAdapter
 from zdd_web.listeners.reuseport.queues import Queues
 from zdd_web.system import clock
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from zdd_web.gunicorn.adapter.protocols import App, AsyncioProtocol, Handler, SocketName
-    from zdd_web.gunicorn.workers.exchange import ConnectionStore
+    from zdd_web.gunicorn.workers.kept_connections import ConnectionStore
 
 #: The class of a connection's protocol.
 C = TypeVar("C", bound="AsyncioProtocol")
@@ -159,8 +159,8 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
         async def shutdown(*arguments: float | None) -> None:
             # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
             # by the deadline is left, and logged when the loop is closed.
-            while self.runtime.after_loop.threads_left(pools_only=True):
-                left = clock.remaining(self.runtime.after_loop.threads_deadline())
+            while self.runtime.background.threads_left(pools_only=True):
+                left = clock.remaining(self.runtime.background.threads_deadline())
                 if left == 0:
                     return
                 await asyncio.sleep(TURN if left is None else min(TURN, left))

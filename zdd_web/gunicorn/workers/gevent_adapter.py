@@ -18,15 +18,15 @@ from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter import gevent as gunicorns
 from zdd_web.gunicorn.adapter.kept_gevent import GeventConnections
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
-from zdd_web.gunicorn.workers.base import LINGER, WorkerAdapter, on_board
-from zdd_web.gunicorn.workers.exchange import TURN
+from zdd_web.gunicorn.workers.kept_connections import TURN
 from zdd_web.gunicorn.workers.leaving import Leaving
+from zdd_web.gunicorn.workers.worker_adapter import LINGER, WorkerAdapter, on_board
 from zdd_web.listeners.reuseport.queues import Queues
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.adapter.kept_gevent import GeventConnection
     from zdd_web.gunicorn.adapter.protocols import Greenlet, Handler, SocketName
-    from zdd_web.gunicorn.workers.exchange import ConnectionStore
+    from zdd_web.gunicorn.workers.kept_connections import ConnectionStore
 
 #: When requests that have arrived on idle connections are read, the others are looked at again, seconds.
 LOOK_AGAIN = 0.02

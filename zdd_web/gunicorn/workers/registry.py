@@ -7,7 +7,7 @@ how its loop is ended, and what it waits for before that.
 from __future__ import annotations
 
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
-from zdd_web.gunicorn.workers.base import WorkerAdapter
+from zdd_web.gunicorn.workers.worker_adapter import WorkerAdapter
 
 
 def adapter_for(runtime: AdaptedWorker) -> WorkerAdapter:

@@ -22,10 +22,10 @@ from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
-from zdd_web.gunicorn.workers.after_loop import AfterLoop
-from zdd_web.gunicorn.workers.exchange import KeptConnections
+from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.exit_states import STATUS, Event, State, StateMachine
 from zdd_web.gunicorn.workers.gate import Gate
+from zdd_web.gunicorn.workers.kept_connections import KeptConnections
 from zdd_web.gunicorn.workers.orders import Once, Orders
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.gunicorn.workers.shutdown import WorkerShutdown
@@ -66,12 +66,12 @@ class WorkerRuntime:
         self._machine = StateMachine()
         is_new = self.adapter.is_on_new_connection
         self.requests = RequestCounter(self.process, limit, worker.cfg.forwarded_allow_ips, is_new)
-        self.after_loop = AfterLoop(worker, self.process, self._machine, self.adapter)
+        self.background = BackgroundDrain(worker, self.process, self._machine, self.adapter)
         self.shutdown = WorkerShutdown(
-            worker, self.process, listeners, self._machine, self.adapter, self.after_loop, self.kept.is_exchange_empty
+            worker, self.process, listeners, self._machine, self.adapter, self.background, self.kept.is_exchange_empty
         )
         #: Calls `worker_exit`, for a worker that ends within a signal handler.
-        self.run_exit_hook: Callable[[], None] = self.after_loop.exit
+        self.run_exit_hook: Callable[[], None] = self.background.exit
 
     @property
     def settings(self) -> Settings:
@@ -241,4 +241,4 @@ class WorkerRuntime:
         watch.end()
         # Not called yet if the loop has ended by itself, because the master is gone.
         waitgroup.run_stop_hooks()
-        self.after_loop.finish()
+        self.background.finish()

@@ -13,7 +13,7 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 from zdd_web.cli.rehearse import report
-from zdd_web.cli.rehearse.course import Plan
+from zdd_web.cli.rehearse.rehearsal import Plan
 from zdd_web.cli.rehearse.report import Report
 from zdd_web.cli.rehearse.samples import ScenarioResult
 from zdd_web.cli.rehearse.tally import Tally

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zdd_web.gunicorn.adapter.protocols import App, Handler, Method
-    from zdd_web.gunicorn.workers.exchange import ConnectionStore
+    from zdd_web.gunicorn.workers.kept_connections import ConnectionStore
 
 #: How long a kept connection may be idle in a worker that leaves, as in gunicorn's own gthread, seconds.
 LINGER = WindDown.LINGER

@@ -1,6 +1,6 @@
 """The roster: which worker has which slot, and what the master knows of each.
 
-What to do about them is `plan()`'s decision (plan.py), made from `Roster.members()`.
+What to do about them is `plan()`'s decision (worker_plan.py), made from `Roster.members()`.
 
 What workers say is a claim (board.py). Which processes there are, and which of them were told to leave, the roster
 knows by itself: a pid comes from gunicorn's fork. A worker that has served once never counts as a failed boot. A
@@ -17,7 +17,7 @@ from typing import Protocol
 from zdd_web.board import Board, Slot, WorkerState
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.boot_progress import first_boot
-from zdd_web.gunicorn.master.plan import Member
+from zdd_web.gunicorn.master.worker_plan import Member
 from zdd_web.gunicorn.workers.exited_worker import ExitedWorker
 from zdd_web.system import clock, pauses, proc
 

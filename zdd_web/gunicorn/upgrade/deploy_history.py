@@ -1,6 +1,6 @@
 """What this master knows of its deploys: which release it runs, those before it, and what was done when.
 
-The history stands in a sealed memfd of each generation (document.py), which the next one inherits to read. Until the
+The history stands in a sealed memfd of each generation (shared_text.py), which the next one inherits to read. Until the
 handover the old generation writes how the upgrade ends; then the new one reads the history once more, and goes on with
 it in a memfd of its own. So at each time one process writes, the active master, and a worker never can.
 """
@@ -24,8 +24,8 @@ from zdd_web.gunicorn.handoff.launch import Launch
 from zdd_web.gunicorn.handoff.lineage import Lineage
 from zdd_web.history import Entry
 from zdd_web.settings import ENV_PREFIX, Settings
-from zdd_web.system import clock, document
-from zdd_web.system.document import Document
+from zdd_web.system import clock, shared_text
+from zdd_web.system.shared_text import Document
 
 _LINEAGE_NAME = "zdd_web-lineage"
 
@@ -77,7 +77,7 @@ class Deploys:
         if inherited.lineage >= 0:
             if _is_ours(inherited.lineage):
                 with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError):
-                    self.lineage = Lineage.decode(document.read(inherited.lineage))
+                    self.lineage = Lineage.decode(shared_text.read(inherited.lineage))
             # Nothing else of this process may have the environments that are in it.
             os.close(inherited.lineage)
         if inherited.history >= 0:
@@ -89,7 +89,7 @@ class Deploys:
         if self._inherited < 0 or not _is_ours(self._inherited):
             return
         with contextlib.suppress(ValueError, OSError):
-            self._entries = history.decode(document.read(self._inherited))
+            self._entries = history.decode(shared_text.read(self._inherited))
 
     def identify(self, setting: str) -> None:
         """Find out which release this is, at the start and after a reload; `setting` is RELEASE."""

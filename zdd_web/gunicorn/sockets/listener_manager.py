@@ -7,12 +7,11 @@ A mode (`LISTENER`) decides how they come to be and go, and nothing else:
                 when a worker does, and every worker accepts from all, so that no connection waits behind a busy one
     systemd     systemd's, received by LISTEN_FDS
 
-A successor inherits them, with what each is called (factory.py). Those that it does not want are drained by the
-predecessor: no new connection is let in, its workers accept what waits, and when the last of them accepts no more they
-are closed.
+A successor inherits them, with what each is called (listener_factory.py). Those that it does not want are drained by
+the predecessor: no new connection is let in, its workers accept what waits, and when the last of them accepts no more
+they are closed.
 
-Two masters that know nothing of each other share a port in `reuseport` mode. The one that stops steers new connections
-to the other (listeners/reuseport/drain.py), and holds its sockets until they are empty and its workers have left.
+Other masters may be on a port of ours in `reuseport` mode: shared_ports.py has what concerns them.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from zdd_web import log, service
-from zdd_web.board import LAYOUT, Slot
+from zdd_web import log
+from zdd_web.board import Slot
 from zdd_web.board.admission import Admission
 from zdd_web.errors import ListenerError
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
@@ -36,15 +35,11 @@ from zdd_web.gunicorn.adapter.sockets import bind_listener
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
-from zdd_web.gunicorn.sockets.factory import ListenerFactory, paths_added
 from zdd_web.gunicorn.sockets.listener import Listener, Port
-from zdd_web.lifecycle import Phase
+from zdd_web.gunicorn.sockets.listener_factory import ListenerFactory, paths_added
+from zdd_web.gunicorn.sockets.shared_ports import SharedPorts, name_others
 from zdd_web.listeners.accept_queue import allow_new_connections, block_new_connections, queue
-from zdd_web.listeners.reuseport.drain import PeerGeneration
 from zdd_web.system import clock, sd_listen_fds
-
-#: How often a master that has steered to others looks whether they stay, seconds.
-LOOK_WHETHER_THEY_STAY_EVERY = 0.1
 
 
 class ListenerManager:
@@ -60,9 +55,9 @@ class ListenerManager:
         self._all: list[Listener] = []
         #: In `reuseport` mode, one for each bind.
         self._ports: list[Port] = []
+        self._shared_ports = SharedPorts()
         #: As a successor was given them: it speaks of them by their index.
         self._given: list[Listener] = []
-        self._looked_at, self._look_every = clock.NEVER, LOOK_WHETHER_THEY_STAY_EVERY
         self._activated: tuple[sd_listen_fds.Activated, ...] = ()
         if inherited is None and (self._mode == "systemd" or os.environ.get("LISTEN_PID") == str(os.getpid())):
             if self._shares:
@@ -131,20 +126,10 @@ class ListenerManager:
         """Listen on what was only bound so far, now that workers are about to accept. Raises OSError."""
         for port in self._ports:
             port.open(self._server.num_workers)
-        guarded("listeners", self._name_others)()
+        guarded("listeners", name_others)(self._ports)
         for each in [] if self._ports else self._all:
             if not each.listens and each.is_open:
                 each.listen(self._server.cfg.backlog)
-
-    def _name_others(self) -> None:
-        known: frozenset[int] = frozenset()
-        earlier = [(port, earlier) for port in self._ports for _, _, earlier in [port.group] if earlier]
-        if earlier:
-            known = known.union(*(each.listens for each in _neighbours()))
-        for port, inodes in earlier:
-            unknown = len(frozenset(inodes) - known)
-            log.emit("listener.shared", logging.WARNING if unknown else logging.INFO, port=port.number,
-                     others=len(inodes), unknown=unknown)  # fmt: skip
 
     # -- how they travel
 
@@ -205,7 +190,7 @@ class ListenerManager:
             each.dropped = not each.is_lent
             if not each.dropped:
                 each.set_admission(Admission.HANDED_OFF)
-        self._leave_ports_to_others(port for port in self._ports if port.members[0].dropped)
+        self._shared_ports.leave([port for port in self._ports if port.members[0].dropped])
         for each in self._all:
             if each.dropped and each.listens and not self._is_left_to_others(each):
                 each.set_admission(block_new_connections(each.socket))
@@ -279,7 +264,7 @@ class ListenerManager:
         """Let no new connection in, for good: the service stops."""
         # First of all: what fails below is not tried at each turn.
         self._header.blocked_since = clock.now_ns()
-        self._leave_ports_to_others(self._ports)
+        self._shared_ports.leave(self._ports)
         for each in self._all:
             if each.is_lent:
                 each.set_admission(Admission.HANDED_OFF)
@@ -293,13 +278,6 @@ class ListenerManager:
             # The workers have their own: the last of them closes the queue, right after it has found it empty.
             self._close(each, for_good=True)
 
-    def _leave_ports_to_others(self, ports: Iterable[Port]) -> None:
-        self._looked_at = clock.now_ns()
-        # Where no other listener can be seen, or steered to, this is the last one.
-        neighbours = (guarded("listeners", _neighbours)() or []) if self._ports else []
-        for port in ports:
-            guarded("listeners", port.leave_to_others)(neighbours)
-
     def _is_left_to_others(self, each: Listener) -> bool:
         return any(port.is_left_to_others and each in port.members for port in self._ports)
 
@@ -310,21 +288,11 @@ class ListenerManager:
 
     def follow(self) -> None:
         """See whether what was under way to steered listeners is over; the tick's call while the service stops."""
-        left = [port for port in self._ports if port.is_left_to_others]
-        if left and clock.since(self._looked_at) >= self._look_every:
-            self._looked_at, neighbours = clock.now_ns(), _neighbours()
-            # Among thousands of processes it takes long: a master that stops has more to do.
-            self._look_every = max(LOOK_WHETHER_THEY_STAY_EVERY, 20 * clock.since(self._looked_at))
-            # The kernel's table of connections may be long.
-            if any(each.stops for each in neighbours):
-                for port in left:
-                    if not port.others_stay(neighbours):
-                        # A connection that came to a queue of ours once it is empty would be reset.
-                        port.stop_steering()
-                        for each in port.members:
-                            self._shut_alone(each)
-        for port in left:
-            port.follow_farewell()
+        self._shared_ports.follow(self._ports, self._shut_port)
+
+    def _shut_port(self, port: Port) -> None:
+        for each in port.members:
+            self._shut_alone(each)
 
     def close(self, *, for_good: bool) -> None:
         """Close what this master still holds of them; `for_good` when no process is to use them any more."""
@@ -346,15 +314,3 @@ class ListenerManager:
                 each.stop_listening()
         # gunicorn's own sets `sock` to None, and does nothing the second time.
         each.sock.close()
-
-
-def _neighbours() -> list[PeerGeneration]:
-    return [
-        PeerGeneration(
-            listens=frozenset(record.inode for record, _ in each.board.listener_records()),
-            stops=each.board.header.phase in (Phase.DRAINING, Phase.STOPPED),
-        )
-        # The kernel lets processes of one user alone share a port.
-        for each in service.generations(os.geteuid())
-        if each.pid != os.getpid() and each.board.header.layout == LAYOUT
-    ]

@@ -1,4 +1,4 @@
-"""Say what a configuration sets of zdd_web: `python -m zdd_web.cli.rehearse.configured FILE [GUNICORN ARGS]`.
+"""Say what a configuration sets of zdd_web: `python -m zdd_web.cli.rehearse.read_configuration FILE [GUNICORN ARGS]`.
 
 A process of its own, as gunicorn's master would be: the configuration is code, and may read Django's settings. The
 answer is written to FILE.

@@ -13,7 +13,7 @@ from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.exits import HaltServer
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.upgrade.states import LINK, Link, LinkEvent, after, knows
 from zdd_web.system import boot_log, clock, pauses, proc
 

@@ -9,7 +9,7 @@ from typing import Any
 from zdd_web import log
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
-from zdd_web.gunicorn.master.plan import Plan
+from zdd_web.gunicorn.master.worker_plan import Plan
 
 
 class Capacity:

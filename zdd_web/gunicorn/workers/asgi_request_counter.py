@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from zdd_web.gunicorn.workers.base import request_number
+from zdd_web.gunicorn.workers.worker_adapter import request_number
 from zdd_web.settings import REQUEST_HEADER
 
 if TYPE_CHECKING:
     from zdd_web.gunicorn.adapter.protocols import App, SocketName
-    from zdd_web.gunicorn.workers.base import WorkerAdapter
+    from zdd_web.gunicorn.workers.worker_adapter import WorkerAdapter
 
 _NUMBER = REQUEST_HEADER.lower().encode()
 

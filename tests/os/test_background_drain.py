@@ -13,12 +13,13 @@ import pytest
 from zdd_web import waitgroup
 from zdd_web.board import Board
 from zdd_web.gunicorn import process_exit
-from zdd_web.gunicorn.workers.after_loop import AfterLoop
+from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.exit_states import Event, State, StateMachine
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
 from zdd_web.system import clock
+from zdd_web.waitgroup import all_groups
 
 
 class Ended(Exception):
@@ -30,10 +31,10 @@ def end(status: int) -> None:
 
 
 class Worker:
-    """What an `AfterLoop` is made of."""
+    """What an `BackgroundDrain` is made of."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, state: State = State.FINISHING, orphaned: bool = False) -> None:
-        monkeypatch.setattr(waitgroup, "observer", None)
+        monkeypatch.setattr(all_groups, "observer", None)
         monkeypatch.setattr(process_exit, "end", end)
         monkeypatch.setattr(process_exit, "bound", lambda until, beat, status, interval: self.bounds.append(status))
         self.bounds: list[int] = []
@@ -45,7 +46,7 @@ class Worker:
         )
         gunicorns: Any = SimpleNamespace(ppid=os.getppid() + orphaned, lasting_heartbeat=lambda: lambda: None)
         process = Process(self.board, self.slot, Settings())
-        self.end = AfterLoop(gunicorns, process, self.machine, cast("Any", self.adapter))
+        self.end = BackgroundDrain(gunicorns, process, self.machine, cast("Any", self.adapter))
 
 
 @pytest.mark.parametrize(("state", "status"), [(State.QUITTING, 0), (State.ABORTING, 1)])

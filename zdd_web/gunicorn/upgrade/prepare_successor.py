@@ -14,10 +14,10 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch, read_env_file
 from zdd_web.gunicorn.handoff.parentage import Parentage
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
-from zdd_web.gunicorn.upgrade.deploys import Deploys
-from zdd_web.gunicorn.upgrade.leftovers import Leftovers
+from zdd_web.gunicorn.upgrade.deploy_history import Deploys
+from zdd_web.gunicorn.upgrade.failed_successors import FailedSuccessors
 from zdd_web.lifecycle import Phase
 from zdd_web.settings import Settings
 from zdd_web.system.boot_log import BootLog
@@ -33,7 +33,7 @@ class Preparation:
         deploys: Deploys,
         listening: ListenerManager,
         ancestors: Ancestors,
-        leftovers: Leftovers,
+        leftovers: FailedSuccessors,
         *,
         was_started: bool,
         given: Callable[[], dict[str, Any]],

@@ -12,11 +12,11 @@ from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR, HaltServer
 from zdd_web.gunicorn.context import Generation
-from zdd_web.gunicorn.master.capacity import Capacity
-from zdd_web.gunicorn.master.plan import plan
-from zdd_web.gunicorn.master.roster import Roster
 from zdd_web.gunicorn.master.stop import Stop
-from zdd_web.gunicorn.sockets.manager import ListenerManager
+from zdd_web.gunicorn.master.worker_count import Capacity
+from zdd_web.gunicorn.master.worker_plan import plan
+from zdd_web.gunicorn.master.worker_roster import Roster
+from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.lifecycle import Phase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from zdd_web.cli.grid import grid as tabulate
+from zdd_web.cli.rehearse.plain_table import grid as tabulate
 from zdd_web.cli.rehearse.report import Around, Outcome, Report
 
 # A server that died loses thousands; the first ones show why.

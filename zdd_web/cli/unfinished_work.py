@@ -5,7 +5,7 @@ from __future__ import annotations
 from zdd_web.board import Board
 
 
-class Leftovers:
+class UnfinishedWork:
     """The slots of one board that had a worker during a stop."""
 
     def __init__(self, board: Board) -> None:

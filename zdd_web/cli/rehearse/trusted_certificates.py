@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ssl
 
+from zdd_web.cli.rehearse.client_connection import describe
 from zdd_web.cli.rehearse.server import RehearsalError
-from zdd_web.cli.rehearse.wire import describe
 
 #: X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
 _FOR_ANOTHER_HOST = (62, 64)

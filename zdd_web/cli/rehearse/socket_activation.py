@@ -1,4 +1,6 @@
-"""Start a command as systemd does for a socket unit: `python -m zdd_web.cli.rehearse.activate NAME=FD:... COMMAND ...`.
+"""Start a command as systemd does for a socket unit.
+
+`python -m zdd_web.cli.rehearse.socket_activation NAME=FD:... COMMAND ...`
 
 A process of its own, since LISTEN_PID must be the pid that the command has.
 """

@@ -1,6 +1,6 @@
 """A text in shared memory that its maker writes, whole, as often as it likes, and that others read.
 
-The memory is sealed (memory.py), so that no other process can write it, whatever descriptor it holds. It has two
+The memory is sealed (shared_memory.py), so that no other process can write it, whatever descriptor it holds. It has two
 halves, and a word that tells which of them counts: a writer fills the other one and changes the word last, and a
 process killed in the middle of that leaves the earlier text as it was. A reader looks at the word again when it has
 read: if it has changed meanwhile, the half that was read may have been written anew.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from zdd_web.system import memory
+from zdd_web.system import shared_memory
 
 #: How many times the text was written, then the length of each half, as 64-bit words of this machine.
 _WORDS = 3
@@ -34,7 +34,7 @@ class Document:
         """Make one for texts of at most `size` bytes; `fd` is -1 where there is no memfd. Raises OSError."""
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(os, "memfd_create"):
-            self.fd, self._mapping = memory.create(name, _HEAD + 2 * self.size)
+            self.fd, self._mapping = shared_memory.create(name, _HEAD + 2 * self.size)
         else:
             self.fd, self._mapping = -1, mmap.mmap(-1, _HEAD + 2 * self.size)
         self._words: memoryview[int] | None = memoryview(self._mapping)[: 8 * _WORDS].cast("Q")

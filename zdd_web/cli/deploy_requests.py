@@ -16,7 +16,7 @@ from zdd_web.errors import UpgradeError
 from zdd_web.history import Entry
 from zdd_web.service import Generation
 from zdd_web.settings.values import NORMALISE
-from zdd_web.system import document
+from zdd_web.system import shared_text
 
 ANOTHER_VERSION = "the running version of zdd_web {what}: upgrade it (`zdd-web upgrade`), and the next generation does"
 
@@ -25,7 +25,7 @@ def entries_of(generation: Generation) -> tuple[Entry, ...]:
     """Return the history of the service that a generation is of. Raises `CannotHelp` when it has none."""
     fd = _open(generation)
     try:
-        return history.decode(document.read(fd))
+        return history.decode(shared_text.read(fd))
     except ValueError as error:
         raise CannotHelp(f"the history of process {generation.pid} cannot be read: {error}") from None
     finally:
@@ -80,7 +80,7 @@ class Asked:
         if self._fd < 0:
             return ""
         with contextlib.suppress(ValueError, OSError):
-            entries = history.decode(document.read(self._fd))
+            entries = history.decode(shared_text.read(self._fd))
             return entries[-1].note if entries else ""
         return ""
 

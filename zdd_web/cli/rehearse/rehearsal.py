@@ -17,7 +17,7 @@ from zdd_web.cli.rehearse import report
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.phases import PhaseWatch
 from zdd_web.cli.rehearse.report import Report
-from zdd_web.cli.rehearse.requests import Request
+from zdd_web.cli.rehearse.request_mix import Request
 from zdd_web.cli.rehearse.samples import Handover, ScenarioResult, StopResult
 from zdd_web.cli.rehearse.scenarios import SCENARIOS, Found
 from zdd_web.cli.rehearse.server import Server

@@ -3,7 +3,7 @@
 Three kinds of processes outlive an upgrade:
 
 - a successor that was started on its own and has been rejected: it ends by itself, and is killed if it does not;
-- workers of a successor whose master was killed after `go`: they finish their requests (orphans.py);
+- workers of a successor whose master was killed after `go`: they finish their requests (orphaned_workers.py);
 - a successor that was told to stop together with this generation, when it had accepted requests already.
 
 They hold the listeners, so each counts as a generation, and this master waits for them before it ends.
@@ -16,12 +16,12 @@ from collections.abc import Iterator
 
 from zdd_web.board import LAYOUT
 from zdd_web.gunicorn.upgrade.external_successor import ExternalSuccessor
-from zdd_web.gunicorn.upgrade.orphans import Orphans
+from zdd_web.gunicorn.upgrade.orphaned_workers import Orphans
 from zdd_web.gunicorn.upgrade.successor_process import Upgrade
 from zdd_web.system import clock
 
 
-class Leftovers:
+class FailedSuccessors:
     """The processes of earlier upgrades that have not ended yet."""
 
     def __init__(self) -> None:
