@@ -7,22 +7,38 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from zdd_web.waitgroup.drained import forget_drained_hooks, remember_drained_hooks
 from zdd_web.waitgroup.entry import Entry
 from zdd_web.waitgroup.stopping import forget_stop_hooks, remember_stop_hooks
 
-if TYPE_CHECKING:
-    from zdd_web.waitgroup.group import WaitGroup
 
-_groups: weakref.WeakSet[WaitGroup] = weakref.WeakSet()
+class Group(Protocol):
+    """A `WaitGroup`, as far as it is one of many."""
+
+    _changed: threading.Condition
+
+    def entries(self) -> list[Entry]:
+        """Return the work in hand, oldest first."""
+
+    def close(self) -> None:
+        """Take no more work."""
+
+    def _oldest(self, most: int) -> list[Entry]: ...
+
+    def _reset(self) -> None: ...
+
+    def __len__(self) -> int: ...
+
+
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 #: Called with the number of entries in all groups whenever it changes; `process` points it at the board.
 observer: Callable[[int], None] | None = None
 
 
-def add(group: WaitGroup) -> None:
+def add(group: Group) -> None:
     """Count a group among those of this process, for as long as it is referenced elsewhere."""
     _groups.add(group)
 
@@ -45,7 +61,7 @@ def close_all() -> None:
         group.close()
 
 
-def _all_groups() -> list[WaitGroup]:
+def _all_groups() -> list[Group]:
     while True:
         try:
             return list(_groups)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from zdd_web.errors import GroupClosed
-from zdd_web.waitgroup.entry import OnAbandon
+from zdd_web.waitgroup.entry import Entry, OnAbandon
 from zdd_web.waitgroup.threads import name_of
 
 if TYPE_CHECKING:
     import asyncio
 
-    from zdd_web.waitgroup.group import WaitGroup
-
 R = TypeVar("R")
 
 
+class Group(Protocol):
+    """What counts the coroutine: a `WaitGroup`."""
+
+    def _offer(self, name: str, on_abandon: OnAbandon | None) -> Entry: ...
+
+    def _failed(self, entry: Entry, error: BaseException) -> None: ...
+
+
 def run_coroutine(
-    group: WaitGroup, coro: Coroutine[Any, Any, R], name: str | None, on_abandon: OnAbandon | None
+    group: Group, coro: Coroutine[Any, Any, R], name: str | None, on_abandon: OnAbandon | None
 ) -> asyncio.Task[R]:
     """Run a coroutine as `WaitGroup.create_task()` does."""
     import asyncio  # not before gevent has patched what it imports

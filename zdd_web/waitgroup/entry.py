@@ -12,12 +12,12 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
 
-    from zdd_web.waitgroup.group import WaitGroup
+R = TypeVar("R")
 
 #: The request that this code runs for: a text, or anything with `method` and `path`; set where
 #: requests are answered.
@@ -34,6 +34,31 @@ def _request() -> str:
     return request if isinstance(request, str) else f"{request.method} {request.path}"
 
 
+class Group(Protocol):
+    """The group of a piece of work (`WaitGroup`), as far as the work and its `on_abandon` use it."""
+
+    name: str
+    closed: bool
+
+    def go(
+        self,
+        function: Callable[..., R],
+        /,
+        *args: Any,
+        name: str | None = None,
+        on_abandon: OnAbandon | None = None,
+        **kwargs: Any,
+    ) -> concurrent.futures.Future[R]:
+        """See `WaitGroup.go()`."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """See `WaitGroup.wait()`."""
+
+    def _has(self, entry: Entry) -> bool: ...
+
+    def _remove(self, entry: Entry) -> None: ...
+
+
 @dataclass(eq=False)
 class Entry:
     """One piece of background work; `done()` may be called any number of times.
@@ -42,7 +67,7 @@ class Entry:
     offered with, for an `on_abandon` that offers it elsewhere.
     """
 
-    group: WaitGroup
+    group: Group
     name: str
     number: int
     on_abandon: OnAbandon | None = None

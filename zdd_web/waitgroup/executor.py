@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from zdd_web.waitgroup.threads import Threads
 
-if TYPE_CHECKING:
-    from zdd_web.waitgroup.group import WaitGroup
-
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Group(Protocol):
+    """What counts the calls: a `WaitGroup`."""
+
+    name: str
+
+    def _submit(
+        self, function: Callable[..., R], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: Threads
+    ) -> concurrent.futures.Future[R]: ...
 
 
 class Executor(concurrent.futures.Executor):
@@ -24,7 +31,7 @@ class Executor(concurrent.futures.Executor):
     [1, 2]
     """
 
-    def __init__(self, group: WaitGroup, max_workers: int) -> None:
+    def __init__(self, group: Group, max_workers: int) -> None:
         self._group = group
         self._threads = Threads(max_workers, f"zdd_web-{group.name}-executor")
         self._shut = False

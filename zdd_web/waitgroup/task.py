@@ -5,23 +5,35 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import types
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from zdd_web.waitgroup.entry import OnAbandon
 from zdd_web.waitgroup.threads import refuse_coroutines
-
-if TYPE_CHECKING:
-    from zdd_web.waitgroup.group import WaitGroup
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Group(Protocol):
+    """What counts the calls: a `WaitGroup`."""
+
+    name: str
+
+    def _submit(
+        self,
+        function: Callable[..., R],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        on_abandon: OnAbandon | None,
+    ) -> concurrent.futures.Future[R]: ...
+
+
 class Task(Generic[P, R]):
     """A function that runs in the background when called; `.function` is the function itself."""
 
-    def __init__(self, group: WaitGroup, function: Callable[P, R], on_abandon: OnAbandon | None = None) -> None:
+    def __init__(self, group: Group, function: Callable[P, R], on_abandon: OnAbandon | None = None) -> None:
         refuse_coroutines(function, "give its coroutine to create_task()")
         functools.update_wrapper(self, function)
         self.group, self.function, self.on_abandon = group, function, on_abandon

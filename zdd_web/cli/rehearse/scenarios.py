@@ -11,23 +11,41 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from zdd_web import service
 from zdd_web.board import Snapshot, WorkerState, WorkerView
 from zdd_web.cli import control, deploy_requests
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.rehearse import held_connections
+from zdd_web.cli.rehearse.server import Server
+from zdd_web.cli.rehearse.tally import Tally
 from zdd_web.deploy_request import DeployRequest
 from zdd_web.system import proc
-
-if TYPE_CHECKING:
-    from zdd_web.cli.rehearse.rehearsal import Course
 
 #: How long workers may take to be replaced, seconds.
 REPLACED_WITHIN = 90.0
 #: How long a generation that serves may take to its first reply, seconds, in which a request may time out.
 ANSWERS_WITHIN = 30.0
 LOOK = 0.05
+
+
+class Course(Protocol):
+    """The rehearsal that a scenario is part of (rehearsal.py); `generation` is the one that serves."""
+
+    server: Server
+    generation: service.Generation
+    tally: Tally
+
+    @property
+    def settle(self) -> float:
+        """How long the load runs between two events, seconds."""
+
+    def snapshot(self) -> Snapshot:
+        """Return the board of the generation that serves."""
+
+    def generation_changed(self) -> None:
+        """Find out which generation serves now."""
 
 
 @dataclass(frozen=True)
