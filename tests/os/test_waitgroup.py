@@ -137,14 +137,14 @@ def test_wait_returns_when_another_thread_is_done(group: WaitGroup) -> None:
     waiting = threading.Event()
     threads = []
 
-    class ListenerManager(threading.Condition):
+    class NoticedCondition(threading.Condition):
         """The group's own condition; tells when somebody has begun to wait on it."""
 
         def wait(self, timeout: float | None = None) -> bool:
             waiting.set()
             return super().wait(timeout)
 
-    group._changed = ListenerManager()
+    group._changed = NoticedCondition()
     threads.append(threading.Thread(target=lambda: waiting.wait(PATIENCE) and entry.done()))
     threads[0].start()
     assert group.wait(PATIENCE) is True

@@ -75,7 +75,7 @@ def worker_class(request: pytest.FixtureRequest) -> str:
     return skip_unless_installed(request.param)
 
 
-class PeerGeneration:
+class Neighbour:
     """A server that says "ok", or "no", or nothing to whoever connects."""
 
     def __init__(self) -> None:
@@ -117,14 +117,14 @@ class PeerGeneration:
 
 
 @pytest.fixture
-def neighbour() -> Iterator[PeerGeneration]:
-    made = PeerGeneration()
+def neighbour() -> Iterator[Neighbour]:
+    made = Neighbour()
     yield made
     made.close()
 
 
 @pytest.fixture
-def service(make_service: Callable[..., Service], worker_class: str, neighbour: PeerGeneration) -> Service:
+def service(make_service: Callable[..., Service], worker_class: str, neighbour: Neighbour) -> Service:
     service = make_service(worker_class)
     kind = "asgi" if worker_class in ("asgi", "uvicorn_worker.UvicornWorker") else "wsgi"
     service.write_app(CHECKS + APPS[kind])
@@ -149,7 +149,7 @@ def threads(pid: int) -> int:
 
 @pytest.mark.parametrize("answer", [None, b"no"], ids=["silent", "wrong"])
 def test_a_neighbour_that_fails_costs_readiness_and_nothing_else(
-    service: Service, neighbour: PeerGeneration, answer: bytes | None
+    service: Service, neighbour: Neighbour, answer: bytes | None
 ):
     service.configure(details="always").start()
     workers = settled(service, 2)
@@ -193,7 +193,7 @@ def _pids(lines: list[str]) -> set[str]:
     return {match[1] for line in lines if (match := re.search(r"\] \[(\d+)\] ", line))}
 
 
-def test_new_workers_wait_for_a_neighbour_and_old_ones_serve(service: Service, neighbour: PeerGeneration):
+def test_new_workers_wait_for_a_neighbour_and_old_ones_serve(service: Service, neighbour: Neighbour):
     service.configure(upgrade_timeout=30).start()
     neighbour.answer = None
     until("readiness 503", lambda: status(service, "/readyz") == 503, service)
@@ -264,7 +264,7 @@ def test_many_async_checks_run_beside_each_other(make_service: Callable[..., Ser
 
 
 def test_checks_rest_while_a_generation_leaves_and_go_on_when_it_serves_again(
-    make_service: Callable[..., Service], neighbour: PeerGeneration
+    make_service: Callable[..., Service], neighbour: Neighbour
 ):
     service = make_service("gthread")
     service.write_app(CHECKS + APPS["wsgi"])
@@ -279,7 +279,7 @@ def test_checks_rest_while_a_generation_leaves_and_go_on_when_it_serves_again(
     service.ends()
 
 
-def rest(neighbour: PeerGeneration) -> int | None:
+def rest(neighbour: Neighbour) -> int | None:
     """Return how often the neighbour was asked, once nobody asks any more for four intervals."""
     asked, since = neighbour.asked, time.monotonic()
     while time.monotonic() - since < 0.2:
