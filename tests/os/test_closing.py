@@ -17,9 +17,9 @@ from gunicorn import util
 from gunicorn.workers import gthread as stock
 from gunicorn.workers.sync import SyncWorker
 
-from zdd_web.gunicorn.adapter import closing as module
-from zdd_web.gunicorn.adapter import gthread, silent, sync
-from zdd_web.gunicorn.adapter.closing import ClosingConnections
+from zdd_web.gunicorn.adapter import closing_connections as module
+from zdd_web.gunicorn.adapter import gthread, silent_connections, sync
+from zdd_web.gunicorn.adapter.closing_connections import ClosingConnections
 
 PATIENCE = 20.0
 
@@ -209,7 +209,7 @@ def test_what_is_closed_or_gone_is_left_alone(made, closing) -> None:
 def test_bytes_that_are_there_are_not_waited_for(made) -> None:
     server, client = connect(made)
     client.sendall(b"G")
-    assert silent.await_first_byte(server, lambda: pytest.fail("no reason to ask"))
+    assert silent_connections.await_first_byte(server, lambda: pytest.fail("no reason to ask"))
 
 
 def test_a_silent_connection_is_waited_for_as_long_as_the_worker_serves(made) -> None:
@@ -222,7 +222,7 @@ def test_a_silent_connection_is_waited_for_as_long_as_the_worker_serves(made) ->
             client.sendall(b"G")
         return False
 
-    assert silent.await_first_byte(server, is_leaving)
+    assert silent_connections.await_first_byte(server, is_leaving)
 
 
 def test_a_leaving_worker_serves_what_a_young_connection_sends(made) -> None:
@@ -234,44 +234,44 @@ def test_a_leaving_worker_serves_what_a_young_connection_sends(made) -> None:
         if len(beats) == 2:
             client.sendall(b"G")
 
-    assert silent.await_first_byte(server, lambda: True, beat)
+    assert silent_connections.await_first_byte(server, lambda: True, beat)
 
 
 def test_a_leaving_worker_gives_up_one_that_stays_silent(made, monkeypatch) -> None:
-    monkeypatch.setattr(silent, "PATIENCE", 0.3)
+    monkeypatch.setattr(silent_connections, "PATIENCE", 0.3)
     server, _ = connect(made)
     began = time.monotonic()
-    assert not silent.await_first_byte(server, lambda: True)
+    assert not silent_connections.await_first_byte(server, lambda: True)
     assert time.monotonic() - began < PATIENCE
 
 
 def test_several_that_have_waited_in_a_queue_are_not_waited_for_one_after_the_other(made, monkeypatch) -> None:
-    monkeypatch.setattr(silent, "PATIENCE", 0.5)
+    monkeypatch.setattr(silent_connections, "PATIENCE", 0.5)
     servers = [connect(made)[0] for _ in range(40)]
     began = time.monotonic()
-    assert not any(silent.await_first_byte(server, lambda: True) for server in servers)
+    assert not any(silent_connections.await_first_byte(server, lambda: True) for server in servers)
     # Half a second for each takes 20 s.
     assert time.monotonic() - began < 10
 
 
 def test_a_timeout_ends_the_wait_of_one_that_serves(made) -> None:
     server, _ = connect(made)
-    assert not silent.await_first_byte(server, lambda: False, timeout=0.05)
+    assert not silent_connections.await_first_byte(server, lambda: False, timeout=0.05)
 
 
 def test_the_age_of_a_connection_is_that_since_its_handshake(made) -> None:
     server, client = connect(made)
     now = time.monotonic()
     deadline = now + PATIENCE
-    while silent.silent_for(server, time.monotonic()) < 0.2:
+    while silent_connections.silent_for(server, time.monotonic()) < 0.2:
         assert time.monotonic() < deadline
-    assert silent.silent_for(server, time.monotonic()) <= time.monotonic() - now + 0.1
+    assert silent_connections.silent_for(server, time.monotonic()) <= time.monotonic() - now + 0.1
     client.sendall(b"G")
     select.select([server], [], [], PATIENCE)
-    assert silent.silent_for(server, time.monotonic()) < 0.2
+    assert silent_connections.silent_for(server, time.monotonic()) < 0.2
     ours, theirs = socket.socketpair()
     made += [ours, theirs]
-    assert silent.silent_for(ours, time.monotonic() - 3) >= 3
+    assert silent_connections.silent_for(ours, time.monotonic() - 3) >= 3
 
 
 # -- what is changed in gunicorn

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.generations import a_generation
 from zdd_web.board import Board
 from zdd_web.errors import LifecycleError
-from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.read_django_settings import MODULE
 from zdd_web.lifecycle import ON_ENTRY, Event, Phase
@@ -88,15 +88,15 @@ def test_promotion_is_awaited_while_a_predecessor_has_not_handed_over(generation
 
 
 def test_settings_of_a_generation_are_those_in_force_after_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings_sources, "_in_force", None)
-    monkeypatch.setattr(settings_sources, "_installed", {})
-    monkeypatch.setattr(settings_sources, "_settled", False)
+    monkeypatch.setattr(settings_in_force, "_in_force", None)
+    monkeypatch.setattr(settings_in_force, "_installed", {})
+    monkeypatch.setattr(settings_in_force, "_settled", False)
     monkeypatch.delenv(MODULE, raising=False)
     cfg: Any = SimpleNamespace(env={})
-    settings_sources.take({"readiness_path": "/ready"})
-    settings_sources.settle(cfg)
-    generation = Generation(Board.private(), settings_sources.in_force)
+    settings_in_force.take({"readiness_path": "/ready"})
+    settings_in_force.settle(cfg)
+    generation = Generation(Board.private(), settings_in_force.in_force)
     assert generation.settings.readiness_path == "/ready"
-    settings_sources.take({"readiness_path": "/ready-2"})
-    settings_sources.settle(cfg)
+    settings_in_force.take({"readiness_path": "/ready-2"})
+    settings_in_force.settle(cfg)
     assert generation.settings.readiness_path == "/ready-2"

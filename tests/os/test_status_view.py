@@ -20,8 +20,8 @@ from rich.style import Style
 
 from tests.helpers.masters import Masters
 from zdd_web.board import Board, ListenerView, UpgradeState, WorkerState, WorkerView
-from zdd_web.cli import frameworks, history, main, terminal, watch
-from zdd_web.cli.status_view import Shown, lines_of
+from zdd_web.cli import frameworks, history, main, status_live, terminal
+from zdd_web.cli.status_text import Shown, lines_of
 from zdd_web.cli.times import Now
 from zdd_web.history import Entry
 from zdd_web.lifecycle import Phase
@@ -146,11 +146,11 @@ def test_live_board_shows_generations_side_by_side(board: Board, width: int, gen
     line = [shown(board, generation=number, phase=Phase.SERVING, **FAILED) for number in range(1, generations + 1)]
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None)
-    console.print(watch.board([line], NOW, console))
+    console.print(status_live.board([line], NOW, console))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     beside = next(each for each in lines if "generation 1: serving" in each)
-    assert beside.count("generation") == min(generations, width // watch.LEAST_WIDTH)
+    assert beside.count("generation") == min(generations, width // status_live.LEAST_WIDTH)
     assert REASON in " ".join(" ".join(lines).split())
     # What a worker that boots waits for is whole, too.
     assert "database-replica-2" in file.getvalue()
@@ -159,11 +159,11 @@ def test_live_board_shows_generations_side_by_side(board: Board, width: int, gen
 def test_live_board_shows_what_was_done_last_and_no_reason_twice(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     done = [Entry(at=1.9e9 + number, kind="deploy", outcome="done", generation=number) for number in range(1, 9)]
     failed = Entry(at=1.9e9, kind="deploy", outcome="failed", generation=9, reason=REASON)
-    monkeypatch.setattr(watch, "entries_of", lambda generation: (*done, failed))
+    monkeypatch.setattr(status_live, "entries_of", lambda generation: (*done, failed))
     board.header.history_fd = 7
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
-    console.print(watch.board([[shown(board, phase=Phase.SERVING, **FAILED)]], NOW, console))
+    console.print(status_live.board([[shown(board, phase=Phase.SERVING, **FAILED)]], NOW, console))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[3] for line in lines if " deploy " in line] == ["7", "8", "9"]
@@ -194,7 +194,7 @@ def test_live_board_names_the_oldest_tasks(board: Board) -> None:
         slot.task(index).name, slot.task(index).started = name, NOW.monotonic - seconds * SECOND
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
-    console.print(watch.board([[Shown(Generation(4194301, board), board.snapshot())]], NOW, console))
+    console.print(status_live.board([[Shown(Generation(4194301, board), board.snapshot())]], NOW, console))
     assert "task for 1 min 15 s: report \\x1b[2J" in file.getvalue()
     assert "task for 3 s: mail" in file.getvalue()
     assert "1 more task " in file.getvalue()
@@ -208,7 +208,7 @@ def test_live_board_shows_checks_and_the_oldest_task_of_an_earlier_version(board
         record.name, record.result, record.message = name, result, message
     file = io.StringIO()
     console = Console(file=file, width=80, color_system=None)
-    console.print(watch.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
+    console.print(status_live.board([[shown(board, phase=Phase.SERVING)]], NOW, console))
     assert "1998 background tasks, the oldest: 1 min 15 s" in file.getvalue()
     assert "check db: passed" in file.getvalue()
     assert "check cache: failed: no \\x1b[31mroute" in file.getvalue()

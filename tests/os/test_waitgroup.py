@@ -39,7 +39,7 @@ from zdd_web.waitgroup import (
     all_groups,
     close_all,
     current_request,
-    drained,
+    drained_hooks,
     on_drained,
     run_drained_hooks,
 )
@@ -1329,7 +1329,7 @@ def test_thousand_tasks_that_meet_the_close_are_all_accounted_for(after_close: A
 
 @pytest.fixture(autouse=True)
 def no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drained, "_hooks", [])
+    monkeypatch.setattr(drained_hooks, "_hooks", [])
 
 
 @contextlib.contextmanager
@@ -1380,7 +1380,7 @@ def test_on_drained_is_a_decorator_that_leaves_the_function_alone() -> None:
     bare()
     with_timeout()
     assert called == ["bare", "with timeout"]
-    assert drained._hooks == [(bare, 5.0), (with_timeout, 3)]
+    assert drained_hooks._hooks == [(bare, 5.0), (with_timeout, 3)]
 
 
 def test_hook_that_a_hook_adds_is_called_as_well() -> None:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from tests.pure.test_settings import NAMES, ONE_OF_EACH, ONE_OF_EACH_TYPE, VALUES
 from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
-from zdd_web.gunicorn import read_django_settings, settings_sources
+from zdd_web.gunicorn import read_django_settings, settings_in_force
 from zdd_web.gunicorn.read_django_settings import read_django
-from zdd_web.gunicorn.settings_sources import join
+from zdd_web.gunicorn.settings_in_force import join
 from zdd_web.settings import APP_SETTINGS, FrameworkSettings, Settings, Sourced, merge, of_app, resolve
 
 PLACE = "app.config['ZDD_WEB']"
@@ -335,28 +335,28 @@ def test_a_start_waits_for_the_module_as_long_as_an_upgrade_may_take(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], installed: dict[str, float], seconds: float
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(settings_sources, "_installed", installed)
-    monkeypatch.setattr(settings_sources, "_settled", False)
-    monkeypatch.setattr(settings_sources, "_in_force", None)
-    monkeypatch.setattr(settings_sources, "read_django", lambda environ, timeout: waited.append(timeout))
+    monkeypatch.setattr(settings_in_force, "_installed", installed)
+    monkeypatch.setattr(settings_in_force, "_settled", False)
+    monkeypatch.setattr(settings_in_force, "_in_force", None)
+    monkeypatch.setattr(settings_in_force, "read_django", lambda environ, timeout: waited.append(timeout))
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    settings_sources.settle(SimpleNamespace(env={}))
+    settings_in_force.settle(SimpleNamespace(env={}))
     assert waited == [seconds]
 
 
 @pytest.mark.usefixtures("project")
 def test_reload_that_cannot_read_the_module_in_time_keeps_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     before = merge({}, {}, FrameworkSettings.read("Django", {"GRACE_PERIOD": 20}, "site_settings"))
-    monkeypatch.setattr(settings_sources, "_installed", {})
-    monkeypatch.setattr(settings_sources, "_settled", True)
-    monkeypatch.setattr(settings_sources, "_in_force", before)
-    monkeypatch.setattr(settings_sources, "read_django", lambda environ, timeout: None)
+    monkeypatch.setattr(settings_in_force, "_installed", {})
+    monkeypatch.setattr(settings_in_force, "_settled", True)
+    monkeypatch.setattr(settings_in_force, "_in_force", before)
+    monkeypatch.setattr(settings_in_force, "read_django", lambda environ, timeout: None)
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "site_settings")
-    settings_sources.refuse_changes(SimpleNamespace(env={}))
+    settings_in_force.refuse_changes(SimpleNamespace(env={}))
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE")
     with pytest.raises(NeedsUpgrade, match="GRACE_PERIOD changed from 20"):
-        settings_sources.refuse_changes(SimpleNamespace(env={}))
+        settings_in_force.refuse_changes(SimpleNamespace(env={}))
 
 
 @pytest.mark.usefixtures("project")

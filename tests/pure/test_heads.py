@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.adapter import request_heads
 
 HEAD = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4\r\n\r\nbody"
@@ -93,8 +93,8 @@ def asgi_connection(loop: asyncio.AbstractEventLoop) -> Any:
     class Noting(ASGIProtocol):
         pass
 
-    heads.note_heads(Noting)
-    heads.answer_late_requests(Noting)
+    request_heads.note_heads(Noting)
+    request_heads.answer_late_requests(Noting)
     cfg = Config()
     cfg.set("keepalive", 1)
     worker = SimpleNamespace(cfg=cfg, log=Logger(cfg), asgi=app, loop=loop, alive=True, state={})
@@ -104,9 +104,9 @@ def asgi_connection(loop: asyncio.AbstractEventLoop) -> Any:
 
 Make = Callable[[asyncio.AbstractEventLoop], Any]
 KINDS: list[tuple[Make, Callable[[Any], bool]]] = [
-    (asgi_connection, heads.gunicorn_reads_a_head),
-    (h11_connection, heads.uvicorn_reads_a_head),
-    (httptools_connection, heads.uvicorn_reads_a_head),
+    (asgi_connection, request_heads.gunicorn_reads_a_head),
+    (h11_connection, request_heads.uvicorn_reads_a_head),
+    (httptools_connection, request_heads.uvicorn_reads_a_head),
 ]
 
 

@@ -10,7 +10,7 @@ WORKERS = "zdd_web.gunicorn.workers"
 
 #: What a worker may use of gunicorn/ beside its own part: what is below it. The master and the upgrade
 #: use the workers' part, and not the other way round.
-BELOW = {"adapter", "log_rotation", "process_exit", "settings_sources", "sockets"}
+BELOW = {"adapter", "log_rotation", "process_exit", "settings_in_force", "sockets"}
 
 
 def graph() -> dict[str, set[str]]:

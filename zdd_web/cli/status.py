@@ -17,7 +17,7 @@ from zdd_web.cli import terminal
 from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.options import Which, which_service
 from zdd_web.cli.output import cell, refuse, say, show
-from zdd_web.cli.status_view import Shown, hangs, lines_of, stalled
+from zdd_web.cli.status_text import Shown, hangs, lines_of, stalled
 from zdd_web.cli.times import Now
 from zdd_web.cli.watched_services import Followed
 from zdd_web.errors import BoardError
@@ -37,10 +37,10 @@ def status(which: Which, as_json: bool, live: bool) -> None:
         raise click.UsageError("give one of --json and --watch")
     if live:
         # Not for a pipe: a script need not wait for what draws on terminals.
-        from zdd_web.cli import watch
+        from zdd_web.cli import status_live
 
         with contextlib.closing(Followed(lambda: _services(which))) as followed:
-            watch.run(lambda: _read(followed.look())[0])
+            status_live.run(lambda: _read(followed.look())[0])
         return
     found, refused = _read(_services(which))
     if not found:

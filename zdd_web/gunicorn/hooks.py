@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from zdd_web import log
 from zdd_web.errors import ListenerError, SettingsError, UpgradeError, ZddError
-from zdd_web.gunicorn import config_check, settings_sources, termination_message
-from zdd_web.gunicorn.adapter import check_config, logger_class, patches, versions
+from zdd_web.gunicorn import settings_in_force, start_problems, termination_message
+from zdd_web.gunicorn.adapter import check_config_option, logger_class, patches, versions
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade, discount_pauses
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config, Hook, normalise_hook
@@ -68,10 +68,10 @@ def install(namespace: dict[str, Any], settings: dict[str, object]) -> None:
         inherited = Inheritance.take(os.environ)
         state = State(launch=Launch.record(inherited.passed_on if inherited else None), inherited=inherited)
         state.termination_log = termination_message.path(settings, os.environ)
-        check_config.examine(_examine_configuration, _examine_app)
+        check_config_option.examine(_examine_configuration, _examine_app)
     versions.check_version()
     patches.check()
-    settings_sources.take(settings)
+    settings_in_force.take(settings)
     state.users = {name: normalise_hook(name, namespace[name]) for name in _OURS if namespace.get(name) is not None}
     for name, ours in _OURS.items():
         namespace[name] = ours
@@ -116,7 +116,7 @@ def check(cfg: Config) -> None:
                 f"{name} was set after install() in the configuration file, so zdd_web's own is lost: "
                 f"define it before install(), which runs both"
             )
-    if settings_sources.in_force().keep_pid and cfg.daemon:
+    if settings_in_force.in_force().keep_pid and cfg.daemon:
         raise SettingsError("KEEP_PID = True and daemon = True contradict each other: a daemon has no parent to keep")
     if cfg.reuse_port:
         raise SettingsError(
@@ -132,9 +132,9 @@ def _examine_configuration(cfg: Config) -> None:
     # The service that runs in this container, if there is one, has a message of its own.
     state.termination_log = ""
     try:
-        settings = settings_sources.settle(cfg)
+        settings = settings_in_force.settle(cfg)
         check(cfg)
-        config_check.examine_configuration(cfg, settings)
+        start_problems.examine_configuration(cfg, settings)
     except ZddError as error:
         fail(error)
 
@@ -142,7 +142,7 @@ def _examine_configuration(cfg: Config) -> None:
 def _examine_app() -> None:
     assert state is not None
     try:
-        config_check.examine_app(settings_sources.in_force())
+        start_problems.examine_app(settings_in_force.in_force())
     except ZddError as error:
         fail(error)
 
@@ -163,7 +163,7 @@ def nworkers_changed(server: Arbiter, new_value: int, old_value: int | None) -> 
         facade = ArbiterFacade(server)
         log.use_gunicorn(server.log)
         try:
-            settings = settings_sources.settle(server.cfg)
+            settings = settings_in_force.settle(server.cfg)
             state.termination_log = settings.termination_log
             check(server.cfg)
         except SettingsError as error:
@@ -172,7 +172,7 @@ def nworkers_changed(server: Arbiter, new_value: int, old_value: int | None) -> 
             name = service_name(settings, server.cfg)
             if state.inherited is None and settings.takeover:
                 state.inherited = takeover.ask(settings, name, server.cfg.pidfile or "")
-            state.master = Master(facade, settings_sources.in_force, state.launch, name, state.inherited)
+            state.master = Master(facade, settings_in_force.in_force, state.launch, name, state.inherited)
             if server.cfg.pidfile and state.inherited is None:
                 PidFile(server.cfg.pidfile, os.getpid()).remove_if_stale()
         except OSError as error:
@@ -187,7 +187,7 @@ def nworkers_changed(server: Arbiter, new_value: int, old_value: int | None) -> 
             _report_preloading(facade, state.master.start_message)
     else:
         # After a reload: the arguments of install() are new.
-        settings_sources.settle(server.cfg)
+        settings_in_force.settle(server.cfg)
     hook = _user_hook("nworkers_changed")
     if hook is not None:
         # Called from SIGTTIN's handler too, where what it raises would end a service that serves.

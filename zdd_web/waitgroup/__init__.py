@@ -19,13 +19,13 @@ At its end a worker calls, in this order: `close_all()`, `abandon()`, `run_drain
 
 from __future__ import annotations
 
-from zdd_web.waitgroup.abandon import ABANDONED_AT_ONCE, abandon
+from zdd_web.waitgroup.abandoned_work import ABANDONED_AT_ONCE, abandon
 from zdd_web.waitgroup.all_groups import all_entries, close_all, oldest, remember_hooks, renew_locks, reset
-from zdd_web.waitgroup.drained import on_drained, run_drained_hooks
+from zdd_web.waitgroup.drained_hooks import on_drained, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
 from zdd_web.waitgroup.group import DEFAULT_THREADS, AfterClose, WaitGroup, background
-from zdd_web.waitgroup.stopping import forget_stop_hooks, on_stop, run_stop_hooks
+from zdd_web.waitgroup.stop_hooks import forget_stop_hooks, on_stop, run_stop_hooks
 from zdd_web.waitgroup.task import Task
 
 __all__ = [

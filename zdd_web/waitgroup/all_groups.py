@@ -9,9 +9,9 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from zdd_web.waitgroup.drained import forget_drained_hooks, remember_drained_hooks
+from zdd_web.waitgroup.drained_hooks import forget_drained_hooks, remember_drained_hooks
 from zdd_web.waitgroup.entry import Entry
-from zdd_web.waitgroup.stopping import forget_stop_hooks, remember_stop_hooks
+from zdd_web.waitgroup.stop_hooks import forget_stop_hooks, remember_stop_hooks
 
 
 class Group(Protocol):

@@ -30,14 +30,14 @@ class Configured:
 
 def main(file: str, arguments: list[str]) -> None:
     """Load the configuration as gunicorn does, and write the answer. Ends as a start does when that cannot work."""
-    from zdd_web.gunicorn import settings_sources
+    from zdd_web.gunicorn import settings_in_force
     from zdd_web.gunicorn.adapter import config
 
     cfg, app = config.load(arguments)
     # As gunicorn's run() does, before a master would have Django's settings read.
     sys.path[:0] = [os.path.abspath(path) for path in (cfg.pythonpath or "").split(",") if path]
     try:
-        settings = settings_sources.settle(cfg)
+        settings = settings_in_force.settle(cfg)
     except ZddError as error:
         raise SystemExit(f"zdd_web: {error}") from None
     answer = Configured(

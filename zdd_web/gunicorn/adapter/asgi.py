@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.adapter import request_heads
 from zdd_web.gunicorn.adapter.patches import replace, write
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def adapt_protocol(leaving: Callable[[], bool]) -> bool:
     """
     from gunicorn.asgi.protocol import ASGIProtocol
 
-    heads.note_heads(ASGIProtocol)
-    heads.answer_late_requests(ASGIProtocol)
+    request_heads.note_heads(ASGIProtocol)
+    request_heads.answer_late_requests(ASGIProtocol)
     if not hasattr(ASGIProtocol, "_will_close"):
         return False
     will_close: Method = ASGIProtocol._will_close

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from gunicorn import util
 from gunicorn.workers import gthread
 
-from zdd_web.gunicorn.adapter.closing import QUIET, ClosingConnections
+from zdd_web.gunicorn.adapter.closing_connections import QUIET, ClosingConnections
 from zdd_web.gunicorn.adapter.patches import replace, write
-from zdd_web.gunicorn.adapter.silent import await_first_byte
+from zdd_web.gunicorn.adapter.silent_connections import await_first_byte
 from zdd_web.system import clock
 
 if TYPE_CHECKING:

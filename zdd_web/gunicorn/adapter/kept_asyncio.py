@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from zdd_web.gunicorn.adapter.kept import Keeper
+from zdd_web.gunicorn.adapter.kept_interface import Keeper
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:

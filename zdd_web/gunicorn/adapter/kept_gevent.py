@@ -18,7 +18,7 @@ from gevent import getcurrent
 from gevent.event import AsyncResult
 from gunicorn import http
 
-from zdd_web.gunicorn.adapter.kept import Keeper, can_travel
+from zdd_web.gunicorn.adapter.kept_interface import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 

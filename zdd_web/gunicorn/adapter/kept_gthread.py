@@ -15,7 +15,7 @@ from gunicorn import http
 from gunicorn.workers import gthread
 
 from zdd_web.gunicorn.adapter.gthread import is_one
-from zdd_web.gunicorn.adapter.kept import Keeper, can_travel
+from zdd_web.gunicorn.adapter.kept_interface import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 

@@ -51,7 +51,7 @@ from zdd_web.gunicorn.master.worker_roster import Roster
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
-from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.systemd_notifier import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.canary import Canary
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator

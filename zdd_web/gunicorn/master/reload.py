@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from zdd_web import log
 from zdd_web.errors import NeedsUpgrade, ZddError
-from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config
@@ -26,7 +26,7 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.master.worker_count import too_many_workers
 from zdd_web.gunicorn.pid_file import PidFile
 from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
-from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.systemd_notifier import SystemdNotifier
 from zdd_web.settings import Settings
 from zdd_web.system import clock, pauses, proc, stdio
 from zdd_web.system.captured_output import CapturedOutput, last_line
@@ -253,10 +253,10 @@ def _try(server: ArbiterFacade, settings: Settings, slots: int, output: int) -> 
             too_many = too_many_workers(cfg.workers, slots)
             if too_many:
                 raise ZddError(too_many)
-            settings_sources.refuse_changes(cfg)
+            settings_in_force.refuse_changes(cfg)
         server.load_app()
         with _no_traceback():
-            settings_sources.apply_app_settings(settings)
+            settings_in_force.apply_app_settings(settings)
         status = 0
     except NeedsUpgrade as error:
         status = NEEDS_UPGRADE

@@ -24,7 +24,7 @@ from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.master.reload import Reload
 from zdd_web.gunicorn.master.worker_roster import Roster
 from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
-from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.systemd_notifier import SystemdNotifier
 from zdd_web.gunicorn.termination_message import StartMessage
 from zdd_web.gunicorn.upgrade.ancestors import deadline_of_the_stop
 from zdd_web.gunicorn.upgrade.coordinator import UpgradeCoordinator

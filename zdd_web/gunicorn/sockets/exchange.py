@@ -15,7 +15,7 @@ from typing import Any
 
 from zdd_web import log
 from zdd_web.gunicorn.adapter.config import Config
-from zdd_web.gunicorn.adapter.kept import are_taken
+from zdd_web.gunicorn.adapter.kept_interface import are_taken
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.system import connection_passing
 

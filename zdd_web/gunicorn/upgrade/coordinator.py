@@ -28,7 +28,7 @@ from zdd_web.gunicorn.boot_progress import first_boot
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.listener_manager import ListenerManager
-from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.systemd_notifier import SystemdNotifier
 from zdd_web.gunicorn.upgrade.ancestors import Ancestors
 from zdd_web.gunicorn.upgrade.cancellation import Cancellation
 from zdd_web.gunicorn.upgrade.deploy_history import Deploys

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.pid_file import PidFile
-from zdd_web.gunicorn.systemd import SystemdNotifier
+from zdd_web.gunicorn.systemd_notifier import SystemdNotifier
 
 
 class ServiceIdentity:

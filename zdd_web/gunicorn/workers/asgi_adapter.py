@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from zdd_web.gunicorn.adapter import asgi, heads
+from zdd_web.gunicorn.adapter import asgi, request_heads
 from zdd_web.gunicorn.adapter.kept_asyncio import AsgiConnections, AsyncioConnections
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asyncio_adapter import TURN, AsyncioAdapter
@@ -57,7 +57,7 @@ class AsgiAdapter(AsyncioAdapter["AsgiProtocol"]):
 
     def reads_a_head(self, connection: AsgiProtocol) -> bool:
         """See `AsyncioAdapter`."""
-        return heads.gunicorn_reads_a_head(connection)
+        return request_heads.gunicorn_reads_a_head(connection)
 
     def stop_accepting(self) -> None:
         """See `AsyncioAdapter`."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from zdd_web.board import WorkerState
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
-from zdd_web.gunicorn.adapter.kept import can_travel
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections
+from zdd_web.gunicorn.adapter.kept_interface import can_travel
 from zdd_web.gunicorn.workers.accepting_server import AcceptingServer
 from zdd_web.gunicorn.workers.adapted_worker import AdaptedWorker
 from zdd_web.gunicorn.workers.asgi_request_counter import CountingApp

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from zdd_web import access_log, checks, log, process, waitgroup, watch
 from zdd_web.board import Board, Slot, WorkerState
-from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.adapter.exits import AppImportError
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
@@ -151,7 +151,7 @@ class WorkerRuntime:
     def stand_at_gate(self) -> None:
         """Warm up and wait for the gate, as soon as the worker class can; called after the app was loaded."""
         with self.boot_step():
-            checks.load(settings_sources.apply_app_settings(self.settings).checks)
+            checks.load(settings_in_force.apply_app_settings(self.settings).checks)
         if not self.settings.log_probes:
             access_log.leave_probes_out(self.worker.log)
         watch.start()

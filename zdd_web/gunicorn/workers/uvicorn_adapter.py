@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from zdd_web.gunicorn.adapter import heads
+from zdd_web.gunicorn.adapter import request_heads
 from zdd_web.gunicorn.adapter.exits import WORKER_BOOT_ERROR
 from zdd_web.gunicorn.adapter.kept_asyncio import AsyncioConnections, UvicornConnections
 from zdd_web.gunicorn.adapter.uvicorn import UvicornServer
@@ -44,7 +44,7 @@ class UvicornAdapter(AsyncioAdapter["UvicornProtocol"]):
 
     def reads_a_head(self, connection: UvicornProtocol) -> bool:
         """See `AsyncioAdapter`."""
-        return heads.uvicorn_reads_a_head(connection)
+        return request_heads.uvicorn_reads_a_head(connection)
 
     def end_loop(self) -> None:
         """See `WorkerAdapter`."""

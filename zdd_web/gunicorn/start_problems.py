@@ -9,7 +9,7 @@ from __future__ import annotations
 from zdd_web import checks
 from zdd_web.board import SLOTS
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn import settings_sources
+from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.adapter.config import Config
 from zdd_web.gunicorn.adapter.sockets import check_certificates
 from zdd_web.gunicorn.handoff.launch import read_env_file
@@ -33,4 +33,4 @@ def examine_configuration(cfg: Config, settings: Settings) -> None:
 
 def examine_app(settings: Settings) -> None:
     """Raise `SettingsError` for what ends a worker's boot, when the app is loaded."""
-    checks.load(settings_sources.apply_app_settings(settings).checks)
+    checks.load(settings_in_force.apply_app_settings(settings).checks)

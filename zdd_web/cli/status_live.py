@@ -21,7 +21,7 @@ from zdd_web.cli.errors import CannotHelp
 from zdd_web.cli.history import lines_of
 from zdd_web.cli.options import count
 from zdd_web.cli.output import cell
-from zdd_web.cli.status_view import Shown, canary_of, hangs, phase_of, stalled, state_of, upgrade_of, workers_of
+from zdd_web.cli.status_text import Shown, canary_of, hangs, phase_of, stalled, state_of, upgrade_of, workers_of
 from zdd_web.cli.times import Now
 from zdd_web.errors import BoardError
 from zdd_web.health.view import Result
