@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import re
 import time
@@ -29,8 +28,6 @@ def take(service: Service) -> dict[str, int]:
         master, workers = generation.pid, [worker.pid for worker in generation.snapshot().workers]
     probes = [pid for pid in service.processes() if pid not in (master, *workers)]
     everything = [master, *workers, *probes]
-    # Cyclic garbage of ours waits for a full collection, the longer the more there is: 4 MiB up and down.
-    gc.collect()
     return {
         "descriptors of the master": len(descriptors(master)),
         "descriptors of a worker": _most(len(descriptors(pid)) for pid in workers),
@@ -74,8 +71,10 @@ def descriptors(pid: int) -> list[str]:
     # One that is accepted or closed between the two looks is taken for something else: the lowest counts.
     for _ in range(3):
         links = _links(pid)
-        table = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
-        listening = {row.split()[9] for row in table if row.split()[3] == _LISTEN}
+        with Path(f"/proc/{pid}/net/tcp").open() as table:
+            # Line by line: with all connections that wait for their end (TIME_WAIT) it is megabytes, which this program
+            # would keep, now more and now less.
+            listening = {row.split()[9] for row in table if row.split()[3] == _LISTEN}
         unix = {row.split()[6] for row in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
         own = [link for link in links if not link.startswith("socket:") or link[8:-1] in listening | unix]
         if best is None or len(own) < len(best):
