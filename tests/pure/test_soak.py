@@ -156,7 +156,7 @@ def server(spoil: str) -> Iterator[int]:
                     return
                 sent = f"HTTP/1.1 {500 if spoilt == 'status 500' else 200} OK\r\nContent-Length: {len(body)}\r\n\r\n"
                 if spoilt == "another reply":
-                    body = body.replace(b".", b"-")
+                    body = b"-" * len(body)
                 connection.sendall(sent.encode() + body[: -1 if spoilt == "truncated" else None])
                 if spoilt == "truncated" or b"connection: close\r\n" in head:
                     return
