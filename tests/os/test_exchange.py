@@ -367,6 +367,14 @@ def test_nothing_is_given_to_a_successor_that_stops(make: Callable[..., Worker],
     assert worker.kept.hands_over() is gives
 
 
+def test_nothing_is_given_to_workers_that_keep_no_connections(make: Callable[..., Worker]) -> None:
+    worker = make()
+    worker.leave()
+    assert worker.kept.hands_over()
+    worker.board.header.keeps_none = True
+    assert not worker.kept.hands_over()
+
+
 def test_a_worker_that_goes_takes_nothing(make: Callable[..., Worker]) -> None:
     worker = make()
     worker.kept.turn()

@@ -94,6 +94,19 @@ def test_clients_keep_their_connections_in_a_reload(make_service: MakeService, w
     service.stop()
 
 
+def test_nothing_waits_in_the_exchange_for_workers_that_a_reload_has_keep_no_connections(make_service: MakeService):
+    service = make_service("gthread").configure("keepalive = 120").start()
+    before = {worker.pid for worker in service.snapshot().workers}
+    with idle_connections(service, 20) as idle:
+        service.configure("keepalive = 0")
+        service.signal(signal.SIGHUP)
+        until("new workers", lambda: not before & {worker.pid for worker in service.snapshot().workers}, service)
+        assert [client.recv(1) for client in idle] == [b""] * len(idle)
+    assert not service.matches(r"event=connections\.taken_back")
+    assert handed_over(service) == 0
+    service.stop()
+
+
 @pytest.mark.parametrize("worker_class", ["gthread", "asgi"])
 def test_clients_keep_their_connections_while_workers_are_recycled(make_service: MakeService, worker_class: str):
     service = keeping(make_service, worker_class, max_requests=400)

@@ -171,6 +171,9 @@ class Header(Record):
     #: `upgrade_state` tell how an upgrade goes that is under way meanwhile. Masters of earlier versions write neither.
     refused_number = Word(217)
     refused_reason = Text(successor_trouble_whole.index + 2 + successor_trouble_whole.size // WORD, 1024)
+    #: Workers with the configuration in force take no kept connections: a reload has brought it. For this generation's
+    #: own workers.
+    keeps_none = Word(LEAST_WORDS + 1023)
     #: Which code this generation runs: see `release`. Some words before it are left to texts of other parts.
     _release = Text(LEAST_WORDS + 1024, 256)
     WORDS = _release.index + 2 + _release.size // WORD

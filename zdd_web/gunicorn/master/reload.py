@@ -22,6 +22,7 @@ from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.adapter.arbiter import ArbiterFacade
 from zdd_web.gunicorn.adapter.boundary import guarded
 from zdd_web.gunicorn.adapter.config import Config
+from zdd_web.gunicorn.adapter.kept_interface import are_taken
 from zdd_web.gunicorn.context import Generation
 from zdd_web.gunicorn.master.worker_count import too_many_workers
 from zdd_web.gunicorn.pid_file import PidFile
@@ -203,6 +204,8 @@ class Reload:
             stdio.write_stderr(said)
             self._refuse(logging.ERROR, reason, f"{proof.remedy}; the old workers serve on")
             return
+        # Before a worker is told to leave.
+        self._generation.header.keeps_none = not are_taken(self._server.cfg)
         self._done()
         self._note("done")
         log.emit("reload.done", workers=self._server.num_workers, release=self._release())

@@ -158,7 +158,8 @@ class KeptConnections:
         if phase is Phase.RETIRING:
             # One that stops takes none, and this generation's own stop may still be on its way.
             return bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
-        return phase is Phase.SERVING and (bool(self._slot.retire) or self._runtime.process.going)
+        leaves = bool(self._slot.retire) or self._runtime.process.going
+        return phase is Phase.SERVING and leaves and not header.keeps_none
 
     def are_to_close(self) -> bool:
         """Tell whether replies are to close their connection."""
