@@ -13,7 +13,7 @@ from typing import TextIO
 
 import click
 
-from zdd_web.cli.rehearse import junit_report, report, terminal_report
+from zdd_web.cli.rehearse import junit_report, report, text_report
 from zdd_web.cli.rehearse.html_report import page
 from zdd_web.cli.rehearse.samples import Handover, Outcome, PhaseSpan, Sample
 from zdd_web.cli.rehearse.tally import Tally
@@ -61,7 +61,7 @@ def main(upgrades: int, requests: int, json_file: TextIO | None) -> None:
     fed = time.monotonic()
     made = report.of(tally, stop=None, phases=phases(upgrades))
     sizes = {
-        "text": len(terminal_report.text(made)),
+        "text": len(text_report.text(made)),
         "page": len(page(made)),
         "JSON": len(json.dumps(made.to_json(), indent=2)),
         "JUnit": len(junit_report.document(made)),

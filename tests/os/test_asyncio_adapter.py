@@ -35,7 +35,7 @@ def test_worker_looks_into_the_exchange_as_soon_as_it_listens(monkeypatch: pytes
     )
     runtime: Any = SimpleNamespace(
         worker=worker, board=board, slot=board.slot(0), pid=os.getpid(), process=SimpleNamespace(going=False),
-        is_finishing=False, notify=lambda: None, background=SimpleNamespace(threads_left=lambda **_: ()),
+        is_finishing=False, notify=lambda: None, end=SimpleNamespace(threads_left=lambda **_: ()),
     )  # fmt: skip
     runtime.kept = KeptConnections(runtime, pair)
     adapter = Adapter(runtime)

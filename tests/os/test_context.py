@@ -13,7 +13,7 @@ from zdd_web.board import Board
 from zdd_web.errors import LifecycleError
 from zdd_web.gunicorn import settings_in_force
 from zdd_web.gunicorn.context import Generation
-from zdd_web.gunicorn.read_django_settings import MODULE
+from zdd_web.gunicorn.read_django_settings import SETTINGS_MODULE
 from zdd_web.lifecycle import ON_ENTRY, Event, Phase
 
 
@@ -91,7 +91,7 @@ def test_settings_of_a_generation_are_those_in_force_after_a_reload(monkeypatch:
     monkeypatch.setattr(settings_in_force, "_in_force", None)
     monkeypatch.setattr(settings_in_force, "_installed", {})
     monkeypatch.setattr(settings_in_force, "_settled", False)
-    monkeypatch.delenv(MODULE, raising=False)
+    monkeypatch.delenv(SETTINGS_MODULE, raising=False)
     cfg: Any = SimpleNamespace(env={})
     settings_in_force.take({"readiness_path": "/ready"})
     settings_in_force.settle(cfg)

@@ -152,7 +152,7 @@ def test_stop_in_the_commit_window_keeps_the_successor_until_it_has_ended(scene:
     scene.coordinator.cancel(signal.SIGTERM)
     assert (scene.upgrade.state, scene.header.upgrade_state) == (Successor.STOPPING, UpgradeState.FAILED)
     assert not scene.coordinator.under_way
-    assert list(scene.coordinator.leftovers) == [scene.upgrade]
+    assert list(scene.coordinator.failed) == [scene.upgrade]
     assert scene.noted == [("deploy", "cancelled", "the service was stopped")]
 
 

@@ -13,8 +13,8 @@ import pytest
 
 import zdd_web
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn.handoff.current_release import move_environ
 from zdd_web.gunicorn.handoff.launch import ONCE, Launch, command, read_env_file
+from zdd_web.gunicorn.handoff.release_paths import move_environ
 
 #: Where the package under test is, which is not beside its tests when the wheel is tested.
 ROOT = Path(zdd_web.__file__).parents[1]

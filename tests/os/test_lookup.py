@@ -24,8 +24,7 @@ from zdd_web.board.record import WORD
 from zdd_web.cli.output import cell
 from zdd_web.errors import BoardError, ServiceNotFound
 from zdd_web.lifecycle import Phase
-from zdd_web.system import boot_log, memfd, proc
-from zdd_web.system import shared_memory as shared_memory
+from zdd_web.system import boot_log, memfd, proc, shared_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -86,10 +86,8 @@ class Worker(WorkerShutdown):
         self.machine = StateMachine(state)
         self.fake = Adapter(winds_down)
         self.process = Process(self.board, slot, Settings())
-        background = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
-        super().__init__(
-            worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", background), lambda: True
-        )
+        end = SimpleNamespace(background_deadline=lambda own: clock.NEVER, give_up_background=lambda: None)
+        super().__init__(worker, self.process, {}, self.machine, cast("Any", self.fake), cast("Any", end), lambda: True)
 
     def _count_close(self) -> None:
         self.closed += 1

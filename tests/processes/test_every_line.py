@@ -21,7 +21,7 @@ files = {module.__file__ for module in (sock, util, wsgi, base, gthread, sync)}
 
 def post_worker_init(worker):
     from zdd_web.gunicorn import hooks
-    left = int(turn.read_text()) if turn.exists() else 1
+    left = int(turn.read_text()) if turn.exists() else {first}
     turn.with_suffix(".new").write_text(str(left + {step}))
     turn.with_suffix(".new").replace(turn)
 
@@ -42,9 +42,9 @@ def post_worker_init(worker):
 """
 
 
-def told_to_leave_at_each_line(service: Service, lines: int, step: int = 1) -> None:
-    """Have a worker leave at each of so many lines of its loop, or each `step`th; no request may be lost."""
-    service.configure(TERM_AT_A_LINE.replace("{step}", str(step))).start()
+def told_to_leave_at_each_line(service: Service, lines: int, *, first: int = 1, step: int = 1) -> None:
+    """Have a worker leave at each of so many lines of its loop, or each `step`th from `first`; nothing may be lost."""
+    service.configure(TERM_AT_A_LINE.replace("{step}", str(step)).replace("{first}", str(first))).start()
     turn, until = service.directory / "turn", time.monotonic() + max(300, lines)
     lost = []
     while int(turn.read_text()) <= lines:
@@ -62,7 +62,9 @@ def told_to_leave_at_each_line(service: Service, lines: int, step: int = 1) -> N
 
 
 #: The first lines of the loop begin and end a request: each second one here. tests/processes/long has 2,000 of each.
-@pytest.mark.parametrize(("worker_class", "lines"), [("sync", 260), ("gthread", 160)])
+@pytest.mark.parametrize(("worker_class", "lines", "first"), [("sync", 260, 1), ("gthread", 160, 2)])
 @pytest.mark.begins_first
-def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(make_service, worker_class: str, lines: int):
-    told_to_leave_at_each_line(make_service(worker_class, workers=1), lines, step=2)
+def test_a_worker_that_is_told_to_leave_at_any_line_loses_nothing(
+    make_service, worker_class: str, lines: int, first: int
+):
+    told_to_leave_at_each_line(make_service(worker_class, workers=1), lines, first=first, step=2)

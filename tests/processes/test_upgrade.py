@@ -17,7 +17,7 @@ from zdd_web.lifecycle import Phase
 def test_new_code_takes_over_without_a_lost_request(service: Service):
     service.configure(generation_header="X-Zdd-Generation").start()
     first = service.pid
-    # Denser than elsewhere, here at least.
+    # Denser than usual.
     with service.under_load(16, pause=0.02) as load:
         for number in (2, 3):
             service.deploy(str(number))

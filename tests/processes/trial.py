@@ -40,8 +40,8 @@ def configure(service: Service, before: str = "", **settings: object) -> Service
 def on_trial(service: Service, clients: int = 6, *, status: int | None = 0, may_lose: bool = False) -> Iterator[Trial]:
     """Load on a started service, of which nothing is lost; then it is stopped, and nothing is left of it.
 
-    The load is a light one. In an upgrade that fails the old generation is not touched, so what matters is that a
-    request comes in each moment of it; generating more was half of what these tests cost.
+    In an upgrade that fails the old generation is not touched: what matters is that a request comes in each moment of
+    it.
     """
     with service.under_load(clients, may_lose=may_lose) as load:
         yield Trial(service, load)

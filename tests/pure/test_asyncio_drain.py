@@ -19,7 +19,7 @@ def leaving(monkeypatch: pytest.MonkeyPatch, websockets: set[Any], connections: 
     runtime = SimpleNamespace(
         slot=SimpleNamespace(in_flight=0),
         process=SimpleNamespace(deadline_ns=clock.NEVER),
-        background=SimpleNamespace(background_is_over=lambda: True, give_up_background=lambda: None),
+        end=SimpleNamespace(background_is_over=lambda: True, give_up_background=lambda: None),
     )
     adapter = SimpleNamespace(
         runtime=runtime,

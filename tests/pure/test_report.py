@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web.cli.rehearse import terminal_report
+from zdd_web.cli.rehearse import text_report
 from zdd_web.cli.rehearse.report import Handover, Outcome, Report, Sample, StopResult, build, percentile
 
 STOP = StopResult(requested_at=30.0, ended_at=31.5, exit_status=0, in_flight=4, ok=True)
@@ -218,7 +218,7 @@ def test_counts_add_up(samples: list[Sample], handovers: list[Handover]) -> None
 def test_any_report_can_be_written(samples: list[Sample], handovers: list[Handover], stop: StopResult | None) -> None:
     report = build(samples, handovers, stop=stop)
     assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report.to_json()
-    assert terminal_report.text(report).startswith(terminal_report.verdict(report) + "\n")
+    assert text_report.text(report).startswith(text_report.verdict(report) + "\n")
 
 
 def full_report() -> Report:
@@ -269,7 +269,7 @@ def test_json_keys() -> None:
 def test_verdict(ok: int, lost: int, upgrades: int, stop: StopResult | None, expected: str) -> None:
     samples = [sample(0)] * ok + [sample(0, outcome=Outcome.RESET)] * lost
     handovers = [handover(number, 10.0 * number) for number in range(1, upgrades + 1)]
-    assert expected == terminal_report.verdict(build(samples, handovers, stop=stop))
+    assert expected == text_report.verdict(build(samples, handovers, stop=stop))
 
 
 def test_text_names_what_went_wrong() -> None:
@@ -277,7 +277,7 @@ def test_text_names_what_went_wrong() -> None:
     samples = [sample(9.0, 9.5, generation=3), sample(10.0, 10.132, Outcome.RESET, detail="ECONNRESET")]
     samples.append(sample(1, outcome=Outcome.UNSENT))
     stop = StopResult(20, 21, None, 0, ok=False, reason="killed at the deadline")
-    lines = terminal_report.text(build(samples, handovers, stop=stop)).splitlines()
+    lines = text_report.text(build(samples, handovers, stop=stop)).splitlines()
     assert lines[1:5] == [
         "FAILED: handover 1: it never got ready",
         "TOO EARLY: handover 2: 1 answers of generation 3 before it was ready",
@@ -288,9 +288,9 @@ def test_text_names_what_went_wrong() -> None:
 
 
 def test_text_says_when_nothing_was_proven() -> None:
-    assert terminal_report.text(build([], [], stop=None)).splitlines()[1] == "NOT PROVEN: no request was sent"
+    assert text_report.text(build([], [], stop=None)).splitlines()[1] == "NOT PROVEN: no request was sent"
 
 
 def test_text_shows_the_first_of_many_losses() -> None:
     report = build([sample(n, outcome=Outcome.REFUSED) for n in range(1000)], [], stop=None)
-    assert "... and 960 more" in terminal_report.text(report)
+    assert "... and 960 more" in text_report.text(report)

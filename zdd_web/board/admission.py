@@ -14,7 +14,7 @@ class Admission(enum.IntEnum):
     BLOCKED = 2
     #: Not ours to close: another process serves on it, or will.
     HANDED_OFF = 3
-    #: New connections go to others on the same port (listeners/reuseport.py).
+    #: New connections go to others on the same port (listeners/reuseport/drain.py).
     STEERED = 4
     #: Bound, and it does not listen: for workers that SIGTTIN may bring.
     BOUND = 5

@@ -50,8 +50,7 @@ from zdd_web.board.record import WORD
 from zdd_web.board.snapshot import ListenerView, Snapshot, TaskView, WorkerView
 from zdd_web.errors import BoardError
 from zdd_web.lifecycle import Phase
-from zdd_web.system import clock
-from zdd_web.system import shared_memory as shared_memory
+from zdd_web.system import clock, shared_memory
 
 MEMFD_PREFIX = "zdd_web:"
 

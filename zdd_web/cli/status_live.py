@@ -35,11 +35,7 @@ MOST_ENTRIES = 3
 #: Below that, two generations do not fit side by side.
 LEAST_WIDTH = 38
 
-RESULT_STYLES = {
-    Result.PASSED: terminal.GOOD,
-    Result.FAILED: terminal.BAD,
-    Result.LATE: terminal.BAD,
-}
+RESULT_STYLES = {Result.PASSED: terminal.GOOD, Result.FAILED: terminal.BAD, Result.LATE: terminal.BAD}
 WRONG = (Result.FAILED, Result.LATE)
 
 Services = list[list[Shown]]

@@ -323,7 +323,7 @@ def worker_exit(server: Arbiter, worker: Worker) -> None:
         # gunicorn calls this hook in the master too, for a worker that was gone when it was signalled:
         # test_worker_exit_is_called_in_the_master_for_a_worker_that_is_gone.
         if state.worker is not None and worker.pid == os.getpid():
-            state.worker.background.exit()
+            state.worker.end.exit()
 
 
 def on_exit(server: Arbiter) -> None:

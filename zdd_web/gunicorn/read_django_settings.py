@@ -28,7 +28,7 @@ from zdd_web.system.captured_output import CapturedOutput, last_line
 #: is reported.
 SLOW_AFTER = 10.0
 
-MODULE = "DJANGO_SETTINGS_MODULE"
+SETTINGS_MODULE = "DJANGO_SETTINGS_MODULE"
 
 
 def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings | None:
@@ -37,7 +37,7 @@ def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings
     Also None, after a WARNING, when its import takes longer than `timeout` seconds. Raises `SettingsError` when it
     cannot be imported, or when it holds what cannot work.
     """
-    module = environ.get(MODULE, "")
+    module = environ.get(SETTINGS_MODULE, "")
     if not module:
         return None
     try:
@@ -51,7 +51,7 @@ def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings
     if "value" in answer:
         return FrameworkSettings.read(source, answer["value"], module)
     raise SettingsError(
-        f"{MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: fix it "
+        f"{SETTINGS_MODULE}={module} cannot be read for ZDD_WEB: {answer['raised']}: fix it "
         f"({shlex.join(['python', '-c', f'import {module}'])} in {os.getcwd()} shows where), "
         f"or unset the variable for gunicorn's master"
     )
@@ -59,8 +59,8 @@ def read_django(environ: Mapping[str, str], timeout: float) -> FrameworkSettings
 
 def _remedy_unread(module: str) -> str:
     return (
-        f"the start goes on without its ZDD_WEB, if it has one: pass those settings to install(), unset {MODULE} for "
-        f"gunicorn's master, or find out what is slow ({_import_command(module)})"
+        f"the start goes on without its ZDD_WEB, if it has one: pass those settings to install(), unset "
+        f"{SETTINGS_MODULE} for gunicorn's master, or find out what is slow ({_import_command(module)})"
     )
 
 
@@ -88,7 +88,7 @@ def _ask(environ: Mapping[str, str], timeout: float) -> dict[str, Any]:
         )  # fmt: skip
         try:
             output.close_writer()
-            status = _wait(child, output, timeout, environ[MODULE])
+            status = _wait(child, output, timeout, environ[SETTINGS_MODULE])
         except BaseException:
             # Also Ctrl-C, which does not reach a group of its own.
             os.killpg(child.pid, signal.SIGKILL)

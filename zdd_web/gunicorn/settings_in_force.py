@@ -1,10 +1,10 @@
-"""Where the settings of a generation come from, and what happens when two places disagree.
+"""The settings in force in a generation: where they come from, and what happens when two places disagree.
 
 The master merges Django's settings module (when `DJANGO_SETTINGS_MODULE` names one in its environment), `install()` and
 the environment. The module is read by a child process (read_django_settings.py), at the first hook that sees gunicorn's
-whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word.
-A module that is not imported within `UPGRADE_TIMEOUT` is left out: most hold no `ZDD_WEB`, and if this one does, and
-contradicts what the master runs with, its workers find that.
+whole configuration: before, neither `chdir` nor `pythonpath` nor `raw_env` need be the last word. It is left out where
+it is not imported within `UPGRADE_TIMEOUT`: most hold no `ZDD_WEB`, and if this one does, and contradicts what the
+master runs with, its workers find that.
 
 A worker then hears what its apps bring. Their app settings (the paths of the probes) are taken. For a master setting it
 is too late: one that differs from what is in force, and that the master has not weighed itself, ends the worker's boot.
@@ -24,7 +24,7 @@ from typing import Any
 from zdd_web import process
 from zdd_web.errors import NeedsUpgrade, SettingsError
 from zdd_web.gunicorn.adapter.config import Config
-from zdd_web.gunicorn.read_django_settings import MODULE, read_django
+from zdd_web.gunicorn.read_django_settings import SETTINGS_MODULE, read_django
 from zdd_web.settings import (
     APP_SETTINGS,
     DEFAULT_UPGRADE_TIMEOUT,
@@ -90,7 +90,7 @@ def refuse_changes(cfg: Config) -> None:
         return
     environ = {**os.environ, **cfg.env}
     django = read_django(environ, before.settings.upgrade_timeout)
-    if django is None and environ.get(MODULE):
+    if django is None and environ.get(SETTINGS_MODULE):
         # Not read in time. If it has changed since the master read it, the app that is tried next contradicts it.
         django = before.django
     after = merge(_installed, environ, django)
@@ -187,7 +187,7 @@ def _remedy(master: Sourced, app: FrameworkSettings, name: str) -> str:
     if master.django is not None and master.django.source == app.source:
         return f"it has changed since the master read it; {remove}, or upgrade (SIGUSR2), which reads it again"
     if name not in master.origin or master.origin[name].source is Source.KUBERNETES:
-        return f"{write}, or export {MODULE}={app.module} for gunicorn's master" if app.module else write
+        return f"{write}, or export {SETTINGS_MODULE}={app.module} for gunicorn's master" if app.module else write
     if master.origin[name].source is Source.INSTALL:
         return f"{write}, or {remove}"
     if master.origin[name].source is Source.ENVIRONMENT:

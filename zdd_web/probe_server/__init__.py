@@ -2,9 +2,9 @@
 
 Theory of operation
 -------------------
-A child of the master (gunicorn/probe_port.py forks it) with one event loop, which never waits for anything but its
-sockets. It holds the listening socket, which is the master's for the whole of the master's life, and the board, mapped
-read-only. Each answer is a look at the board and a decision of zdd_web.health: microseconds.
+A child of the master (gunicorn/master/probe_process.py forks it) with one event loop, which never waits for anything
+but its sockets. It holds the listening socket, which is the master's for the whole of the master's life, and the board,
+mapped read-only. Each answer is a look at the board and a decision of zdd_web.health: microseconds.
 
 Ten times a second, and at each request, it reads what its master says in the board's header:
 

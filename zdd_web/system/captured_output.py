@@ -13,7 +13,7 @@ however much is printed. The alternatives for a file descriptor 2 that is handed
 
 Only the reader's end is non-blocking. O_NONBLOCK belongs to the open file description, and the ends of a pipe have one
 each: a writer never sees EAGAIN. It gets EPIPE only when no process holds the reader's end any more, which matters to
-processes that inherited the writer's end and outlive the one that was captured (see bootlog.py).
+processes that inherited the writer's end and outlive the one that was captured (see boot_log.py).
 
 The end of the pipe's data is never waited for: such processes may keep it open for ever.
 """

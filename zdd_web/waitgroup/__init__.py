@@ -24,14 +24,12 @@ from zdd_web.waitgroup.all_groups import all_entries, close_all, oldest, remembe
 from zdd_web.waitgroup.drained_hooks import on_drained, run_drained_hooks
 from zdd_web.waitgroup.entry import Entry, current_request
 from zdd_web.waitgroup.executor import Executor
-from zdd_web.waitgroup.group import DEFAULT_THREADS, AfterClose, WaitGroup, background
+from zdd_web.waitgroup.group import WaitGroup, background
 from zdd_web.waitgroup.stop_hooks import forget_stop_hooks, on_stop, run_stop_hooks
 from zdd_web.waitgroup.task import Task
 
 __all__ = [
     "ABANDONED_AT_ONCE",
-    "DEFAULT_THREADS",
-    "AfterClose",
     "Entry",
     "Executor",
     "Task",

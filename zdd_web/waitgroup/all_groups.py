@@ -7,30 +7,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 from zdd_web.waitgroup.drained_hooks import forget_drained_hooks, remember_drained_hooks
-from zdd_web.waitgroup.entry import Entry
+from zdd_web.waitgroup.entry import Entry, Group
 from zdd_web.waitgroup.stop_hooks import forget_stop_hooks, remember_stop_hooks
-
-
-class Group(Protocol):
-    """A `WaitGroup`, as far as it is one of many."""
-
-    _changed: threading.Condition
-
-    def entries(self) -> list[Entry]:
-        """Return the work in hand, oldest first."""
-
-    def close(self) -> None:
-        """Take no more work."""
-
-    def _oldest(self, most: int) -> list[Entry]: ...
-
-    def _reset(self) -> None: ...
-
-    def __len__(self) -> int: ...
-
 
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 

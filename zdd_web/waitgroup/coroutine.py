@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zdd_web.errors import GroupClosed
-from zdd_web.waitgroup.entry import Entry, OnAbandon
+from zdd_web.waitgroup.entry import Group, OnAbandon
 from zdd_web.waitgroup.threads import name_of
 
 if TYPE_CHECKING:
     import asyncio
 
 R = TypeVar("R")
-
-
-class Group(Protocol):
-    """What counts the coroutine: a `WaitGroup`."""
-
-    def _offer(self, name: str, on_abandon: OnAbandon | None) -> Entry: ...
-
-    def _failed(self, entry: Entry, error: BaseException) -> None: ...
 
 
 def run_coroutine(

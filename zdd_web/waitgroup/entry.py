@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import contextvars
 import sys
 import threading
@@ -10,12 +11,14 @@ import time
 import traceback
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
+
+    from zdd_web.waitgroup.threads import Threads
 
 R = TypeVar("R")
 
@@ -35,10 +38,18 @@ def _request() -> str:
 
 
 class Group(Protocol):
-    """The group of a piece of work (`WaitGroup`), as far as the work and its `on_abandon` use it."""
+    """A `WaitGroup`, as a type for the modules that its own module imports; see there."""
 
     name: str
     closed: bool
+    failed: int
+    _changed: threading.Condition
+
+    def add(self, name: str, *, on_abandon: OnAbandon | None = None) -> Entry: ...
+
+    def track(
+        self, name: str = "tracked", *, on_abandon: OnAbandon | None = None
+    ) -> contextlib.AbstractContextManager[Entry]: ...
 
     def go(
         self,
@@ -48,15 +59,43 @@ class Group(Protocol):
         name: str | None = None,
         on_abandon: OnAbandon | None = None,
         **kwargs: Any,
-    ) -> concurrent.futures.Future[R]:
-        """See `WaitGroup.go()`."""
+    ) -> concurrent.futures.Future[R]: ...
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """See `WaitGroup.wait()`."""
+    def create_task(
+        self, coro: Coroutine[Any, Any, R], *, name: str | None = None, on_abandon: OnAbandon | None = None
+    ) -> asyncio.Task[R]: ...
+
+    def executor(self, max_workers: int | None = None) -> concurrent.futures.Executor: ...
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def entries(self) -> list[Entry]: ...
+
+    def __len__(self) -> int: ...
+
+    def _offer(self, name: str, on_abandon: OnAbandon | None) -> Entry: ...
+
+    def _submit(
+        self,
+        function: Callable[..., R],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        on_abandon: OnAbandon | None = None,
+        threads: Threads | None = None,
+    ) -> concurrent.futures.Future[R]: ...
 
     def _has(self, entry: Entry) -> bool: ...
 
     def _remove(self, entry: Entry) -> None: ...
+
+    def _failed(self, entry: Entry, error: BaseException) -> None: ...
+
+    def _oldest(self, most: int) -> list[Entry]: ...
+
+    def _reset(self) -> None: ...
 
 
 @dataclass(eq=False)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
+from zdd_web.waitgroup.entry import Group
 from zdd_web.waitgroup.threads import Threads
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Group(Protocol):
-    """What counts the calls: a `WaitGroup`."""
-
-    name: str
-
-    def _submit(
-        self, function: Callable[..., R], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: Threads
-    ) -> concurrent.futures.Future[R]: ...
 
 
 class Executor(concurrent.futures.Executor):

@@ -5,29 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
 
-from zdd_web.waitgroup.entry import OnAbandon
+from zdd_web.waitgroup.entry import Group, OnAbandon
 from zdd_web.waitgroup.threads import refuse_coroutines
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Group(Protocol):
-    """What counts the calls: a `WaitGroup`."""
-
-    name: str
-
-    def _submit(
-        self,
-        function: Callable[..., R],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        on_abandon: OnAbandon | None,
-    ) -> concurrent.futures.Future[R]: ...
 
 
 class Task(Generic[P, R]):

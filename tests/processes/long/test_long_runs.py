@@ -1,7 +1,7 @@
-"""What takes minutes, and is not part of CI: `pytest -n 8 -m long`, for a change in how a worker or a master ends.
+"""What takes minutes, and is not part of CI: `pytest -n 10 -m long`, for a change in how a worker or a master ends.
 
-CI has the same at a smaller scale: tests/processes/test_every_line.py for the lines of one request, and the scenes of
-tests/processes for what a random walk meets.
+CI has the same at a smaller scale: tests/processes/test_every_line.py for each second line of one request, and the
+scenes of tests/processes for what a random walk meets.
 """
 
 from __future__ import annotations
@@ -34,6 +34,6 @@ def test_a_random_walk_violates_no_promise(number: int) -> None:
     repeat = (
         f"python -m tests.soak.random_walk --seed {SEED} --start {number} --sequences 1 --worker-class {worker_class}"
     )
-    steps = "\n".join([*walk.steps, f"repeat: python -m tests.soak.random_walk {repeat}"])
+    steps = "\n".join([*walk.steps, f"repeat: {repeat}"])
     assert not verdict, f"{verdict}\n{walk.service.log()}\nsteps:\n{steps}"
     shutil.rmtree(walk.service.directory, ignore_errors=True)

@@ -8,7 +8,8 @@ A verdict is only as good as the classification, which rests on what the kernel 
   after the write, it cannot be known whether the request was acted on: KEEPALIVE_RACE.
 - *What had arrived* separates a cut reply (TRUNCATED) from none (RESET, CLOSED). Linux delivers queued bytes
   before it reports a reset, so a failed write does not end an exchange: an early answer is still read.
-- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike (client_connection.py).
+- *How* it was closed, RST or FIN, shows on raw sockets only: asyncio's streams end both alike
+  (see client_connection.py).
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def _progress_bar(upgrades: int) -> Iterator[Callable[[int], object]]:
 
 
 def _show(report: Report, tail: str, json_file: TextIO | None, others: dict[str, object]) -> None:
-    from zdd_web.cli.rehearse.terminal_report import text
+    from zdd_web.cli.rehearse.text_report import text
 
     show()
     show(text(report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from zdd_web.cli.rehearse import charts, terminal_report
+from zdd_web.cli.rehearse import charts, text_report
 from zdd_web.cli.rehearse.page_style import STYLE
 from zdd_web.cli.rehearse.report import Report
 
@@ -17,7 +17,7 @@ MOST_NUMBERS = 40
 def page(report: Report) -> str:
     """Return the report as the text of an HTML file."""
     frame = charts.Frame.of(report)
-    title = terminal_report.verdict(report)
+    title = text_report.verdict(report)
     parts = [
         f'<header class="verdict{"" if report.ok else " bad"}"><h1>{escape(title)}</h1>',
         f"<p>{escape(_summary(report, frame))}</p></header>",
@@ -50,7 +50,7 @@ def _summary(report: Report, frame: charts.Frame) -> str:
 
 
 def _problems(report: Report) -> str:
-    items = "".join(f"<li>{escape(each)}</li>" for each in terminal_report.problems(report))
+    items = "".join(f"<li>{escape(each)}</li>" for each in text_report.problems(report))
     return f'<ul class="problems">{items}</ul>' if items else ""
 
 

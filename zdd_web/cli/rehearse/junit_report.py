@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
-from zdd_web.cli.rehearse import terminal_report
+from zdd_web.cli.rehearse import text_report
 from zdd_web.cli.rehearse.report import Report
 
 #: What XML 1.0 cannot hold, whatever it is escaped to.
@@ -32,7 +32,7 @@ def document(report: Report) -> str:
         if failure:
             element = ET.SubElement(case, "failure", {"message": _clean(failure.splitlines()[0])})
             element.text = _clean(failure)
-    ET.SubElement(suite, "system-out").text = _clean(terminal_report.text(report))
+    ET.SubElement(suite, "system-out").text = _clean(text_report.text(report))
     ET.indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
 
@@ -41,7 +41,7 @@ def _cases(report: Report) -> Iterator[tuple[str, float, str]]:
     """Yield the name of each case, its seconds, and why it failed ("" for not at all)."""
     unproven = "" if report.requests else "no request was sent"
     counts = ", ".join(f"{n:,} {outcome.value}" for outcome, n in report.outcomes.items() if n and outcome.lost)
-    lost = f"{terminal_report.verdict(report)}: {counts}" if report.lost > report.excused else ""
+    lost = f"{text_report.verdict(report)}: {counts}" if report.lost > report.excused else ""
     yield "no request is lost", 0.0, lost or unproven
     yield "no reply differs", 0.0, f"{report.different:,} replies differ" if report.different else ""
     for around in report.handovers:

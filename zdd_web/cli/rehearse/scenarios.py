@@ -1,6 +1,6 @@
 """What a rehearsal does to the service besides upgrades and the stop.
 
-Each scenario is a function of the `Course`; it returns what it found. An OSError that it raises, for a process that is
+Each scenario is a function of the rehearsal; it returns what it found. An OSError that it raises, for a process that is
 gone, is a result too. A scenario is added to `SCENARIOS` here and in command.py.
 """
 
@@ -30,7 +30,7 @@ ANSWERS_WITHIN = 30.0
 LOOK = 0.05
 
 
-class Course(Protocol):
+class Rehearsal(Protocol):
     """The rehearsal that a scenario is part of (rehearsal.py); `generation` is the one that serves."""
 
     server: Server
@@ -60,7 +60,7 @@ class Found:
     excused: int = 0
 
 
-def failed_upgrade(course: Course) -> Found:
+def failed_upgrade(course: Rehearsal) -> Found:
     """Upgrade to a release whose app cannot be imported: the upgrade must fail, and the old generation serve on."""
     generation = course.generation
     successor = generation.board.header.generation + 1
@@ -77,7 +77,7 @@ def failed_upgrade(course: Course) -> Found:
     return Found(detail=f"generation {generation.board.header.generation} serves on; upgrade {outcome.reason}")
 
 
-def rollback(course: Course) -> Found:
+def rollback(course: Rehearsal) -> Found:
     """Deploy another release by its directory, and go back to the one that served before."""
     releases = course.server.releases
     assert releases is not None
@@ -95,7 +95,7 @@ def rollback(course: Course) -> Found:
     return Found(detail="; ".join(replies))
 
 
-def _deploy(course: Course, request: DeployRequest, expected: str) -> str:
+def _deploy(course: Rehearsal, request: DeployRequest, expected: str) -> str:
     """Deploy a release; return why that failed, "" when its code runs in the `expected` directory."""
     try:
         with deploy_requests.asking(course.generation, request):
@@ -121,7 +121,7 @@ def _directory_of(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/cwd")
 
 
-def _answers(course: Course, generation: int) -> int:
+def _answers(course: Rehearsal, generation: int) -> int:
     """Return how many replies a generation has sent by the time that the load has gone on for a while."""
     time.sleep(course.settle)
     deadline = time.monotonic() + ANSWERS_WITHIN
@@ -130,19 +130,19 @@ def _answers(course: Course, generation: int) -> int:
     return found
 
 
-def reload(course: Course) -> Found:
+def reload(course: Rehearsal) -> Found:
     """Send SIGHUP: every worker is replaced, one after the other."""
     old = _serving(course.snapshot())
     course.generation.signal(signal.SIGHUP)
     return _replaced(course, old, "after SIGHUP")
 
 
-def recycle(course: Course) -> Found:
+def recycle(course: Rehearsal) -> Found:
     """Wait until each worker has had its `max_requests` and was replaced."""
     return _replaced(course, _serving(course.snapshot()), "by max_requests: send more load")
 
 
-def kill_worker(course: Course) -> Found:
+def kill_worker(course: Rehearsal) -> Found:
     """Kill the worker that has most in hand with SIGKILL: what it held is lost, and nothing else may be."""
     serving = _serving(course.snapshot())
     if not serving:
@@ -156,7 +156,7 @@ def kill_worker(course: Course) -> Found:
     return Found(found.reason, f"worker {worker.pid} held {held} connections; a new worker serves", excused=held)
 
 
-def _replaced(course: Course, old: list[WorkerView], how: str) -> Found:
+def _replaced(course: Rehearsal, old: list[WorkerView], how: str) -> Found:
     """Wait until none of these workers is left and as many serve as should."""
     began = time.monotonic()
     while time.monotonic() - began < REPLACED_WITHIN:
@@ -175,7 +175,7 @@ def _serving(snapshot: Snapshot) -> list[WorkerView]:
 
 
 #: By the name that the command knows them by, in the order in which `--scenario all` runs them.
-SCENARIOS: dict[str, Callable[[Course], Found]] = {
+SCENARIOS: dict[str, Callable[[Rehearsal], Found]] = {
     "failed-upgrade": failed_upgrade,
     "rollback": rollback,
     "reload": reload,

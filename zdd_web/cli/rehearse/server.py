@@ -20,11 +20,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from zdd_web import service
-from zdd_web.cli.rehearse import socket_activation
+from zdd_web.cli.rehearse import read_configuration, socket_activation
 from zdd_web.cli.rehearse.read_configuration import Configured
 from zdd_web.cli.rehearse.releases import Releases
 from zdd_web.errors import ZddError
@@ -261,7 +261,7 @@ class Server:
     def _ask(self, wrapper: str) -> Configured:
         """Have the configuration loaded, and return what it sets. Raises `RehearsalError`."""
         answer = os.path.join(self._directory.name, "configured")
-        command = [*_run_module("read_configuration"), answer, "-c", wrapper, *self._arguments]
+        command = [*_run(read_configuration), answer, "-c", wrapper, *self._arguments]
         with open(self.log_path, "wb") as log:
             asked = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.working_directory
@@ -291,7 +291,7 @@ class Server:
         command = self.command
         sockets = {name: held.fileno() for name, held in self._held.items()}
         if sockets:
-            command = [*_run_module("socket_activation"), socket_activation.spell(sockets), *command]
+            command = [*_run(socket_activation), socket_activation.spell(sockets), *command]
         with open(self.log_path, "wb") as log:
             self._first = subprocess.Popen(
                 command,
@@ -390,5 +390,5 @@ def _knows(setting: str) -> bool:
     return config.knows(setting)
 
 
-def _run_module(name: str) -> list[str]:
-    return [sys.executable, "-m", f"zdd_web.cli.rehearse.{name}"]
+def _run(module: ModuleType) -> list[str]:
+    return [sys.executable, "-m", module.__name__]

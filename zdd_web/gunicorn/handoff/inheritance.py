@@ -61,7 +61,8 @@ class Inheritance(NamedTuple):
     #: The ends of the pair by which kept connections travel (sockets/exchange.py): for sending, and for receiving.
     exchange_give: int = -1
     exchange_take: int = -1
-    #: The predecessor's history, and which releases there were before, of a forked one (upgrade/deploy_history.py).
+    #: The predecessor's history, and which releases there were before (upgrade/deploy_history.py); the latter for a
+    #: successor that is forked.
     history: int = -1
     lineage: int = -1
     #: How many workers are to serve while the predecessor watches, a number or a percentage; "" for all.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from zdd_web.errors import SettingsError
-from zdd_web.gunicorn.handoff import current_release
+from zdd_web.gunicorn.handoff import release_paths
 from zdd_web.system import descriptors
 
 #: Said to one process by its parent and meant for it alone.
@@ -66,7 +66,7 @@ class Launch(NamedTuple):
         environ = {**self.environ, "PWD": release_dir} if "PWD" in self.environ else self.environ
         command = tuple(moved(word) for word in self.command)
         # Words as they were written; the environment by what is there, since each of its values was not asked for.
-        environ, left = current_release.move_environ(environ, old, release_dir)
+        environ, left = release_paths.move_environ(environ, old, release_dir)
         there = self._replace(directory=release_dir, command=command, environ=environ, left=left)
         return there._following_the_symlink()
 
@@ -78,11 +78,11 @@ class Launch(NamedTuple):
         now = os.path.realpath(self.directory)
         if not self.real_directory or now == self.real_directory or not os.path.isdir(now):
             return self
-        old, new = current_release.roots(self.real_directory, now)
+        old, new = release_paths.roots(self.real_directory, now)
         if old.count("/") < 2:
             return self  # not a release, but a directory such as /srv
-        environ, left = current_release.move_environ(self.environ, old, new)
-        command = current_release.move_words(self.command, old, new)
+        environ, left = release_paths.move_environ(self.environ, old, new)
+        command = release_paths.move_words(self.command, old, new)
         return self._replace(command=command, environ=environ, left=tuple(sorted({*self.left, *left})))
 
     def refreshed(self, before: dict[str, str], now: dict[str, str]) -> Launch:

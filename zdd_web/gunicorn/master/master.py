@@ -342,7 +342,7 @@ class Master:
         """The generations that this one has a channel to."""
         return [
             each
-            for each in (self.predecessor_link, self.coordinator.upgrade, *self.coordinator.leftovers)
+            for each in (self.predecessor_link, self.coordinator.upgrade, *self.coordinator.failed)
             if each is not None
         ]
 
@@ -365,7 +365,7 @@ class Master:
             self.kept or self.server.successor_pid or self.header.successor_pid or self.generation.awaits_promotion
         )
         guarded("takeover", self.takeover.close)()
-        guarded("takeover", self.coordinator.leftovers.kill)()
+        guarded("takeover", self.coordinator.failed.kill)()
         guarded("listeners", lambda: self.listening.close(for_good=is_last))()
         self._gunicorn_stop(graceful)
 
@@ -376,7 +376,7 @@ class Master:
 
     def _reaped(self, pid: int, status: int) -> None:
         self.roster.reaped(pid, status)
-        for child in (self.coordinator.upgrade, *self.coordinator.leftovers, self.reload.proof):
+        for child in (self.coordinator.upgrade, *self.coordinator.failed, self.reload.proof):
             if child is not None and child.pid == pid:
                 child.reaped(status)
 

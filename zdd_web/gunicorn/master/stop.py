@@ -227,7 +227,7 @@ class Stop:
 
     def end_when_no_worker_is_left(self) -> None:
         """End the loop, unless a cancelled successor is still here. Raises `StopIteration` or `HaltServer`."""
-        if self._coordinator.waits_for_leftovers(self.ends_at):
+        if self._coordinator.waits_for_failed(self.ends_at):
             return
         if self._header.successor_pid:
             self._coordinator.follow_last_accepts()

@@ -2,12 +2,12 @@
 
 Theory of operation
 -------------------
-A port has a pool of sockets, all bound before the first fork (listeners/queues.py says why), of which as many listen as
-there are workers. They stand in the kernel's group in the order in which they began to listen. SIGTTIN has one more
-listen, at the end. SIGTTOU takes the last one away: new connections are steered to the others, the handshakes that were
-under way are waited for, the workers empty its queue, and then it is shut down; nothing moves in the group. Nothing of
-this is done while another master is on the port, whose place it would change: every worker accepts from every queue, so
-that any number of them will do.
+A port has a pool of sockets, all bound before the first fork (listeners/reuseport/queues.py says why), of which as many
+listen as there are workers. They stand in the kernel's group in the order in which they began to listen. SIGTTIN has
+one more listen, at the end. SIGTTOU takes the last one away: new connections are steered to the others, the handshakes
+that were under way are waited for, the workers empty its queue, and then it is shut down; nothing moves in the group.
+Nothing of this is done while another master is on the port, whose place it would change: every worker accepts from
+every queue, so that any number of them will do.
 
 Two masters may be on a port. When the earlier one leaves, each close of its sockets moves the last of the group into
 the hole: those of the later one stand in another order from then on (`bpf.turned`). It knows which, if the earlier one

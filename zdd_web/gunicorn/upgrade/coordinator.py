@@ -86,7 +86,7 @@ class UpgradeCoordinator:
         self._all_leave, self._close_takeover = all_leave, close_takeover
         self.ancestors = Ancestors(inherited.ancestors if inherited else ())
         self.upgrade: Upgrade | None = None
-        self.leftovers = FailedSuccessors()
+        self.failed = FailedSuccessors()
         #: The process that has started this one waits for its pid.
         self._was_started = inherited is None or inherited.taken
         self._preparation = Preparation(
@@ -95,7 +95,7 @@ class UpgradeCoordinator:
             deploys,
             listening,
             self.ancestors,
-            self.leftovers,
+            self.failed,
             was_started=self._was_started,
             given=given,
             reloads=reloads,
@@ -203,7 +203,7 @@ class UpgradeCoordinator:
         guarded("requests", self._deploys.forget_dead_requests)(
             signal_waits=self._when_active or self._server.has_queued(signal.SIGUSR2)
         )
-        self.leftovers.follow()
+        self.failed.follow()
         upgrade = self.upgrade
         if upgrade is None:
             return
@@ -298,7 +298,7 @@ class UpgradeCoordinator:
 
     def _end(self, upgrade: Upgrade, *, now: bool, reason: str) -> None:
         # As long as an old generation may take for the requests that it has accepted.
-        self.leftovers.end(upgrade, now=now, reason=reason, workers_have=self._settings.retire_timeout)
+        self.failed.end(upgrade, now=now, reason=reason, workers_have=self._settings.retire_timeout)
 
     def _forget_successor(self) -> None:
         for path in self.upgrade.added_paths if self.upgrade is not None else ():
@@ -368,7 +368,7 @@ class UpgradeCoordinator:
         label = self._deploys.label_of(upgrade.board)
         if upgrade.state in SERVES_BESIDE:
             # It has accepted requests: it stops as this generation does, which waits for it.
-            self.leftovers.stop(upgrade, sig)
+            self.failed.stop(upgrade, sig)
             upgrade.move(SuccessorEvent.STOP)
         else:
             self._end(upgrade, now=True, reason=reason)
@@ -380,9 +380,9 @@ class UpgradeCoordinator:
         self._outcome.publish(upgrade, reason)
         log.emit("upgrade.cancelled", logging.WARNING, successor=upgrade.pid, reason=reason)
 
-    def waits_for_leftovers(self, deadline: int) -> bool:
+    def waits_for_failed(self, deadline: int) -> bool:
         """Tell whether processes of an upgrade are still to be waited for, until `deadline` (monotonic nanoseconds)."""
-        return self.leftovers.wait(clock.passed(deadline), self._settings.retire_timeout)
+        return self.failed.wait(clock.passed(deadline), self._settings.retire_timeout)
 
     @property
     def under_way(self) -> bool:
@@ -393,6 +393,6 @@ class UpgradeCoordinator:
         """Close, in a worker, what is the master's alone."""
         if self.upgrade is not None:
             self.upgrade.forget()
-        self.leftovers.after_fork()
+        self.failed.after_fork()
         self._preparation.after_fork()
         self._cancellation.close()

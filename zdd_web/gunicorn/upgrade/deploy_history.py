@@ -18,10 +18,10 @@ from zdd_web import history, release
 from zdd_web.board import LAYOUT, Board, Header
 from zdd_web.deploy_request import DeployRequest, RequestBox
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handoff import earlier_releases
-from zdd_web.gunicorn.handoff.earlier_releases import Lineage
+from zdd_web.gunicorn.handoff import releases
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.handoff.releases import Lineage
 from zdd_web.history import Entry
 from zdd_web.settings import ENV_PREFIX, Settings
 from zdd_web.system import clock, shared_text
@@ -53,7 +53,7 @@ class Deploys:
     def __init__(self, header: Header, launch: Launch, chdir: str, setting: str, inherited: Inheritance | None) -> None:
         """Raises OSError when there is no memory for the history."""
         self._header, self._setting = header, setting
-        self.own = earlier_releases.find(launch, chdir)
+        self.own = releases.find(launch, chdir)
         self._code = os.path.realpath(chdir)
         self.lineage = Lineage()
         #: What was asked for last, and what is under way: what is refused meanwhile must not take its place.

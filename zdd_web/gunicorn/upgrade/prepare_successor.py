@@ -33,7 +33,7 @@ class Preparation:
         deploys: Deploys,
         listening: ListenerManager,
         ancestors: Ancestors,
-        leftovers: FailedSuccessors,
+        failed: FailedSuccessors,
         *,
         was_started: bool,
         given: Callable[[], dict[str, Any]],
@@ -45,7 +45,7 @@ class Preparation:
         """
         self._server, self._generation, self._header = server, generation, generation.header
         self._deploys, self._listening = deploys, listening
-        self.ancestors, self._leftovers = ancestors, leftovers
+        self.ancestors, self._failed = ancestors, failed
         self._was_started, self._given, self._reloads = was_started, given, reloads
         #: Of the last upgrade.
         self.boot_log: BootLog | None = None
@@ -97,7 +97,7 @@ class Preparation:
         if self._reloads():
             raise UpgradeError("a reload (SIGHUP) is under way: wait for its end")
         # What rejected successors have left count too: they hold the listeners, and memory.
-        alive = len(self.ancestors.alive()) + 1 + len(self._leftovers)
+        alive = len(self.ancestors.alive()) + 1 + len(self._failed)
         if alive >= self._settings.max_generations:
             raise UpgradeError(
                 f"{alive} generations are alive, and MAX_GENERATIONS = {self._settings.max_generations}: wait until an "

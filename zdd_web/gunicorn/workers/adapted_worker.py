@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from zdd_web.board import Board, Slot
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
-from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.kept_connections import KeptConnections
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
+from zdd_web.gunicorn.workers.worker_end import WorkerEnd
 from zdd_web.process import Process
 from zdd_web.settings import Settings
 
@@ -28,7 +28,7 @@ class AdaptedWorker(Protocol):
     process: Process
     pid: int
     requests: RequestCounter
-    background: BackgroundDrain
+    end: WorkerEnd
     kept: KeptConnections
     #: Calls `worker_exit`, for a worker that ends within a signal handler.
     run_exit_hook: Callable[[], None]

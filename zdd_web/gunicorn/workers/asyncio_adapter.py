@@ -159,8 +159,8 @@ class AsyncioAdapter(WorkerAdapter, Generic[C]):
         async def shutdown(*arguments: float | None) -> None:
             # asyncio waits for `asyncio.to_thread()` without a limit (from 3.12 on for five minutes). What is not over
             # by the deadline is left, and logged when the loop is closed.
-            while self.runtime.background.threads_left(pools_only=True):
-                left = clock.remaining(self.runtime.background.threads_deadline())
+            while self.runtime.end.threads_left(pools_only=True):
+                left = clock.remaining(self.runtime.end.threads_deadline())
                 if left == 0:
                     return
                 await asyncio.sleep(TURN if left is None else min(TURN, left))

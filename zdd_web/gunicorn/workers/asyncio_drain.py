@@ -54,17 +54,17 @@ class AsyncioDrain:
             # What is cut stays in the count.
             adapter.has_cut = clock.passed(runtime.process.deadline_ns)
             if adapter.has_cut:
-                runtime.background.give_up_background()
+                runtime.end.give_up_background()
             return adapter.has_cut
         if adapter.is_reading_a_head() and not clock.passed(runtime.process.deadline_ns):
             return False
         # A request may be on its way on a kept connection, or on one that was accepted a moment ago.
         if time.monotonic() - self._since < (LINGER if self._is_connected() else SETTLE):
             return False
-        if not runtime.background.background_is_over():
+        if not runtime.end.background_is_over():
             return False
         # The end of the loop cancels tasks, and a task that is cancelled counts as done.
-        runtime.background.give_up_background()
+        runtime.end.give_up_background()
         return True
 
     def _is_connected(self) -> bool:

@@ -1,7 +1,7 @@
 """How a worker process comes to its end, as a table: what follows what.
 
 All that decides which state comes next lives in this file, as data, and so does the meaning of SIGTERM. It touches
-nothing: effects are in `shutdown`, for as long as the worker's loop runs, and in `background_drain`.
+nothing: effects are in `shutdown`, for as long as the worker's loop runs, and in `worker_end`.
 
 A signal handler runs between any two lines of the worker, also in the middle of a transition. So a transition is one
 look-up and one atomic step, without a lock, and what belongs to the new state is done once, by whatever comes to it

@@ -22,13 +22,13 @@ from zdd_web.gunicorn.adapter.worker import WorkerFacade
 from zdd_web.gunicorn.log_rotation import reopening
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import app_forks, boot_watch, registry
-from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.exit_states import STATUS, Event, State, StateMachine
 from zdd_web.gunicorn.workers.gate import Gate
 from zdd_web.gunicorn.workers.kept_connections import KeptConnections
 from zdd_web.gunicorn.workers.orders import Once, Orders
 from zdd_web.gunicorn.workers.request_counts import RequestCounter
 from zdd_web.gunicorn.workers.shutdown import WorkerShutdown
+from zdd_web.gunicorn.workers.worker_end import WorkerEnd
 from zdd_web.settings import Settings
 from zdd_web.system import boot_log, log_files, proc
 
@@ -66,12 +66,12 @@ class WorkerRuntime:
         self._machine = StateMachine()
         is_new = self.adapter.is_on_new_connection
         self.requests = RequestCounter(self.process, limit, worker.cfg.forwarded_allow_ips, is_new)
-        self.background = BackgroundDrain(worker, self.process, self._machine, self.adapter)
+        self.end = WorkerEnd(worker, self.process, self._machine, self.adapter)
         self.shutdown = WorkerShutdown(
-            worker, self.process, listeners, self._machine, self.adapter, self.background, self.kept.is_exchange_empty
+            worker, self.process, listeners, self._machine, self.adapter, self.end, self.kept.is_exchange_empty
         )
         #: Calls `worker_exit`, for a worker that ends within a signal handler.
-        self.run_exit_hook: Callable[[], None] = self.background.exit
+        self.run_exit_hook: Callable[[], None] = self.end.exit
 
     @property
     def settings(self) -> Settings:
@@ -241,4 +241,4 @@ class WorkerRuntime:
         watch.end()
         # Not called yet if the loop has ended by itself, because the master is gone.
         waitgroup.run_stop_hooks()
-        self.background.finish()
+        self.end.finish()

@@ -25,7 +25,6 @@ from types import FrameType
 from zdd_web.board import ListenerRecord, WorkerState
 from zdd_web.board.admission import SHUT, Admission
 from zdd_web.gunicorn.adapter.worker import WorkerFacade
-from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.exit_states import (
     OBEYS_ORDERS,
     PATIENCE,
@@ -38,6 +37,7 @@ from zdd_web.gunicorn.workers.exit_states import (
 )
 from zdd_web.gunicorn.workers.leaving import Leaving
 from zdd_web.gunicorn.workers.worker_adapter import WorkerAdapter
+from zdd_web.gunicorn.workers.worker_end import WorkerEnd
 from zdd_web.lifecycle import Phase
 from zdd_web.listeners import accept_queue
 from zdd_web.process import Process
@@ -66,14 +66,14 @@ class WorkerShutdown:
         listeners: dict[int, int],
         machine: StateMachine,
         adapter: WorkerAdapter,
-        background: BackgroundDrain,
+        end: WorkerEnd,
         is_exchange_empty: Callable[[], bool],
     ) -> None:
         """`is_exchange_empty()` tells whether no kept connection waits there for this worker."""
         assert process.slot is not None
         self.worker, self.slot, self.pid = worker, process.slot, os.getpid()
         self._process, self._board, self._listeners = process, process.board, listeners
-        self._machine, self._adapter, self._background = machine, adapter, background
+        self._machine, self._adapter, self._end = machine, adapter, end
         self._is_exchange_empty = is_exchange_empty
         #: The heartbeat of a worker that serves.
         self.turn: Callable[[], None] = adapter.beat
@@ -276,12 +276,12 @@ class WorkerShutdown:
         # master kills this process.
         if self._machine.loop_is_over or os.getpid() != self.pid:
             return
-        if not clock.passed(self._background.background_deadline(clock.now_ns())):
+        if not clock.passed(self._end.background_deadline(clock.now_ns())):
             self._watched_deadline = clock.NEVER
             self.watch_deadline()
             return
         self._adapter.cut()
-        self._background.give_up_background()
+        self._end.give_up_background()
 
 
 def _is_emptied(fd: int, listener: ListenerRecord) -> bool:

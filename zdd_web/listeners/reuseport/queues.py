@@ -8,9 +8,10 @@ itself readable when something that it watches is: a worker class waits for it b
 libev, asyncio) as for a socket. What the master adds to it or removes is so for all workers at once, with no message to
 them and no change to what they wait for.
 
-An older worker has the descriptor of a queue that was opened later: all sockets that there may ever be are bound
-before the first fork, and only those listen that are wanted. To close a queue the master shuts it down (port.py), which
-ends it for every process that has a copy; the socket stays bound, and may listen again.
+An older worker has the descriptor of a queue that was opened later: all sockets that there may ever be are bound before
+the first fork, and only those listen that are wanted. To close a queue the master shuts it down
+(gunicorn/sockets/listener.py), which ends it for every process that has a copy; the socket stays bound, and may listen
+again.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import pytest
 from zdd_web import waitgroup
 from zdd_web.board import Board
 from zdd_web.gunicorn import process_exit
-from zdd_web.gunicorn.workers.background_drain import BackgroundDrain
 from zdd_web.gunicorn.workers.exit_states import Event, State, StateMachine
+from zdd_web.gunicorn.workers.worker_end import WorkerEnd
 from zdd_web.lifecycle import Phase
 from zdd_web.process import Process
 from zdd_web.settings import Settings
@@ -31,7 +31,7 @@ def end(status: int) -> None:
 
 
 class Worker:
-    """What an `BackgroundDrain` is made of."""
+    """What a `WorkerEnd` is made of."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, state: State = State.FINISHING, orphaned: bool = False) -> None:
         monkeypatch.setattr(all_groups, "observer", None)
@@ -46,7 +46,7 @@ class Worker:
         )
         gunicorns: Any = SimpleNamespace(ppid=os.getppid() + orphaned, lasting_heartbeat=lambda: lambda: None)
         process = Process(self.board, self.slot, Settings())
-        self.end = BackgroundDrain(gunicorns, process, self.machine, cast("Any", self.adapter))
+        self.end = WorkerEnd(gunicorns, process, self.machine, cast("Any", self.adapter))
 
 
 @pytest.mark.parametrize(("state", "status"), [(State.QUITTING, 0), (State.ABORTING, 1)])

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handoff import current_release
+from zdd_web.gunicorn.handoff import release_paths
 from zdd_web.gunicorn.handoff.launch import Launch
 
 #: How many earlier releases are kept: each has an environment, and deploys keep about as many directories.
@@ -53,7 +53,7 @@ class Release(NamedTuple):
         command = tuple(self._word(word, directory, relative) for word in launch.command)
         environ, left = launch.environ, set(launch.left)
         for old in dict.fromkeys((self.named, self.real)):
-            environ, lacking = current_release.move_environ(environ, old, directory)
+            environ, lacking = release_paths.move_environ(environ, old, directory)
             left.update(lacking)
         if "PWD" in environ:
             environ = {**environ, "PWD": where}
@@ -99,7 +99,7 @@ def find(launch: Launch, chdir: str, label: str = "", realpath: Callable[[str], 
     if inside is not None and launch.directory != launch.real_directory:
         named, real = launch.directory, launch.real_directory
     elif chdir != real:
-        named, real = current_release.roots(chdir, real)
+        named, real = release_paths.roots(chdir, real)
     else:
         named = real
     program = launch.command[0]

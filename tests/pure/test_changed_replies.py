@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from zdd_web.cli.rehearse import terminal_report
+from zdd_web.cli.rehearse import text_report
 from zdd_web.cli.rehearse.changed_replies import STABLE_FROM, Body, Difference, compare
 from zdd_web.cli.rehearse.report import Handover, Outcome, Sample, build
 from zdd_web.gunicorn.workers.asgi_request_counter import CountingApp
@@ -70,7 +70,7 @@ def test_losses_are_not_counted_twice_and_differences_are_counted_by_generation(
 def test_a_rehearsal_with_differences_is_not_ok_and_names_them_first() -> None:
     report = build([*before(b"hello"), *[reply(11, b"", 404, generation=2)] * 3], [UPGRADE], stop=None)
     assert (report.ok, report.lost, report.different) == (False, 0, 3)
-    lines = terminal_report.text(report).splitlines()
+    lines = text_report.text(report).splitlines()
     assert lines[0] == "0 of 13 requests lost, 3 replies DIFFERENT, in 1 upgrade"
     assert lines[1] == "DIFFERENT: 3 replies to GET / from generation 2: status 404, before the first upgrade 2xx"
     values = report.to_json()

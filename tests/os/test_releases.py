@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from zdd_web.errors import UpgradeError
-from zdd_web.gunicorn.handoff import earlier_releases
-from zdd_web.gunicorn.handoff.earlier_releases import Lineage, Release
+from zdd_web.gunicorn.handoff import releases
 from zdd_web.gunicorn.handoff.launch import Launch
+from zdd_web.gunicorn.handoff.releases import Lineage, Release
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def by_symlink(base: Path, *words: str, **environ: str) -> Release:
         environ=environ,
         real_directory=str((base / "current").resolve()),
     )
-    return earlier_releases.find(launch, current)
+    return releases.find(launch, current)
 
 
 def test_release_is_started_again_where_it_was(base):
@@ -75,7 +75,7 @@ def test_virtualenv_that_has_a_symlink_of_its_own_is_the_one_it_was(base):
     launch = Launch(
         f"{base}/current", (f"{base}/venv/bin/python", "-m", "gunicorn"), {}, real_directory=real(base, "1")
     )
-    first = earlier_releases.find(launch, f"{base}/current")
+    first = releases.find(launch, f"{base}/current")
     (base / "venv").unlink()
     (base / "venv").symlink_to(base / "releases" / "2" / "venv")
     assert first.as_it_was().command == (f"{real(base, '1')}/venv/bin/python", "-m", "gunicorn")
@@ -87,7 +87,7 @@ def test_release_is_where_chdir_leads(base, chdir):
     launch = Launch(
         str(base), ("current/venv/bin/gunicorn", "--chdir", "current"), {}, real_directory=str(base.resolve())
     )
-    found = earlier_releases.find(launch, chdir.format(base=base))
+    found = releases.find(launch, chdir.format(base=base))
     assert (found.named, found.real) == (f"{base}/current", real(base, "1"))
     again = found.started_from(real(base, "2"))
     assert again.directory == str(base)
@@ -96,7 +96,7 @@ def test_release_is_where_chdir_leads(base, chdir):
 
 def test_release_without_a_symlink_is_its_directory(base):
     launch = Launch(real(base, "1"), ("gunicorn",), {}, real_directory=real(base, "1"))
-    found = earlier_releases.find(launch, real(base, "1"))
+    found = releases.find(launch, real(base, "1"))
     assert (found.named, found.real) == (real(base, "1"), real(base, "1"))
 
 

@@ -46,7 +46,7 @@ class Threads(Protocol):
         """Return where each thread stands, by its `ident`."""
 
 
-class BackgroundDrain:
+class WorkerEnd:
     """The waits of one worker after its loop, and its exit."""
 
     def __init__(self, worker: WorkerFacade, process: Process, machine: StateMachine, adapter: Threads) -> None:
