@@ -246,6 +246,16 @@ def test_gthread_defers_a_silent_connection_after_a_while() -> None:
     assert in_order(ThreadWorker.finish_request, "self.cfg.keepalive", "self.pending_conns.append(conn)")
 
 
+def test_gthread_drops_what_is_deferred_as_it_ends() -> None:
+    if not hasattr(TConn, "wait_for_data"):
+        pytest.skip("this gunicorn defers none")
+    # Its parser is made for a connection that has sent something.
+    assert in_order(
+        ThreadWorker.finish_request, "_DEFER and self.alive", "elif result:", "except Exception:", "conn.close()"
+    )
+    assert bool(gthread._DEFER)
+
+
 def test_gthread_caps_only_kept_connections_when_it_ends() -> None:
     if not LINGERS:
         pytest.skip("this gunicorn caps none")

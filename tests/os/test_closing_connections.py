@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import select
+import selectors
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -315,6 +318,67 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
     serving, leaving = (timeout - time.monotonic() for timeout in murdered)
     assert serving > 60
     assert leaving <= module.QUIET
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("going", [False, True], ids=["lame duck", "stops"])
+def test_a_lame_duck_holds_no_thread_for_a_connection_that_has_sent_nothing_yet(made, going: bool) -> None:
+    if not hasattr(stock.ThreadWorker, "murder_pending"):
+        pytest.skip("this gunicorn gives a connection no thread before it has sent something")
+    server, client = connect(made)
+    looks: list[None] = []
+
+    def is_leaving() -> bool:
+        looks.append(None)
+        if len(looks) == 3:
+            client.sendall(b"G")
+        return True
+
+    ours = process()
+    ours.is_leaving, ours.going = is_leaving, going
+    gthread.give_up_silent_connections(worker_of(stock.ThreadWorker, pending_conns=[]), ours, lambda: False)
+    # A worker that stops may have no more turn for it.
+    assert worker_of(stock.TConn, sock=server, data_ready=False).wait_for_data(PATIENCE) is going
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A gthread worker that has been told to end; `ready` are connections that it has begun to serve."""
+    if not hasattr(stock.ThreadWorker, "murder_pending"):
+        pytest.skip("this gunicorn gives a connection no thread before it has sent something")
+    monkeypatch.setattr(stock.ThreadWorker, "wait_for_and_dispatch_events", lambda worker, timeout: None)
+    with selectors.DefaultSelector() as poller:
+        worker = worker_of(stock.ThreadWorker, pending_conns=deque(), poller=poller, nr_conns=1, alive=False, ready=[])
+        worker.enqueue_req = worker.ready.append
+        gthread.give_up_silent_connections(worker, process(going=True), lambda: False)
+        yield worker
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_connection_that_is_deferred_as_its_worker_ends_is_served(made, ending) -> None:
+    server, client = connect(made)
+    conn, done = worker_of(stock.TConn, sock=server, data_ready=False, parser=None), Future[object]()
+    done.set_result(stock._DEFER)
+    ending.finish_request(conn, done)
+    client.sendall(b"G")
+    ((key, _),) = ending.poller.select(PATIENCE)
+    key.data(key.fileobj)
+    assert (ending.ready, list(ending.pending_conns), ending.nr_conns) == ([conn], [], 1)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_silent_connection_that_has_spoken_by_its_last_instant_is_served(made, ending) -> None:
+    (server, client), (silent, _) = connect(made), connect(made)
+    client.sendall(b"G")
+    over = time.monotonic()
+    late, never = (worker_of(stock.TConn, sock=sock, timeout=over) for sock in (server, silent))
+    ending.pending_conns.extend((late, never))
+    for sock in (server, silent):
+        ending.poller.register(sock, selectors.EVENT_READ)
+    ending.nr_conns = 2
+    ending.murder_pending()
+    assert (ending.ready, list(ending.pending_conns), ending.nr_conns) == ([late], [], 1)
+    assert silent.fileno() < 0 <= server.fileno()
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import threading
 import time
@@ -13,10 +14,13 @@ from gunicorn.workers import gthread
 
 from zdd_web.gunicorn.adapter.closing_connections import QUIET, ClosingConnections
 from zdd_web.gunicorn.adapter.patches import replace, write
-from zdd_web.gunicorn.adapter.silent_connections import await_first_byte
+from zdd_web.gunicorn.adapter.silent_connections import PATIENCE, await_first_byte
 from zdd_web.system import clock
+from zdd_web.system.connection_passing import waiting_bytes
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from zdd_web.gunicorn.adapter.protocols import CallQueue, GthreadConnection, GthreadWorker, Worker
     from zdd_web.process import Process
 
@@ -132,18 +136,26 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
     From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
     and is then kept for as long as `keepalive`; only those that have had a request are cut short when the worker is to
     end (test_gthread_caps_only_kept_connections_when_it_ends). 23 gives them no thread, and up to its end no limit.
+
+    Each reply of a lame duck closes a connection, and clients that keep a pool of them open the next at once and ask
+    later: hundreds would hold all threads, for a second each. They wait in the loop at once.
     """
     if not hasattr(worker, "murder_pending"):
         return
     wait_for_data, murder_pending = _Connection.wait_for_data, worker.murder_pending
-    wait_and_dispatch = worker.wait_for_and_dispatch_events
+    wait_and_dispatch, is_leaving = worker.wait_for_and_dispatch_events, process.is_leaving
+    finish_request = worker.finish_request
     ends_at: float | None = None
 
     def wait_for_data_unless_leaving(conn: GthreadConnection, timeout: float) -> bool:
         if conn.data_ready or conn.sock.fileno() < 0:
             return bool(wait_for_data(conn, timeout))
-        write(conn, "data_ready", await_first_byte(conn.sock, process.is_leaving, timeout=timeout))
+        write(conn, "data_ready", await_first_byte(conn.sock, is_leaving, timeout=timeout, patience=patience))
         return bool(conn.data_ready)
+
+    def patience() -> float:
+        # In the loop of a worker that goes it would be cut short with those that are older.
+        return PATIENCE if process.going else 0.0
 
     def murder_pending_of_a_leaving_worker() -> None:
         nonlocal ends_at
@@ -155,13 +167,24 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
             ends_at = ends_at or now + QUIET
             for conn in worker.pending_conns:
                 write(conn, "timeout", min(conn.timeout, ends_at))
-            if ends_at <= now:
-                # What has arrived is read before its connection is closed.
-                wait_and_dispatch(0)
+        _close_silent(worker)
         murder_pending()
+
+    def finish_or_defer(conn: GthreadConnection, done: Future[object]) -> None:
+        if worker.alive or done.cancelled() or done.exception() or done.result() is not gthread._DEFER:
+            finish_request(conn, done)
+            return
+        # It began to wait in the lame duck, and gunicorn would drop it: test_gthread_drops_what_is_deferred_as_it_ends.
+        conn.sock.setblocking(False)
+        write(conn, "timeout", time.monotonic() + QUIET)
+        worker.pending_conns.append(conn)
+        worker.poller.register(
+            conn.sock, selectors.EVENT_READ, lambda sock: worker.on_pending_socket_readable(conn, sock)
+        )
 
     replace(_Connection, "wait_for_data", wait_for_data_unless_leaving)
     replace(worker, "murder_pending", murder_pending_of_a_leaving_worker)
+    replace(worker, "finish_request", finish_or_defer)
     if WindDown.needed_by(worker):
 
         def wait_a_turn(timeout: float) -> None:
@@ -171,6 +194,25 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
             wait_and_dispatch(min(timeout, TURN))
 
         replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
+
+
+def _close_silent(worker: GthreadWorker) -> None:
+    """Begin to serve, or close, connections whose time to send a first byte is over, with a look at each before it.
+
+    After one look for all of them gunicorn would close hundreds, for milliseconds in which requests arrive.
+    """
+    now = time.monotonic()
+    while worker.pending_conns and worker.pending_conns[0].timeout <= now:
+        conn = worker.pending_conns[0]
+        if waiting_bytes(conn.sock):
+            # As its loop would do in its next turn.
+            worker.on_pending_socket_readable(conn, conn.sock)
+            continue
+        worker.pending_conns.popleft()
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            worker.poller.unregister(conn.sock)
+        write(worker, "nr_conns", worker.nr_conns - 1)
+        conn.close()
 
 
 class WindDown:

@@ -30,10 +30,11 @@ def await_first_byte(
     beat: Callable[[], None] = lambda: None,
     timeout: float | None = None,
     waits: Callable[[], None] = lambda: None,
+    patience: Callable[[], float] = lambda: PATIENCE,
 ) -> bool:
     """Wait until a connection can be read; return False once it is not worth waiting for any longer.
 
-    That is after `timeout` seconds, or when `is_leaving()` and the connection has been silent for `PATIENCE` seconds;
+    That is after `timeout` seconds, or when `is_leaving()` and the connection has been silent for `patience()` seconds;
     the last look comes after that. `beat()` is called about ten times a second while `is_leaving()`, `waits()` always.
 
     >>> server, client = socket.socketpair()
@@ -53,7 +54,7 @@ def await_first_byte(
         waits()
         if is_leaving():
             beat()
-            if silent_for(connection, began) >= PATIENCE:
+            if silent_for(connection, began) >= patience():
                 break
         if ends is not None and now >= ends:
             break
