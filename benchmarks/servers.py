@@ -87,7 +87,10 @@ def gunicorn(
         log_path = Path(directory, "log")
         # Not `--bind :0`, since with --reuse-port every worker would get a port of its own.
         port = port or free_port()
-        command = [*through, sys.executable, "-m", "gunicorn", *arguments, "--bind", f"127.0.0.1:{port}"]
+        # Not `-m gunicorn`: at its own USR2 gunicorn runs that module's file by its path, beside which a package called
+        # `http` hides Python's.
+        script = Path(sys.executable).with_name("gunicorn")
+        command = [*through, sys.executable, str(script), *arguments, "--bind", f"127.0.0.1:{port}"]
         command += without_control_socket()
         inherited = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
         environ = {**inherited, **(environ or {})}
