@@ -14,6 +14,7 @@ from typing_extensions import assert_type
 import zdd_web
 from zdd_web.gunicorn import install
 from zdd_web.process import DrainEvent
+from zdd_web.waitgroup import Entry
 
 
 def receipt(order: int, *, copies: int = 1) -> str:
@@ -49,6 +50,13 @@ def rebuild(index: str) -> int:
 @zdd_web.background.task(on_abandon=print)
 def send(address: str) -> bool:
     return bool(address)
+
+
+def offer_again(entry: Entry) -> None:
+    assert_type(entry.group.name, str)
+    entry.group.go(print, *entry.args, name=entry.name)
+    with entry.group.track("again", on_abandon=offer_again) as again:
+        assert_type(again, Entry)
 
 
 def background() -> None:
