@@ -249,10 +249,8 @@ def test_gthread_defers_a_silent_connection_after_a_while() -> None:
 def test_gthread_drops_what_is_deferred_as_it_ends() -> None:
     if not hasattr(TConn, "wait_for_data"):
         pytest.skip("this gunicorn defers none")
-    # Its parser is made for a connection that has sent something.
-    assert in_order(
-        ThreadWorker.finish_request, "_DEFER and self.alive", "elif result:", "except Exception:", "conn.close()"
-    )
+    # 27 takes it for a kept one, and its parser is made once something has been sent; the others close it by design.
+    assert in_order(ThreadWorker.finish_request, "_DEFER and self.alive", "conn.close(")
     assert bool(gthread._DEFER)
 
 
