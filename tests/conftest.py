@@ -68,7 +68,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Have processes that are done take tests from the others, with `pytest -n 10` and no `--dist`.
+    """Have processes that are done take tests from the others, with `pytest -n 8` and no `--dist`.
 
     xdist deals tests out by the hundred, and some of ours take a thousand times as long as others: the last process
     was alone for the last minutes, with one of two cores.

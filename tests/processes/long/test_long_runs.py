@@ -1,4 +1,4 @@
-"""What takes minutes, and is not part of CI: `pytest -n 10 -m long`, for a change in how a worker or a master ends.
+"""What takes minutes, and is not part of CI: `pytest -n 8 -m long`, for a change in how a worker or a master ends.
 
 CI has the same at a smaller scale: tests/processes/test_every_line.py for each second line of one request, and the
 scenes of tests/processes for what a random walk meets.
