@@ -19,6 +19,7 @@ from zdd_web.system import clock
 from zdd_web.system.connection_passing import waiting_bytes
 
 if TYPE_CHECKING:
+    from collections import deque
     from concurrent.futures import Future
 
     from zdd_web.gunicorn.adapter.protocols import CallQueue, GthreadConnection, GthreadWorker, Worker
@@ -208,11 +209,17 @@ def _close_silent(worker: GthreadWorker) -> None:
             # As its loop would do in its next turn.
             worker.on_pending_socket_readable(conn, conn.sock)
             continue
-        worker.pending_conns.popleft()
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            worker.poller.unregister(conn.sock)
-        write(worker, "nr_conns", worker.nr_conns - 1)
+        forget(worker, conn, worker.pending_conns)
         conn.close()
+
+
+def forget(worker: GthreadWorker, conn: GthreadConnection, among: deque[GthreadConnection]) -> None:
+    """Take a connection out of a worker's loop and its count; its socket stays open."""
+    among.remove(conn)
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        # By hand: a connection that is handed over lives on elsewhere, and epoll would go on reporting it.
+        worker.poller.unregister(conn.sock)
+    write(worker, "nr_conns", worker.nr_conns - 1)
 
 
 class WindDown:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, TypeVar
 from gunicorn import http
 from gunicorn.workers import gthread
 
-from zdd_web.gunicorn.adapter.gthread import is_one
+from zdd_web.gunicorn.adapter.gthread import forget, is_one
 from zdd_web.gunicorn.adapter.kept_interface import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.system.connection_passing import Handed, waiting_bytes
 
 if TYPE_CHECKING:
     import socket
-    from collections import deque
 
     from zdd_web.gunicorn.adapter.protocols import GthreadConnection, GthreadWorker, Method
 
@@ -121,17 +120,10 @@ class GthreadConnections:
             # As its loop would do in its next turn.
             worker.on_client_socket_readable(conn, conn.sock)
             return False
-        self._forget(conn, worker.keepalived_conns)
+        forget(self._worker, conn, worker.keepalived_conns)
         self._kept.count_closed()
         conn.close()
         return True
-
-    def _forget(self, conn: GthreadConnection, among: deque[GthreadConnection]) -> None:
-        among.remove(conn)
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            # By hand: the connection lives on elsewhere, and epoll would go on reporting it.
-            self._worker.poller.unregister(conn.sock)
-        write(self._worker, "nr_conns", self._worker.nr_conns - 1)
 
     # -- ConnectionStore
 
@@ -154,7 +146,7 @@ class GthreadConnections:
     def forget(self, conn: GthreadConnection) -> None:
         """See `ConnectionStore`."""
         worker = self._worker
-        self._forget(conn, worker.keepalived_conns if conn in worker.keepalived_conns else worker.pending_conns)
+        forget(self._worker, conn, worker.keepalived_conns if conn in worker.keepalived_conns else worker.pending_conns)
         conn.sock.close()
 
     def close_idle(self, conn: GthreadConnection) -> bool:
