@@ -108,7 +108,8 @@ def test_without_a_free_descriptor_a_connection_stays_in_the_pair(ends: Pair, co
     fill = os.open(os.devnull, os.O_RDONLY)
     resource.setrlimit(resource.RLIMIT_NOFILE, (fill, hard))
     try:
-        assert receive(take) is None
+        with pytest.raises(OSError, match="Too many open files"):
+            receive(take)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(fill)

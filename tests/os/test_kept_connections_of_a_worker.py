@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,13 @@ from zdd_web.board import Board
 from zdd_web.gunicorn.handoff.inheritance import Inheritance
 from zdd_web.gunicorn.sockets.exchange import Exchange
 from zdd_web.gunicorn.workers import kept_connections
-from zdd_web.gunicorn.workers.kept_connections import GIVEN_AT_ONCE, LEFT_AT_LEAST, TAKEN_AT_ONCE, KeptConnections
+from zdd_web.gunicorn.workers.kept_connections import (
+    GIVEN_AT_ONCE,
+    LEFT_AT_LEAST,
+    REST,
+    TAKEN_AT_ONCE,
+    KeptConnections,
+)
 from zdd_web.lifecycle import Phase
 from zdd_web.system import clock, connection_passing
 from zdd_web.system.connection_passing import Handed
@@ -393,6 +400,42 @@ def test_a_worker_with_no_room_takes_nothing_until_it_has(make: Callable[..., Wo
     worker.kept._looks_at = 0.0
     worker.kept.turn()
     assert worker.store.watches
+
+
+def test_a_worker_without_a_descriptor_rests_before_it_looks_again(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving, serving = make(), make()
+    leaving.store.connect(3)
+    leaving.leave()
+    serving.kept.turn()
+    assert leaving.kept.give_some() and serving.store.watches
+    fill = os.open(os.devnull, os.O_RDONLY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fill, hard))
+    try:
+        assert serving.kept.take_some() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(fill)
+    assert not serving.store.watches, "what lies there would wake its loop without end"
+    now = time.monotonic() + REST
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now)
+    serving.kept.turn()
+    assert serving.store.watches and serving.kept.take_some() == 3
+
+
+@pytest.mark.parametrize("successor", [Phase.BOOTING, Phase.SERVING, Phase.DRAINING])
+def test_worker_whose_master_was_killed_gives_to_the_successor_that_has_begun_to_serve(
+    make: Callable[..., Worker], successor: Phase
+) -> None:
+    orphan = make(ppid=1 << 22)
+    orphan.process.going = True
+    header = orphan.board.header
+    header.successor_phase = successor
+    assert not orphan.kept.hands_over(), "it has not been let go yet"
+    header.successor_takes = 1
+    assert orphan.kept.hands_over() is (successor is not Phase.DRAINING)
 
 
 def test_worker_without_a_master_gives_to_the_generation_before_it_while_that_lives(

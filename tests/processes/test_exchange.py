@@ -148,6 +148,20 @@ def test_a_successor_that_dies_in_the_commit_window_gives_back_what_it_took(make
     service.stop()
 
 
+def test_clients_keep_their_connections_when_the_old_master_is_killed_in_the_commit_window(make_service: MakeService):
+    service = keeping(make_service, commit_window=30.0)
+    old = service.pid
+    with asking(service) as clients:
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=2 event=phase\.serving")
+        service.signal(signal.SIGKILL, old)
+        service.process.wait()
+        service.wait_for(r"generation=2 event=predecessor\.lost")
+        until("the end of the old workers", lambda: len(service.processes()) == 1 + service.workers, service)
+    nothing_was_lost_or_closed(clients, service)
+    assert service.snapshot().connections_received == MANY
+
+
 def test_a_successor_that_does_not_take_connections_costs_no_request(make_service: MakeService):
     service = keeping(make_service)
     with asking(service) as clients:

@@ -170,11 +170,13 @@ def test_requests_are_counted_in_and_out_by_any_number_of_threads(worker: Proces
 def test_no_thread_gets_between_the_two_halves_of_a_count(worker: Process, hook: str, counts: int) -> None:
     code = getattr(RequestCounter(worker, 1 << 60, (), lambda _: True), hook)
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-    # A word is read for the phase too, and not written.
     written = [index for index, step in enumerate(steps) if step.opname == "STORE_SUBSCR"]
     assert len(written) == counts
     for end in written:
-        begin = max(at for at, step in enumerate(steps[:end]) if step.opname.startswith("BINARY_SUBSCR"))
+        counted = max(at for at, step in enumerate(steps[:end]) if step.opname == "STORE_DEREF")
+        name = steps[counted].argval
+        begin = max(at for at in range(counted) if (steps[at].opname, steps[at].argval) == ("LOAD_DEREF", name))
+        assert name in [step.argval for step in steps[counted + 1 : end]], "what is counted is what is written"
         between = [step.opname for step in steps[begin : end + 1]]
         # Where an interpreter looks whether another thread is to run: at calls, and where it jumps back.
         assert not [name for name in between if "CALL" in name or "JUMP" in name or name in ("RESUME", "SEND")], between

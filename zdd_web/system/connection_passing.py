@@ -34,7 +34,7 @@ _FD_BYTES = array.array("i").itemsize
 _FULL = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 #: No descriptor is left.
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class Handed(NamedTuple):
@@ -110,13 +110,13 @@ def send(end: socket.socket, fd: int, handed: Handed) -> bool:
 
 
 def receive(end: socket.socket) -> tuple[socket.socket, Handed] | None:
-    """Take a connection; None when there is none, or when this process has no descriptor left for it.
+    """Take a connection; None when there is none.
 
-    Raises `MessageError` for a message that `send()` has not sent, whose descriptors are closed, and OSError.
+    Raises `MessageError` for a message that `send()` has not sent, whose descriptors are closed, and OSError: with one
+    of `EXHAUSTED`, the connection that this process has no descriptor for stays in the pair.
     """
-    if not _has_room_for_one():
-        # The kernel would drop the connection.
-        return None
+    # Without one the kernel would drop the connection.
+    _take_and_leave_a_descriptor()
     room = socket.CMSG_SPACE(4 * _FD_BYTES)
     try:
         data, ancillary, _, _ = end.recvmsg(MOST_BYTES, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -137,16 +137,10 @@ def receive(end: socket.socket) -> tuple[socket.socket, Handed] | None:
         raise
 
 
-def _has_room_for_one() -> bool:
-    try:
-        fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        # Not os.close(): gevent's closes in a later turn of its loop, and the last descriptor would be in use.
-        os.closerange(fd, fd + 1)
-    except OSError as error:
-        if error.errno in _EXHAUSTED:
-            return False
-        raise
-    return True
+def _take_and_leave_a_descriptor() -> None:
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    # Not os.close(): gevent's closes in a later turn of its loop, and the last descriptor would be in use.
+    os.closerange(fd, fd + 1)
 
 
 def _handed(data: bytes) -> Handed:

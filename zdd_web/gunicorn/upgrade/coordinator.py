@@ -269,6 +269,8 @@ class UpgradeCoordinator:
             self._watch = ErrorWatch(self._generation.board, upgrade.board, allowed)
         if upgrade.canary and upgrade.board is not None:
             self._deploys.note_canary(upgrade.canary, upgrade.board.header.workers_full)
+        # From here on it serves, also if this master is killed.
+        self._header.successor_takes = upgrade.takes_connections
         upgrade.go()
         self._outcome.publish(upgrade)
 
@@ -307,7 +309,7 @@ class UpgradeCoordinator:
         self.upgrade = self._watch = None
         self.descendants.forget()
         self._server.set_successor(0)
-        self._header.successor_pid = self._header.successor_phase = 0
+        self._header.successor_pid = self._header.successor_phase = self._header.successor_takes = 0
 
     def _commit(self, upgrade: Upgrade) -> None:
         try:
@@ -319,7 +321,6 @@ class UpgradeCoordinator:
             self._identity.take_back()
             return
         self._header.successor_pid = upgrade.pid
-        self._header.successor_takes = upgrade.takes_connections
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         label = self._deploys.label_of(upgrade.board)
         # The successor reads it when it is told that it is active.

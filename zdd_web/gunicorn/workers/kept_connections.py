@@ -64,6 +64,10 @@ LEFT_AT_LEAST = 1.0
 #: Taken in one turn: other workers are to have their share.
 TAKEN_AT_ONCE = 8
 
+#: A worker without a descriptor left does not look into the exchange for so long, seconds: what lies there would wake
+#: its loop without end.
+REST = 0.1
+
 #: The loop of a worker that hands over turns at least so often, seconds.
 TURN = 0.02
 
@@ -132,6 +136,7 @@ class KeptConnections:
         self.store: ConnectionStore[Any] | None = None
         self._watches = False
         self._looks_at = 0.0
+        self._rests_until = 0.0
         self._gave_up = False
         #: Handing over has begun, and waits for the exchange rather than for a request.
         self.is_busy = False
@@ -152,12 +157,14 @@ class KeptConnections:
         if header.deadline or header.stop_since:
             return False
         phase = Phase(header.phase)
+        # One that stops takes none, and this generation's own stop may still be on its way.
+        to_successor = bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
         if os.getppid() != self._runtime.worker.ppid:
-            # The generation was given up in its commit window: the one before it serves on.
-            return bool(header.ready_at) and _is_alive(header.predecessor_pid)
+            # The master was killed, and its successor goes on; or the generation was given up in its commit window, and
+            # the one before it serves on.
+            return to_successor or (bool(header.ready_at) and _is_alive(header.predecessor_pid))
         if phase is Phase.RETIRING:
-            # One that stops takes none, and this generation's own stop may still be on its way.
-            return bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
+            return to_successor
         leaves = bool(self._slot.retire) or self._runtime.process.going
         return phase is Phase.SERVING and leaves and not header.keeps_none
 
@@ -192,7 +199,7 @@ class KeptConnections:
     def watch_exchange(self) -> None:
         """Have the loop watch the exchange, or not: one that is full takes none until it has room."""
         assert self.store is not None
-        wants = self._takes() and self.store.room() > 0
+        wants = self._takes() and self.store.room() > 0 and time.monotonic() >= self._rests_until
         if wants is not self._watches:
             self._watches = wants
             self.store.watch(is_on=wants)
@@ -207,7 +214,7 @@ class KeptConnections:
         """Take connections from the exchange; return how many. The loop's call when it can be read."""
         taken = self._take(most) if self._takes() else 0
         if not taken:
-            # Another worker was faster, or this one is to take none.
+            # Another worker was faster, this one is to take none, or it cannot.
             self.watch_exchange()
         return taken
 
@@ -221,7 +228,9 @@ class KeptConnections:
             except MessageError as error:
                 log.emit("internal.error", logging.ERROR, where="exchange", error=str(error))
                 continue
-            except OSError:
+            except OSError as error:
+                if error.errno in connection_passing.EXHAUSTED:
+                    self._rests_until = time.monotonic() + REST
                 break
             if found is None:
                 break

@@ -1,9 +1,9 @@
 """The requests of one worker, counted on its slot: in hand, answered, answered with an error, late.
 
-The threads of a worker share the words of its slot, and no lock is taken to count: it would be taken twice for each
-request. CPython, since 3.10, switches threads where a function is called or begins and where code jumps back, and
-nowhere else. Between reading a word and writing it there is none of these, as tests/pure/test_process.py shows. An
-interpreter without the GIL runs each hook under a lock.
+The threads of a worker count together, and take no lock for it: it would be taken twice for each request. CPython,
+since 3.10, switches threads where a function is called or begins and where code jumps back, and nowhere else. Between
+reading a count and writing it to the slot there is none of these, as tests/pure/test_process.py shows. An interpreter
+without the GIL runs each hook under a lock.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from zdd_web.system import clock
 if TYPE_CHECKING:
     from zdd_web.gunicorn.adapter.protocols import Response
 
+    #: gunicorn's `pre_request` and `post_request`.
+    Started = Callable[[object, Any], None]
+    Finished = Callable[[object, Any, object, Response | None], None]
+
 
 class RequestCounter:
     """Counts on a slot.
@@ -44,42 +48,37 @@ class RequestCounter:
         self._late = LateCounter(self._slot, process.settings.drain_delay, trusted)
         #: Of what is rare.
         self._lock = threading.Lock()
-        #: gunicorn's `pre_request` and `post_request`. Closures, since they run on every request.
-        self.started = self._counting_in()
-        self.finished, self.stop = self._counting_out()
+        #: Closures, since they run on every request.
+        self.started, self.finished, self.stop = self._counting()
         if not has_gil():
             counts = threading.Lock()
             self.started, self.finished = _under(counts, self.started), _under(counts, self.finished)
 
-    def _counting_in(self) -> Callable[[object, Any], None]:
-        words, in_flight = self._words, self._slot.base + Slot.in_flight.index
+    def _counting(self) -> tuple[Started, Finished, Callable[[], None]]:
+        words, limit = self._words, self._limit
+        in_hand_at, answered_at = self._slot.base + Slot.in_flight.index, self._slot.base + Slot.requests.index
         phase, stopping, set_request = Header.phase.index, STOPPING, waitgroup.current_request.set
+        # A word of shared memory costs as much to read as to write: what this process alone writes it knows by heart.
+        in_hand = answered = 0
+        one = 1
 
         def started(worker: object, request: Any) -> None:
             """Count a request in."""
-            words[in_flight] += 1
+            nonlocal in_hand
+            in_hand += 1
+            words[in_hand_at] = in_hand
             set_request(request)
             if words[phase] in stopping:
                 self._started_late(request)
 
-        return started
-
-    def _started_late(self, request: Any) -> None:
-        # Probes are sent to the end, by those that act on them.
-        if not self._is_probe(request):
-            by = clock.now_ns() - self._process.board.header.stop_since
-            self._late.count(request, by, is_new=self._is_on_new_connection(request))
-
-    def _counting_out(self) -> tuple[Callable[[object, Any, object, Response | None], None], Callable[[], None]]:
-        words, limit = self._words, self._limit
-        in_flight, requests = self._slot.base + Slot.in_flight.index, self._slot.base + Slot.requests.index
-        one = 1
-
         def finished(worker: object, request: Any, environ: object, response: Response | None) -> None:
             """Count a request out, and ask to be replaced at `max_requests`."""
-            words[in_flight] -= one
-            total = words[requests] = words[requests] + one
-            if total >= limit:
+            nonlocal in_hand, answered
+            in_hand -= one
+            words[in_hand_at] = in_hand
+            answered += one
+            words[answered_at] = answered
+            if answered >= limit:
                 self._reached_limit()
             if response is not None:
                 # Where the app has raised before it had a status there is none, or no such attribute, and gunicorn
@@ -96,7 +95,13 @@ class RequestCounter:
             nonlocal one
             one = 0
 
-        return finished, stop
+        return started, finished, stop
+
+    def _started_late(self, request: Any) -> None:
+        # Probes are sent to the end, by those that act on them.
+        if not self._is_probe(request):
+            by = clock.now_ns() - self._process.board.header.stop_since
+            self._late.count(request, by, is_new=self._is_on_new_connection(request))
 
     def _reached_limit(self) -> None:
         if not self._slot.recycle_requested:
