@@ -322,7 +322,7 @@ def test_pending_connections_of_a_leaving_gthread_worker_do_not_wait_for_keepali
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("going", [False, True], ids=["lame duck", "stops"])
-def test_a_lame_duck_holds_no_thread_for_a_connection_that_has_sent_nothing_yet(made, going: bool) -> None:
+def test_only_a_worker_that_stops_holds_a_thread_for_a_connection_that_has_sent_nothing_yet(made, going: bool) -> None:
     if not hasattr(stock.ThreadWorker, "murder_pending"):
         pytest.skip("this gunicorn gives a connection no thread before it has sent something")
     server, client = connect(made)
@@ -357,7 +357,8 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.usefixtures("unchanged")
 def test_a_connection_that_is_deferred_as_its_worker_ends_is_served(made, ending) -> None:
     server, client = connect(made)
-    conn, done = worker_of(stock.TConn, sock=server, data_ready=False, parser=None), Future[object]()
+    conn = worker_of(stock.TConn, sock=server, data_ready=False, parser=None, initialized=False)
+    done = Future[object]()
     done.set_result(stock._DEFER)
     ending.finish_request(conn, done)
     client.sendall(b"G")

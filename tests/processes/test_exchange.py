@@ -195,6 +195,21 @@ def test_connections_that_have_sent_nothing_yet_are_handed_over_too(make_service
     service.stop()
 
 
+def test_connections_that_have_sent_nothing_yet_hold_no_thread(make_service: MakeService):
+    service = make_service("gthread", workers=1)
+    service.arguments += ["--threads", "2", "--worker-connections", "2000"]
+    service.start()
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.port), PATIENCE)) for _ in range(60)
+        ]
+        # gunicorn's two threads would wait for five seconds for each of them.
+        with socket.create_connection(("127.0.0.1", service.port), PATIENCE) as asks:
+            assert b" 200 " in ask(asks)
+        assert all(b" 200 " in ask(each) for each in silent)
+    service.stop()
+
+
 def test_a_request_in_hand_is_answered_and_its_connection_kept(make_service: MakeService):
     service = keeping(make_service)
     connection = socket.create_connection(("127.0.0.1", service.port), PATIENCE)

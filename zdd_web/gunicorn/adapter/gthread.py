@@ -30,6 +30,10 @@ _Connection: type[Any] = gthread.TConn
 #: The longest that a loop which is to end waits for its sockets, seconds.
 TURN = 1.0
 
+#: For how long a thread waits for a connection's first byte, seconds: longer than lies between the end of a handshake
+#: and a request that is sent right after it.
+FIRST_BYTE_WITHIN = 0.001
+
 
 def is_one(worker: object) -> TypeGuard[GthreadWorker]:
     """Tell whether a worker is of this class, or of one made from it."""
@@ -132,14 +136,14 @@ def _close_gracefully_after_requests(closing: ClosingConnections, worker: Gthrea
 
 
 def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_over: Callable[[], bool]) -> None:
-    """Have a leaving worker not wait for connections that have sent nothing, neither in a thread nor in its loop.
+    """Have connections that have sent nothing yet wait in a worker's loop, and not for long once the worker leaves.
 
-    From 25 on a new connection holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while),
-    and is then kept for as long as `keepalive`; only those that have had a request are cut short when the worker is to
-    end (test_gthread_caps_only_kept_connections_when_it_ends). 23 gives them no thread, and up to its end no limit.
+    From 25 on each holds a thread for five seconds (test_gthread_defers_a_silent_connection_after_a_while), and is then
+    kept for as long as `keepalive`; only those that have had a request are cut short when the worker is to end
+    (test_gthread_caps_only_kept_connections_when_it_ends). 23 gives them no thread, and up to its end no limit.
 
-    Each reply of a lame duck closes a connection, and clients that keep a pool of them open the next at once and ask
-    later: hundreds would hold all threads, for a second each. They wait in the loop at once.
+    Clients that keep a pool of connections open the next at once when one is closed, and ask later. When a lame duck
+    closes hundreds, or a generation that hands none over, they would hold all threads of the worker that they come to.
     """
     if not hasattr(worker, "murder_pending"):
         return
@@ -151,11 +155,12 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
     def wait_for_data_unless_leaving(conn: GthreadConnection, timeout: float) -> bool:
         if conn.data_ready or conn.sock.fileno() < 0:
             return bool(wait_for_data(conn, timeout))
-        write(conn, "data_ready", await_first_byte(conn.sock, is_leaving, timeout=timeout, patience=patience))
+        # In the loop of a worker that goes it would be cut short with those that are older.
+        within = timeout if process.going else FIRST_BYTE_WITHIN
+        write(conn, "data_ready", await_first_byte(conn.sock, is_leaving, timeout=within, patience=patience))
         return bool(conn.data_ready)
 
     def patience() -> float:
-        # In the loop of a worker that goes it would be cut short with those that are older.
         return PATIENCE if process.going else 0.0
 
     def murder_pending_of_a_leaving_worker() -> None:
@@ -172,12 +177,14 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
         murder_pending()
 
     def finish_or_defer(conn: GthreadConnection, done: Future[object]) -> None:
-        if worker.alive or done.cancelled() or done.exception() or done.result() is not gthread._DEFER:
+        if conn.initialized or done.cancelled() or done.exception() or done.result() is not gthread._DEFER:
             finish_request(conn, done)
             return
-        # It began to wait in the lame duck, and gunicorn would drop it: test_gthread_drops_what_is_deferred_as_it_ends.
+        # As long as gunicorn's thread and its loop together. As a worker ends, gunicorn would drop it:
+        # test_gthread_drops_what_is_deferred_as_it_ends.
+        left = gthread.DEFAULT_WORKER_DATA_TIMEOUT + worker.cfg.keepalive if worker.alive else QUIET
         conn.sock.setblocking(False)
-        write(conn, "timeout", time.monotonic() + QUIET)
+        write(conn, "timeout", time.monotonic() + left)
         worker.pending_conns.append(conn)
         worker.poller.register(
             conn.sock, selectors.EVENT_READ, lambda sock: worker.on_pending_socket_readable(conn, sock)
