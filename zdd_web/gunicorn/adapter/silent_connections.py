@@ -1,8 +1,8 @@
 """Connections that have sent nothing yet: a browser opens some in advance, and may never use them.
 
-gunicorn reads from them in the thread that is to serve the request. While the service serves this stays as it is (a
-sync worker is ended by gunicorn's `timeout`, a gthread worker gives the thread back after five seconds); a worker that
-is leaving, and a lame duck, do not wait that long for a request that no client has begun.
+gunicorn reads from them in the thread that is to serve the request, gthread for five seconds and sync until its
+`timeout` ends the worker. A gthread worker has them wait in its loop instead (gthread.py). A sync worker waits while
+the service serves; once it is leaving, and in a lame duck, not that long for a request that no client has begun.
 """
 
 from __future__ import annotations
