@@ -33,7 +33,7 @@ WARM_UP = 5.0
 
 @dataclass(frozen=True)
 class Span:
-    """What became of a balancer's connections to the instances in some seconds; those that ended are of before."""
+    """What a balancer did with its connections to the instances in some seconds: opened, and ended of those it had."""
 
     seconds: float
     opened: int
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Row:
-    """One balancer; `quiet` is while another service is upgraded."""
+    """One balancer; `another` is while a service is upgraded that it does not know."""
 
     balancer: str
     handed_over: bool
@@ -53,7 +53,7 @@ class Row:
     requests: int
     errors: int
     reasons: dict[str, int]
-    quiet: Span
+    another: Span
     deploying: Span
 
 
@@ -80,26 +80,26 @@ def measure(proxy: Proxy, worker_class: str, upgrades: int, clients: int, *, han
     """Upgrade the instances behind one balancer in turn, under load. Raises `ServerError`."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zdd-web-benchmark-")))
-        pid_files, ports = [directory / "one", directory / "two", directory / "another"], list[int]()
+        pid_files, ports = [directory / "one", directory / "two", directory / "third"], list[int]()
         for pid_file in pid_files:
             arguments = ["-c", "benchmarks/with_zdd_web.py", "benchmarks.apps:echoing", "--worker-class", worker_class,
                          "--workers", "2", "--keep-alive", "75", "--pid", str(pid_file)]  # fmt: skip
             arguments += ["--threads", "8"] if worker_class == "gthread" else []
             environ = {"ZDD_WEB_HAND_OVER_CONNECTIONS": "01"[hand_over], "ZDD_WEB_NAME": pid_file.name}
             ports.append(stack.enter_context(gunicorn(arguments, environ=environ)).port)
-        another, ports = pid_files.pop(), ports[:2]
+        third, ports = pid_files.pop(), ports[:2]
         port = stack.enter_context(running(proxy, ports, answers))
 
         with Traffic(port, clients) as traffic:
             time.sleep(WARM_UP)
-            quiet = _span(traffic, ports, [another] * upgrades)
+            another = _span(traffic, ports, [third] * upgrades)
             deploying = _span(traffic, ports, [pid_files[number % 2] for number in range(upgrades)])
         name, lost = f"{proxy.program}, {proxy.settings}", dict(traffic.lost.most_common())
-        return Row(name, hand_over, upgrades, traffic.requests, sum(lost.values()), lost, quiet, deploying)
+        return Row(name, hand_over, upgrades, traffic.requests, sum(lost.values()), lost, another, deploying)
 
 
 def _span(traffic: Traffic, ports: list[int], to_upgrade: list[Path]) -> Span:
-    # Those that replies have come by: HAProxy's health checks are no matter of keeping connections.
+    # Only those that replies have come by: HAProxy's health checks use others.
     known, began = set(traffic.upstream_ports), time.monotonic()
     before = known & _established(ports)
     for pid_file in to_upgrade:
@@ -144,7 +144,7 @@ def main(
     click.echo(f"gunicorn {gunicorn_package.__version__}, {worker_class}, 2 workers; {clients} clients, half POSTs")
     cells = [
         [row.balancer, "on" if row.handed_over else "off", row.upgrades, row.requests, row.errors,
-         row.quiet, row.deploying,
+         row.another, row.deploying,
          ", ".join(f"{reason}: {count}" for reason, count in row.reasons.items()) or "-"]
         for row in rows
     ]  # fmt: skip

@@ -368,6 +368,19 @@ def test_a_connection_that_is_deferred_as_its_worker_ends_is_served(made, ending
 
 
 @pytest.mark.usefixtures("unchanged")
+def test_a_connection_that_cannot_be_deferred_is_closed_and_costs_nothing_else(made, ending) -> None:
+    server, client = connect(made)
+    conn = worker_of(stock.TConn, sock=server, data_ready=False, parser=None, initialized=False)
+    # As where the kernel watches no more descriptors for this user.
+    ending.poller.register(server, selectors.EVENT_READ)
+    done = Future[object]()
+    done.set_result(stock._DEFER)
+    ending.finish_request(conn, done)
+    assert client.recv(1) == b""
+    assert (list(ending.pending_conns), ending.nr_conns) == ([], 0)
+
+
+@pytest.mark.usefixtures("unchanged")
 def test_a_silent_connection_that_has_spoken_by_its_last_instant_is_served(made, ending) -> None:
     (server, client), (silent, _) = connect(made), connect(made)
     client.sendall(b"G")

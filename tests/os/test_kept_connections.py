@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
+from gunicorn.workers import gthread as stock
 from gunicorn.workers.gthread import ThreadWorker
 
 from zdd_web.gunicorn.adapter import kept_gthread
@@ -123,8 +124,9 @@ def test_a_received_connection_does_not_outlast_those_that_come_after_it(
     worker = gthread(keepalive=2)
     worker.keep(left=1e6, requests=requests)
     (received,) = worker.store.idle()
-    # As gunicorn does before it appends a connection of its own.
-    assert received.timeout <= time.monotonic() + worker.worker.cfg.keepalive
+    # As is done before a connection of the worker's own is appended.
+    silent = 0.0 if requests or not hasattr(ThreadWorker, "murder_pending") else stock.DEFAULT_WORKER_DATA_TIMEOUT
+    assert received.timeout <= time.monotonic() + silent + worker.worker.cfg.keepalive
 
 
 def test_a_connection_goes_on_where_it_is_received_with_its_next_request_as_its_second(
@@ -156,6 +158,26 @@ def test_a_connection_that_has_sent_nothing_stays_one(gthread: Callable[..., Gth
     assert worker.store.describe(conn)[1].requests == 0
     worker.store.forget(conn)
     assert worker.store.in_hand() == 0
+
+
+def test_a_connection_that_has_sent_nothing_keeps_its_time(gthread: Callable[..., Gthread]) -> None:
+    worker = gthread(keepalive=2)
+    if not hasattr(ThreadWorker, "murder_pending"):
+        pytest.skip("this gunicorn has no limit for them")
+    worker.keep(left=6.5, requests=0)
+    worker.keep(left=75.0, requests=0)
+    now = time.monotonic()
+    first, second = (each.timeout - now for each in worker.worker.pending_conns)
+    assert 2.0 < first <= 6.5 < second <= 7.0
+
+
+def test_connections_that_have_sent_nothing_do_not_count_among_those_that_leave_over_a_lame_duck(
+    gthread: Callable[..., Gthread],
+) -> None:
+    worker = gthread()
+    for requests in (0, 1, 0):
+        worker.keep(requests=requests)
+    assert (len(worker.store.idle()), worker.store.closable()) == (3, list(worker.worker.keepalived_conns))
 
 
 def test_a_connection_with_bytes_in_its_parser_is_not_idle(gthread: Callable[..., Gthread]) -> None:

@@ -94,6 +94,9 @@ def test_handoff_of_a_version_without_a_pair_is_read() -> None:
 
 # -- the worker's side
 
+#: A pid that no process has.
+GONE = 1 << 22
+
 
 class Store:
     """Connections of a worker that has no loop."""
@@ -120,6 +123,9 @@ class Store:
 
     def idle(self) -> list[Any]:
         return list(self.kept)
+
+    def closable(self) -> list[Any]:
+        return self.idle()
 
     def describe(self, connection: Any) -> tuple[int, Handed]:
         return connection[0].fileno(), connection[1]
@@ -429,26 +435,60 @@ def test_a_worker_without_a_descriptor_rests_before_it_looks_again(
 def test_worker_whose_master_was_killed_gives_to_the_successor_that_has_begun_to_serve(
     make: Callable[..., Worker], successor: Phase
 ) -> None:
-    orphan = make(ppid=1 << 22)
+    orphan = make(ppid=GONE)
     orphan.process.going = True
     header = orphan.board.header
     header.successor_phase = successor
     assert not orphan.kept.hands_over(), "it has not been let go yet"
-    header.successor_takes = 1
+    header.successor_takes = os.getpid()
     assert orphan.kept.hands_over() is (successor is not Phase.DRAINING)
+    # The board of a master that is gone tells for ever what it told last.
+    header.successor_takes = GONE
+    assert not orphan.kept.hands_over()
+
+
+def test_worker_whose_master_and_successor_are_gone_takes_back_what_it_has_given(
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    orphan = make(ppid=GONE)
+    orphan.store.connect(3)
+    orphan.process.going = True
+    orphan.board.header.successor_takes = os.getpid()
+    leaving = orphan.kept.leaving(lambda: None, None)
+    assert leaving is not None and not leaving.over()
+    assert orphan.store.kept == []
+    orphan.board.header.successor_takes = GONE
+    assert leaving.over(), "there is nobody to wait for"
+    assert len(orphan.store.kept) == 3
+    assert "event=connections.taken_back" in caplog.text
+
+
+def test_more_connections_in_the_exchange_do_not_prolong_the_wait_for_a_worker_that_takes_them(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving = make()
+    leaving.leave()
+    now = time.monotonic()
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now)
+    for _ in range(4):
+        leaving.store.connect(1)
+        assert leaving.kept.give_some() and not leaving.kept.is_taken()
+        now += kept_connections.PATIENCE / 4
+    leaving.kept.is_taken()
+    assert len(leaving.store.kept) == 4 and not leaving.kept.hands_over()
 
 
 def test_worker_without_a_master_gives_to_the_generation_before_it_while_that_lives(
     make: Callable[..., Worker],
 ) -> None:
-    orphan = make(ppid=1 << 22)
+    orphan = make(ppid=GONE)
     orphan.process.going = True
     header = orphan.board.header
     header.ready_at = clock.now_ns()
     assert not orphan.kept.hands_over()
     header.predecessor_pid = os.getpid()
     assert orphan.kept.hands_over()
-    header.predecessor_pid = 1 << 22
+    header.predecessor_pid = GONE
     assert not orphan.kept.hands_over()
 
 

@@ -162,6 +162,28 @@ def test_clients_keep_their_connections_when_the_old_master_is_killed_in_the_com
     assert service.snapshot().connections_received == MANY
 
 
+def test_what_no_successor_took_is_answered_when_both_masters_were_killed(make_service: MakeService):
+    service = keeping(make_service, commit_window=30.0, workers=1, grace_period=120)
+    old, orphan = service.pid, service.snapshot().workers[0].pid
+    with idle_connections(service, 2) as (asks, idle):
+        service.signal(signal.SIGUSR2)
+        service.wait_for(r"generation=2 event=phase\.serving")
+        had = len(os.listdir(f"/proc/{orphan}/fd"))
+        successors = [pid for pid in service.processes() if pid not in (old, orphan)]
+        for pid in successors:
+            os.kill(pid, signal.SIGSTOP)
+        service.signal(signal.SIGKILL, old)
+        service.process.wait()
+        until("both in the exchange", lambda: len(os.listdir(f"/proc/{orphan}/fd")) <= had - 2, service)
+        asks.sendall(REQUESTS[0])
+        for pid in successors:
+            os.kill(pid, signal.SIGKILL)
+        assert b" 200 " in asks.recv(1 << 16)
+        assert idle.recv(1) == b"", "it does not wait for as long as keepalive"
+        until("the end of the worker", lambda: not service.processes(), service)
+    assert service.matches(r"generation=1 event=connections\.taken_back .*connections=2 ")
+
+
 def test_a_successor_that_does_not_take_connections_costs_no_request(make_service: MakeService):
     service = keeping(make_service)
     with asking(service) as clients:

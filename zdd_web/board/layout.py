@@ -152,7 +152,7 @@ class Header(Record):
     #: `workers_lost`.
     lost_pid = Word(196)
     lost_status = Word(197)
-    #: The successor takes kept connections from the exchange.
+    #: The pid of a successor that serves and takes kept connections from the exchange.
     successor_takes = Word(198)
     #: Kept connections: what workers that are no more had counted, see `Slot`.
     handed_over_gone = Word(199)

@@ -7,6 +7,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from gunicorn import util
@@ -30,8 +31,8 @@ _Connection: type[Any] = gthread.TConn
 #: The longest that a loop which is to end waits for its sockets, seconds.
 TURN = 1.0
 
-#: For how long a thread waits for a connection's first byte, seconds: longer than lies between the end of a handshake
-#: and a request that is sent right after it.
+#: For how long a thread waits for a connection's first byte, seconds: longer than the gap between a handshake and a
+#: request that is sent right after it.
 FIRST_BYTE_WITHIN = 0.001
 
 
@@ -155,7 +156,7 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
     def wait_for_data_unless_leaving(conn: GthreadConnection, timeout: float) -> bool:
         if conn.data_ready or conn.sock.fileno() < 0:
             return bool(wait_for_data(conn, timeout))
-        # In the loop of a worker that goes it would be cut short with those that are older.
+        # A worker that leaves cuts short all that wait in its loop, young or old.
         within = timeout if process.going else FIRST_BYTE_WITHIN
         write(conn, "data_ready", await_first_byte(conn.sock, is_leaving, timeout=within, patience=patience))
         return bool(conn.data_ready)
@@ -180,15 +181,18 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
         if conn.initialized or done.cancelled() or done.exception() or done.result() is not gthread._DEFER:
             finish_request(conn, done)
             return
-        # As long as gunicorn's thread and its loop together. As a worker ends, gunicorn would drop it:
-        # test_gthread_drops_what_is_deferred_as_it_ends.
-        left = gthread.DEFAULT_WORKER_DATA_TIMEOUT + worker.cfg.keepalive if worker.alive else QUIET
-        conn.sock.setblocking(False)
-        write(conn, "timeout", time.monotonic() + left)
+        # As a worker ends, gunicorn would drop it: test_gthread_drops_what_is_deferred_as_it_ends.
+        write(conn, "timeout", time.monotonic() + (silent_at_most(worker) if worker.alive else QUIET))
+        try:
+            conn.sock.setblocking(False)
+            on_readable = partial(worker.on_pending_socket_readable, conn)
+            worker.poller.register(conn.sock, selectors.EVENT_READ, on_readable)
+        except Exception:
+            # As gunicorn does: an error with one connection must not end the loop.
+            write(worker, "nr_conns", worker.nr_conns - 1)
+            conn.close()
+            return
         worker.pending_conns.append(conn)
-        worker.poller.register(
-            conn.sock, selectors.EVENT_READ, lambda sock: worker.on_pending_socket_readable(conn, sock)
-        )
 
     replace(_Connection, "wait_for_data", wait_for_data_unless_leaving)
     replace(worker, "murder_pending", murder_pending_of_a_leaving_worker)
@@ -202,6 +206,11 @@ def give_up_silent_connections(worker: GthreadWorker, process: Process, hands_ov
             wait_and_dispatch(min(timeout, TURN))
 
         replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
+
+
+def silent_at_most(worker: GthreadWorker) -> float:
+    """Return how long a connection may send nothing at first, seconds: gunicorn's time in a thread and in the loop."""
+    return float(gthread.DEFAULT_WORKER_DATA_TIMEOUT + worker.cfg.keepalive)
 
 
 def _close_silent(worker: GthreadWorker) -> None:

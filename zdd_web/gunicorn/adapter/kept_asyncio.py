@@ -88,6 +88,10 @@ class AsyncioConnections(Generic[C]):
         idle = [each for each in self._connections() if self._is_quiet(each) and self.is_idle(each)]
         return sorted(idle, key=self._left)
 
+    def closable(self) -> list[C]:
+        """See `ConnectionStore`."""
+        return self.idle()
+
     def _is_quiet(self, protocol: C) -> bool:
         transport = protocol.transport
         if transport is None or transport.is_closing() or transport.get_extra_info("sslcontext") is not None:

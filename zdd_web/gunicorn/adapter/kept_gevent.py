@@ -184,6 +184,10 @@ class GeventConnections:
         idle = [each for each in self._connections.values() if each.is_idle]
         return sorted(idle, key=lambda each: each.idle.ends_at if each.idle is not None else 0.0)
 
+    def closable(self) -> list[GeventConnection]:
+        """See `ConnectionStore`."""
+        return self.idle()
+
     def describe(self, connection: GeventConnection) -> tuple[int, Handed]:
         """See `ConnectionStore`."""
         left = max(0.0, connection.idle.ends_at - time.monotonic()) if connection.idle is not None else 0.0

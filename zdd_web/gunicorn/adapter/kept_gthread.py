@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gunicorn import http
 from gunicorn.workers import gthread
 
-from zdd_web.gunicorn.adapter.gthread import forget, is_one
+from zdd_web.gunicorn.adapter.gthread import forget, is_one, silent_at_most
 from zdd_web.gunicorn.adapter.kept_interface import Keeper, can_travel
 from zdd_web.gunicorn.adapter.patches import replace, write
 from zdd_web.system.connection_passing import Handed, waiting_bytes
@@ -63,9 +63,12 @@ class GthreadConnections:
 
         replace(worker, "run", run_and_watch)
         replace(worker, "wait_for_and_dispatch_events", wait_a_turn)
-        # It would break the loop off (test_gthread_ends_when_its_master_is_gone); the kernel sends SIGTERM.
+        # It would break the loop off (test_gthread_ends_when_its_master_is_gone), while connections are handed over or
+        # are to be taken back too. The kernel sends SIGTERM, and the worker ends its loop itself.
         replace(
-            worker, "is_parent_alive", lambda: os.getppid() == worker.ppid or kept.hands_over() or is_parent_alive()
+            worker,
+            "is_parent_alive",
+            lambda: os.getppid() == worker.ppid or kept.limits_wait or kept.hands_over() or is_parent_alive(),
         )
         replace(worker, "murder_keepalived", self._closing_one_by_one())
         if hasattr(worker, "handle_http2"):
@@ -133,9 +136,12 @@ class GthreadConnections:
 
     def idle(self) -> list[GthreadConnection]:
         """See `ConnectionStore`."""
+        return [*self.closable(), *getattr(self._worker, "pending_conns", ())]
+
+    def closable(self) -> list[GthreadConnection]:
+        """See `ConnectionStore`: not those that have sent nothing, which were opened as others were closed."""
         parsers = [(conn, conn.parser) for conn in self._worker.keepalived_conns]
-        kept = [conn for conn, parser in parsers if parser is not None and not parser.unreader.buf.getvalue()]
-        return [*kept, *getattr(self._worker, "pending_conns", ())]
+        return [conn for conn, parser in parsers if parser is not None and not parser.unreader.buf.getvalue()]
 
     def describe(self, conn: GthreadConnection) -> tuple[int, Handed]:
         """See `ConnectionStore`."""
@@ -163,12 +169,10 @@ class GthreadConnections:
             connection.close()
             return
         conn: GthreadConnection = _TConn(worker.cfg, connection, client, handed.server)
-        # No longer than one of this worker's own, which gunicorn appends: where the first one lasts longer than others,
-        # it closes none of them. The predecessor may have had a longer `keepalive`, or a class without such a limit.
-        conn.timeout = time.monotonic() + min(handed.left, worker.cfg.keepalive)
         # Its request is here when the loop sees it: no thread is to wait for it once more.
         conn.data_ready = True
         among, on_readable = worker.keepalived_conns, worker.on_client_socket_readable
+        at_most = float(worker.cfg.keepalive)
         if handed.requests or not hasattr(worker, "pending_conns"):
             # What the first request alone may bring, such as a PROXY line, is over.
             conn.parser = parser = http.get_parser(worker.cfg, connection, client)
@@ -176,6 +180,10 @@ class GthreadConnections:
             conn.initialized = True
         else:
             among, on_readable = worker.pending_conns, worker.on_pending_socket_readable
+            at_most = silent_at_most(worker)
+        # No longer than one of this worker's own, which are appended: where the first one lasts longer than others,
+        # none of them is closed. The predecessor may have had a longer `keepalive`, or a class without such a limit.
+        conn.timeout = time.monotonic() + min(handed.left, at_most)
         write(worker, "nr_conns", worker.nr_conns + 1)
         # The one that ends first stands first: no other is looked at.
         among.insert(bisect_right(among, conn.timeout, key=lambda each: each.timeout), conn)

@@ -2,7 +2,7 @@
 
 gunicorn reads from them in the thread that is to serve the request, gthread for five seconds and sync until its
 `timeout` ends the worker. A gthread worker has them wait in its loop instead (gthread.py). A sync worker waits while
-the service serves; once it is leaving, and in a lame duck, not that long for a request that no client has begun.
+the service serves; once it is leaving, and in a lame duck, it gives them up after a second.
 """
 
 from __future__ import annotations

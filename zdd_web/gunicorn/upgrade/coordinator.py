@@ -270,7 +270,7 @@ class UpgradeCoordinator:
         if upgrade.canary and upgrade.board is not None:
             self._deploys.note_canary(upgrade.canary, upgrade.board.header.workers_full)
         # From here on it serves, also if this master is killed.
-        self._header.successor_takes = upgrade.takes_connections
+        self._header.successor_takes = upgrade.pid if upgrade.takes_connections else 0
         upgrade.go()
         self._outcome.publish(upgrade)
 

@@ -64,8 +64,8 @@ LEFT_AT_LEAST = 1.0
 #: Taken in one turn: other workers are to have their share.
 TAKEN_AT_ONCE = 8
 
-#: A worker without a descriptor left does not look into the exchange for so long, seconds: what lies there would wake
-#: its loop without end.
+#: A worker without a descriptor left does not look into the exchange for so long, seconds, and then until its loop's
+#: next turn: what waits there would wake it again and again.
 REST = 0.1
 
 #: The loop of a worker that hands over turns at least so often, seconds.
@@ -87,6 +87,9 @@ class ConnectionStore(Protocol[C]):
 
     def idle(self) -> list[C]:
         """Return those that are between two requests, or have sent nothing yet; longest idle first."""
+
+    def closable(self) -> list[C]:
+        """Return those of `idle()` that are to leave over a lame duck."""
 
     def describe(self, connection: C) -> tuple[int, Handed]:
         """Return the descriptor of one of them, and what its next process must know."""
@@ -157,16 +160,23 @@ class KeptConnections:
         if header.deadline or header.stop_since:
             return False
         phase = Phase(header.phase)
-        # One that stops takes none, and this generation's own stop may still be on its way.
-        to_successor = bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
-        if os.getppid() != self._runtime.worker.ppid:
+        if self._is_orphaned():
             # The master was killed, and its successor goes on; or the generation was given up in its commit window, and
-            # the one before it serves on.
-            return to_successor or (bool(header.ready_at) and _is_alive(header.predecessor_pid))
+            # the one before it serves on. The board is as the master has left it.
+            before = header.predecessor_pid if header.ready_at else 0
+            return (self._goes_to_successor() and _is_alive(header.successor_takes)) or _is_alive(before)
         if phase is Phase.RETIRING:
-            return to_successor
+            return self._goes_to_successor()
         leaves = bool(self._slot.retire) or self._runtime.process.going
         return phase is Phase.SERVING and leaves and not header.keeps_none
+
+    def _goes_to_successor(self) -> bool:
+        # One that stops takes none, and this generation's own stop may still be on its way.
+        header = self._header
+        return bool(header.successor_takes) and header.successor_phase not in (*STOPPING, Phase.STOPPED)
+
+    def _is_orphaned(self) -> bool:
+        return os.getppid() != self._runtime.worker.ppid
 
     def are_to_close(self) -> bool:
         """Tell whether replies are to close their connection."""
@@ -214,7 +224,7 @@ class KeptConnections:
         """Take connections from the exchange; return how many. The loop's call when it can be read."""
         taken = self._take(most) if self._takes() else 0
         if not taken:
-            # Another worker was faster, this one is to take none, or it cannot.
+            # Another worker was faster, or this one may not take any, or cannot.
             self.watch_exchange()
         return taken
 
@@ -280,7 +290,6 @@ class KeptConnections:
                 if not connection_passing.send(self._exchange.give, fd, handed):
                     return False
                 self._slot.handed_over += 1
-                self._lay_since = time.monotonic()
                 self.store.forget(connection)
         except Exception:
             # What is left is served, and closed, here.
@@ -297,14 +306,24 @@ class KeptConnections:
             # As many bytes later are other messages.
             self._lay = 0
             return True
-        if lies != self._lay:
-            self._lay, self._lay_since = lies, now
-        if now - self._lay_since < PATIENCE:
-            return False
-        self._gave_up = True
-        took = self._take(1 << 16)
-        log.emit("connections.taken_back", logging.WARNING, pid=os.getpid(), connections=took, seconds=PATIENCE)
+        if lies < self._lay or not self._lay:
+            # Not when there are more: that does not show that any worker takes them.
+            self._lay_since = now
+        self._lay = lies
+        if now - self._lay_since >= PATIENCE:
+            self.take_back()
         return False
+
+    def take_back(self) -> None:
+        """Take what waits in the exchange, and give handing over up."""
+        self._gave_up = True
+        took, seconds = self._take(1 << 16), time.monotonic() - self._lay_since
+        log.emit("connections.taken_back", logging.WARNING, pid=os.getpid(), connections=took, seconds=seconds)
+
+    def take_back_if_alone(self) -> None:
+        """Do so where no other process is going to: the master is gone, and so is the one that was to serve on."""
+        if self._is_orphaned() and not self._gave_up and not self.is_taken():
+            self.take_back()
 
     def pause(self) -> float | None:
         """Return for how long the loop may wait at most, seconds; None for as long as it likes."""
@@ -324,7 +343,7 @@ class KeptConnections:
         delay, store = self._runtime.settings.drain_delay, self.store
         if not delay or store is None:
             return
-        idle = store.idle()
+        idle = store.closable()
         if self._at_lame_duck is None:
             self._at_lame_duck = len(idle)
             self.limits_wait = True
@@ -357,6 +376,8 @@ class HandingOver:
                 self._is_over = True
             elif kept.hands_over() and not kept.is_too_late:
                 return False
+        elif not self._is_over:
+            kept.take_back_if_alone()
         return self._without.over() if self._without is not None else True
 
 

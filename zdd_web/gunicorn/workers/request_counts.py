@@ -58,7 +58,7 @@ class RequestCounter:
         words, limit = self._words, self._limit
         in_hand_at, answered_at = self._slot.base + Slot.in_flight.index, self._slot.base + Slot.requests.index
         phase, stopping, set_request = Header.phase.index, STOPPING, waitgroup.current_request.set
-        # A word of shared memory costs as much to read as to write: what this process alone writes it knows by heart.
+        # Kept here too, as this process is the only writer: a shared word costs as much to read as to write.
         in_hand = answered = 0
         one = 1
 
