@@ -377,7 +377,7 @@ class HandingOver:
             elif kept.hands_over() and not kept.is_too_late:
                 return False
         elif not self._is_over:
-            kept.take_back_if_alone()
+            store.in_loop(kept.take_back_if_alone)
         return self._without.over() if self._without is not None else True
 
 
