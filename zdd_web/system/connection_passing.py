@@ -116,7 +116,7 @@ def receive(end: socket.socket) -> tuple[socket.socket, Handed] | None:
     of `EXHAUSTED`, the connection that this process has no descriptor for stays in the pair.
     """
     # Without one the kernel would drop the connection.
-    _take_and_leave_a_descriptor()
+    _look_for_a_free_descriptor()
     room = socket.CMSG_SPACE(4 * _FD_BYTES)
     try:
         data, ancillary, _, _ = end.recvmsg(MOST_BYTES, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -137,7 +137,7 @@ def receive(end: socket.socket) -> tuple[socket.socket, Handed] | None:
         raise
 
 
-def _take_and_leave_a_descriptor() -> None:
+def _look_for_a_free_descriptor() -> None:
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
     # Not os.close(): gevent's closes in a later turn of its loop, and the last descriptor would be in use.
     os.closerange(fd, fd + 1)
