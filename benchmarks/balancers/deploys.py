@@ -89,7 +89,6 @@ def measure(proxy: Proxy, worker_class: str, upgrades: int, clients: int, *, han
             ports.append(stack.enter_context(gunicorn(arguments, environ=environ)).port)
         third, ports = pid_files.pop(), ports[:2]
         port = stack.enter_context(running(proxy, ports, answers))
-
         with Traffic(port, clients) as traffic:
             time.sleep(WARM_UP)
             another = _span(traffic, ports, [third] * upgrades)

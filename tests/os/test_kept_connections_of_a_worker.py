@@ -478,6 +478,23 @@ def test_more_connections_in_the_exchange_do_not_prolong_the_wait_for_a_worker_t
     assert len(leaving.store.kept) == 4 and not leaving.kept.hands_over()
 
 
+def test_an_exchange_that_is_as_full_after_each_turn_as_before_is_not_given_up_while_it_is_taken_from(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving, serving = make(), make()
+    leaving.leave()
+    now = time.monotonic()
+    monkeypatch.setattr(kept_connections.time, "monotonic", lambda: now)
+    # Messages of one length: what was taken is filled up to the same byte.
+    leaving.store.connect(3)
+    for _ in range(12):
+        assert leaving.kept.give_some() and not leaving.kept.is_taken()
+        assert serving.kept.take_some(1) == 1
+        leaving.store.connect(1)
+        now += kept_connections.PATIENCE / 4
+    assert leaving.kept.hands_over()
+
+
 def test_worker_without_a_master_gives_to_the_generation_before_it_while_that_lives(
     make: Callable[..., Worker],
 ) -> None:

@@ -145,7 +145,7 @@ class KeptConnections:
         self.is_busy = False
         #: See `Keeper`; it has begun to hand over, or to close what is idle, and does not go back.
         self.limits_wait = False
-        #: How many bytes of messages lay there when that last changed, and when.
+        #: How many bytes of messages lay there at the last look, and since when none of them was seen to be taken.
         self._lay, self._lay_since = 0, 0.0
         #: How many connections were idle when the lame duck was first seen.
         self._at_lame_duck: int | None = None
@@ -284,7 +284,7 @@ class KeptConnections:
         try:
             idle = self.store.idle()
             for connection in idle[:GIVEN_AT_ONCE]:
-                if connection_passing.waiting_bytes(self._exchange.take) >= MOST_WAITING:
+                if self._look_at_what_lies() >= MOST_WAITING:
                     return False
                 fd, handed = self.store.describe(connection)
                 if not connection_passing.send(self._exchange.give, fd, handed):
@@ -300,19 +300,20 @@ class KeptConnections:
 
     def is_taken(self) -> bool:
         """Tell whether the exchange is empty; gives handing over up when nothing of it is taken for too long."""
-        assert self._exchange.take is not None
-        lies, now = connection_passing.waiting_bytes(self._exchange.take), time.monotonic()
-        if not lies:
-            # As many bytes later are other messages.
-            self._lay = 0
+        if not self._look_at_what_lies():
             return True
-        if lies < self._lay or not self._lay:
-            # Not when there are more: that does not show that any worker takes them.
-            self._lay_since = now
-        self._lay = lies
-        if now - self._lay_since >= PATIENCE:
+        if time.monotonic() - self._lay_since >= PATIENCE:
             self.take_back()
         return False
+
+    def _look_at_what_lies(self) -> int:
+        # Before each message that is sent, too: what was taken may be filled up to the same byte. That there are more
+        # bytes than before does not show that any worker takes them.
+        lies = connection_passing.waiting_bytes(self._exchange.take)
+        if lies < self._lay or not self._lay:
+            self._lay_since = time.monotonic()
+        self._lay = lies
+        return lies
 
     def take_back(self) -> None:
         """Take what waits in the exchange, and give handing over up."""
@@ -322,7 +323,7 @@ class KeptConnections:
 
     def take_back_if_alone(self) -> None:
         """Do so where no other process is going to: the master is gone, and so is the one that was to serve on."""
-        if self._is_orphaned() and not self._gave_up and not self.is_taken():
+        if self._is_orphaned() and not self._gave_up and self._look_at_what_lies():
             self.take_back()
 
     def pause(self) -> float | None:
