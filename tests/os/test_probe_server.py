@@ -528,13 +528,15 @@ def test_a_new_connection_is_not_closed_for_those_that_were_answered_before(
 
 
 @contextlib.contextmanager
-def running(board: Board, client: Callable[[int], None], **header: int) -> Iterator[Server]:
+def running(
+    board: Board, client: Callable[[int], None], predecessor: Board | None = None, **header: int
+) -> Iterator[Server]:
     """Make a server in this process; `client` is run beside it with the port, and the server ends after it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         board.header.probe_pid, board.header.probe_accepts = os.getpid(), 1
         for name, value in header.items():
             setattr(board.header, name, value)
-        made = Server(board, listener, Settings(), os.getppid(), lambda: None)
+        made = Server(board, listener, Settings(), os.getppid(), lambda: None, predecessor)
         errors: list[BaseException] = []
 
         def talk() -> None:
@@ -618,6 +620,51 @@ def test_nobody_is_accepted_until_the_master_says_so_and_nobody_is_lost(board: B
             assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
 
     with running(board, client, probe_accepts=0):
+        pass
+
+
+def test_none_is_accepted_while_the_predecessors_process_does(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "YIELD_SECONDS", 60)
+    predecessor = Board.private()
+    predecessor.header.probe_accepts = 1
+    predecessor.header.master_pid, predecessor.header.master_start = os.getpid(), proc.start_time(os.getpid())
+
+    def client(port: int) -> None:
+        with connect(port) as waiting:
+            waiting.sendall(ONE)
+            waiting.settimeout(0.4)
+            with pytest.raises(TimeoutError):
+                waiting.recv(1)
+            predecessor.header.probe_accepts = 0
+            waiting.settimeout(20)
+            assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
+        # Only once: the predecessor's process accepts again when this one is lost.
+        predecessor.header.probe_accepts = 1
+        with connect(port) as again:
+            asks(again)
+
+    with running(board, client, predecessor, probe_shared=1):
+        pass
+
+
+@pytest.mark.parametrize(
+    "what", [{"seconds": 0.3}, {"shared": 0}, {"start": 1}, {"layout": 1}], ids=["slow", "own port", "gone", "older"]
+)
+def test_a_predecessors_process_is_not_waited_for(
+    board: Board, monkeypatch: pytest.MonkeyPatch, what: dict[str, float]
+) -> None:
+    monkeypatch.setattr(server, "YIELD_SECONDS", what.get("seconds", 60))
+    predecessor = Board.private()
+    header = predecessor.header
+    header.probe_accepts, header.master_pid = 1, os.getpid()
+    header.master_start = int(what.get("start", proc.start_time(os.getpid())))
+    header.layout = int(what.get("layout", header.layout))
+
+    def client(port: int) -> None:
+        with connect(port) as sock:
+            asks(sock)
+
+    with running(board, client, predecessor, probe_shared=int(what.get("shared", 1))):
         pass
 
 

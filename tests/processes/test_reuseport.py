@@ -206,6 +206,8 @@ def test_whoever_waits_in_a_queue_on_its_way_out_is_answered(make_service: Make,
     settled(service, 3)
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(Held(service)) for _ in range(3)]
+        # Each is there when one of them is in hand; a worker that is still free would empty the queues.
+        until("three in hand", lambda: service.snapshot().in_flight == 3, service)
         waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 30)) for _ in range(30)]
         for each in waiting:
             each.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")

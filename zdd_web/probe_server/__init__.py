@@ -10,7 +10,8 @@ Ten times a second, and at each request, it reads what its master says in the bo
 
     probe_pid       another pid than its own: this process was replaced. It accepts no more, and goes.
     probe_accepts   whether it accepts. Not while its generation boots beside one that serves, and not once a
-                    successor serves on the same socket; again when that successor is lost.
+                    successor serves on the same socket; again when that successor is lost. A successor's process
+                    begins when its predecessor's board says that the one there accepts no more.
 
 Kept connections outlive the moment at which it stops to accept: the next reply says `Connection: close`, and those that
 stay silent are closed after `LINGER` seconds, so that no request that is on its way runs into the close.

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from zdd_web import log
-from zdd_web.board import Board
+from zdd_web.board import LAYOUT, Board
 from zdd_web.errors import ZddError
 from zdd_web.health import Reply
 from zdd_web.lifecycle import LEAVING, Phase
@@ -23,7 +23,7 @@ from zdd_web.probe_server.connection import Connection
 from zdd_web.probe_server.scrapes import load_library
 from zdd_web.probe_server.turns import Rank, Turns
 from zdd_web.settings import Settings
-from zdd_web.system import clock, log_files, pauses
+from zdd_web.system import clock, log_files, pauses, proc
 
 #: Connections at once; beyond, the one that has been silent for longest is closed.
 CONNECTIONS = 512
@@ -42,6 +42,8 @@ LOOK = 1.0
 LINGER = 2.0
 #: For how long after the gate was opened it is expected that no worker serves yet, seconds.
 GATE_SECONDS = 1.0
+#: For how long the predecessor's process may take to accept no more, seconds.
+YIELD_SECONDS = 1.0
 
 FAILED = Reply(500, "Internal Server Error", (("Content-Length", "0"),), b"")
 
@@ -60,6 +62,9 @@ class Server:
     ) -> None:
         self._header, self._listener, self._master, self._reopen_logs = board.header, listener, master, reopen_logs
         self._answers, self._verdicts = Answers(board, settings, predecessors), Verdicts()
+        #: None without one, and once this process has begun to accept in its place.
+        self._predecessor = predecessors.header if predecessors is not None else None
+        self._may_accept_since = 0.0
         #: Oldest reply first; one that was never answered counts from its beginning.
         self._connections: dict[Connection, None] = {}
         self._limit = max(1, min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS))
@@ -125,7 +130,25 @@ class Server:
         self._answers.orphaned = os.getppid() != self._master
         if not self._goes_from and (self._answers.orphaned or self._named != named):
             self._goes_from = now
-        self._accept_or_not(named and bool(self._header.probe_accepts) and not self._goes_from)
+        may_accept = named and bool(self._header.probe_accepts) and not self._goes_from
+        self._accept_or_not(may_accept and not self._predecessor_accepts(now))
+
+    def _predecessor_accepts(self, now: float) -> bool:
+        # Its master has yet to see that this process may. A client of both in turn would see counters go backwards:
+        # each tells its own counts, and the old one's reply may be kept from a second ago.
+        before = self._predecessor
+        self._may_accept_since = self._may_accept_since or now
+        if (
+            before is not None
+            and self._header.probe_shared
+            and before.layout == LAYOUT
+            and before.probe_accepts
+            and now - self._may_accept_since < YIELD_SECONDS
+            and proc.alive(before.master_pid, before.master_start)
+        ):
+            return True
+        self._predecessor = None
+        return False
 
     def _accept_or_not(self, accept: bool) -> None:
         if accept and not self._accepting:
