@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import threading
 from collections import deque
@@ -283,6 +284,22 @@ def test_queue_of_calls_keeps_the_numbers_of_its_pipe() -> None:
     before = queue._write_fd
     queue.close()
     assert queue._write_fd == before
+
+
+def test_queue_of_calls_writes_for_each_call() -> None:
+    if IS_23:
+        pytest.skip("23 has none")
+    queue, done = gthread.PollableMethodQueue(), Calls()
+    queue.init()
+    for _ in range(3):
+        queue.defer(done.append, "call")
+    assert len(os.read(queue.fileno(), 50)) == 3
+    queue.defer(done.append, "call")
+    queue.run_callbacks(queue.fileno())
+    assert done == ["call"] * 4
+    # Looked up at each call, and not when the worker is made.
+    assert "self.method_queue.defer(self.finish_request" in inspect.getsource(ThreadWorker.enqueue_req)
+    queue.close()
 
 
 def test_gthread_answers_requests_in_the_threads_of_a_pool() -> None:

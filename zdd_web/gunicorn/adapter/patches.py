@@ -143,7 +143,7 @@ PATCHES: tuple[Patch, ...] = (
     *_methods(_GTHREAD, "(self, conn)", "HTTP/2 connections end with the loop", "handle_http2", since=(25, 3)),
     *_values(_GTHREAD, "kept connections come and go by the exchange", "nr_conns", since=(24,)),
     *_methods(_QUEUE, "(self)", "its descriptor's number may be another file's later", "close", since=(24,)),
-    *_methods(_QUEUE, "(self, callback, *args)", "its descriptor's number may be another file's later", "defer",
+    *_methods(_QUEUE, "(self, callback, *args)", "wakes its loop once for many calls, and never once closed", "defer",
               since=(24,)),
     # -- gevent
     *_methods(_GEVENT, "(self)", "queues of reuseport mode are not gevent's sockets", "patch"),
