@@ -239,7 +239,14 @@ class Service:
         until("phase.serving", lambda: self.matches(r"event=phase\.serving") or process.poll() is not None, self)
         assert process.poll() is None, self.log()
         self.learn_port()
+        # The line is logged when the gate opens; workers pass it one by one.
+        until("a worker that serves", self._serves, self)
         return self
+
+    def _serves(self) -> bool:
+        boards = self.generations()
+        # Some tests have services whose boards are not found by their names.
+        return not boards or any(w.state is WorkerState.SERVING for each in boards for w in each.snapshot().workers)
 
     def learn_port(self) -> None:
         match = re.search(r"Listening at: http://127\.0\.0\.1:(\d+)", self.log())
