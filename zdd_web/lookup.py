@@ -97,7 +97,8 @@ class Generation:
     @property
     def serves(self) -> bool:
         """Whether it has neither been succeeded nor ended."""
-        return self.header.phase not in (Phase.RETIRING, Phase.STOPPED)
+        # The phase follows a moment later: a signal that came in between would end the old generation alone.
+        return not self.header.successor_pid and self.header.phase not in (Phase.RETIRING, Phase.STOPPED)
 
     def close(self) -> None:
         """Let go of the board."""

@@ -215,6 +215,12 @@ def test_generations_of_a_service_are_one_though_the_one_between_them_has_ended(
     assert [each.pid for each in service.line_of(service.find(pid=new))] == [old, new]
 
 
+def test_signals_are_the_successors_before_the_phase_of_the_old_one_says_so(masters: Masters, name: str) -> None:
+    masters.start(name, 1, Phase.SERVING, successor=NOBODY)
+    new = masters.start(name, 3, predecessor=NOBODY)
+    assert service.find(name=name).pid == new
+
+
 def test_generation_that_retires_with_nothing_to_join_it_to_who_serves_is_no_second_service(
     masters: Masters, name: str
 ) -> None:

@@ -122,10 +122,11 @@ def test_interrupt_while_a_check_is_waited_for_cancels_and_the_check_was_named(s
     check = "import zdd_web\ndef slow():\n    while not os.path.exists('go'): time.sleep(0.02)\n"
     service.start()
     text = (service.directory / "app.py").read_text()
-    text = text.replace('VERSION = "1"', f'VERSION = "2"\n{check}zdd_web.check("db", timeout=50)(slow)\n')
+    text = text.replace('VERSION = "1"', f'VERSION = "2"\n{check}zdd_web.check("storage", timeout=50)(slow)\n')
     (service.directory / "app.py").write_text(text)
     command = Command(service, "upgrade")
-    command.says("db")
+    # No two letters of it can be in the service's name.
+    command.says("storage")
     command.interrupt()
     assert re.search(CANCELLED_BOOTING, command.ends(1).splitlines()[-1])
     serves(service, 1)

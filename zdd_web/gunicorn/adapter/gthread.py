@@ -36,7 +36,7 @@ TURN = 1.0
 #: request that is sent right after it.
 FIRST_BYTE_WITHIN = 0.001
 
-#: How many calls of its threads a loop runs before it is woken once more, so that its sockets have their turn too.
+#: How many calls of its threads a loop runs before it is woken once more.
 CALLS_AT_ONCE = 50
 
 
@@ -77,13 +77,15 @@ def wake_once(worker: object) -> None:
         # A signal handler may come in between, and does the same: at worst the loop is woken twice.
         nonlocal is_woken
         calls.append((callback, args))
-        if not is_woken:
+        # Now and then in any case: an app may raise an error in a thread of its own, between these two lines too.
+        if not is_woken or len(calls) % CALLS_AT_ONCE == 0:
             is_woken = True
             wake(run_calls)
 
     def run_calls() -> None:
         nonlocal is_woken
         try:
+            # Not until none is left: the loop's sockets are to have their turn.
             for _ in range(CALLS_AT_ONCE):
                 if not calls:
                     break

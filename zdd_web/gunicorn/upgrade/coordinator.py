@@ -320,7 +320,6 @@ class UpgradeCoordinator:
             self._fail(upgrade, f"the identity cannot be handed over: {type(error).__name__}: {error}")
             self._identity.take_back()
             return
-        self._header.successor_pid = upgrade.pid
         self._header.upgrade_took = int(upgrade.seconds * 1e9)
         label = self._deploys.label_of(upgrade.board)
         # The successor reads it when it is told that it is active.
@@ -328,6 +327,8 @@ class UpgradeCoordinator:
         # First of all: the successor listens there as soon as it is told that it is active.
         guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
+        # Whoever signals the service signals the successor now. Not earlier: it reads its messages before it obeys.
+        self._header.successor_pid = upgrade.pid
         self._generation.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds, release=label)
         self._generation.move(Event.SUCCEEDED, successor=upgrade.pid)
