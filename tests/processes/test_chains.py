@@ -159,6 +159,27 @@ def test_a_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: 
     assert not service.matches("event=(internal.error|drain.abandoned)")
 
 
+SLOW_TO_RETIRE = """
+import logging, time
+class Slow(logging.Handler):
+    def emit(self, record):
+        if "event=upgrade.committed" in record.getMessage():
+            time.sleep(2)
+def when_ready(server):
+    logging.getLogger("gunicorn.error").addHandler(Slow())
+"""
+
+
+def test_a_stop_between_the_commit_and_the_retirement_ends_both(make_service):
+    service = configure(make_service("sync"), SLOW_TO_RETIRE, grace_period=10).start()
+    service.signal(signal.SIGUSR2)
+    service.wait_for("event=upgrade.committed")
+    service.signal(signal.SIGTERM)
+    service.ends(status=None)
+    assert service.matches("generation=2 event=phase.stopped")
+    service.leaves_no_trace()
+
+
 @pytest.mark.parametrize("stage", ["the new master boots", "in the commit window"])
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGQUIT])
 def test_a_quick_stop_in_the_middle_of_an_upgrade_leaves_nothing(make_service, stage: str, sig: signal.Signals):

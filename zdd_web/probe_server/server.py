@@ -99,7 +99,8 @@ class Server:
     # -- what the master says
 
     def _turns(self) -> None:
-        self._loop.call_later(TURN, self._turns)
+        # Clients of a predecessor's process that accepts no more wait for this one to begin.
+        self._loop.call_later(TURN if self._predecessor is None else TURN / 10, self._turns)
         self._turn()
 
     def _turn(self) -> None:
