@@ -30,7 +30,6 @@ from zdd_web import service as finder
 from zdd_web.board import Snapshot, WorkerState
 from zdd_web.cli.rehearse.load import Load, LoadThread
 from zdd_web.cli.rehearse.report import Sample
-from zdd_web.lifecycle import Phase
 from zdd_web.system import proc
 
 T = TypeVar("T")
@@ -317,8 +316,9 @@ class Service:
         return line
 
     def _old_ones_that_accept(self) -> list[int]:
-        retiring = [found.snapshot() for found in self.generations()[:-1]]
-        workers = [worker for snapshot in retiring if snapshot.phase is Phase.RETIRING for worker in snapshot.workers]
+        older = [found.snapshot() for found in self.generations()[:-1]]
+        # Not by the phase, which follows the log line by a moment.
+        workers = [worker for snapshot in older if snapshot.successor_pid for worker in snapshot.workers]
         return [worker.pid for worker in workers if worker.state is not WorkerState.LEAVING]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
