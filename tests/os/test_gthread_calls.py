@@ -19,14 +19,20 @@ PATIENCE = 20.0
 
 
 @pytest.fixture
-def queue() -> Iterator[Any]:
+def unchanged() -> Iterator[Any]:
+    """gunicorn's own queue."""
     if not hasattr(stock, "PollableMethodQueue"):
         pytest.skip("this gunicorn has none")
     queue = stock.PollableMethodQueue()
     queue.init()
-    gthread.wake_once(SimpleNamespace(method_queue=queue))
     yield queue
     queue.close()
+
+
+@pytest.fixture
+def queue(unchanged: Any) -> Any:
+    gthread.wake_once(SimpleNamespace(method_queue=unchanged))
+    return unchanged
 
 
 def wakes(queue: Any) -> int:
@@ -98,10 +104,8 @@ def test_an_error_in_a_call_leaves_the_others_to_another_turn(queue: Any) -> Non
     assert done == ["second"]
 
 
-def test_a_thread_that_is_ended_before_it_wakes_the_loop_costs_no_call(queue: Any) -> None:
-    queue.close()
-    queue = stock.PollableMethodQueue()
-    queue.init()
+def test_a_thread_that_is_ended_before_it_wakes_the_loop_costs_no_call(unchanged: Any) -> None:
+    queue = unchanged
     wake, ended, done = queue.defer, [], []
 
     def is_ended_once(callback: Any) -> None:
@@ -118,7 +122,6 @@ def test_a_thread_that_is_ended_before_it_wakes_the_loop_costs_no_call(queue: An
         queue.defer(done.append, number)
     turns(queue)
     assert done == list(range(2 * gthread.CALLS_AT_ONCE))
-    queue.close()
 
 
 def test_calls_of_many_threads_are_all_run_each_once_and_in_order(queue: Any) -> None:

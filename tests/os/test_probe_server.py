@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zdd_web.board import Board, WorkerState
+from zdd_web.board import Board, Header, WorkerState
 from zdd_web.health import Health, Kind, Reply, Result, WorkerHealth
 from zdd_web.lifecycle import Phase
 from zdd_web.probe_server import answers, connection, scrapes, server, turns
@@ -608,16 +608,21 @@ def test_a_head_that_does_not_come_ends_the_connection(board: Board, monkeypatch
         pass
 
 
+def waits_until(port: int, header: Header, accepts: int) -> None:
+    """Ask, be answered by nothing, write that word of a board, and be answered."""
+    with connect(port) as waiting:
+        waiting.sendall(ONE)
+        waiting.settimeout(0.4)
+        with pytest.raises(TimeoutError):
+            waiting.recv(1)
+        header.probe_accepts = accepts
+        waiting.settimeout(20)
+        assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_nobody_is_accepted_until_the_master_says_so_and_nobody_is_lost(board: Board) -> None:
     def client(port: int) -> None:
-        with connect(port) as waiting:
-            waiting.sendall(ONE)
-            waiting.settimeout(0.4)
-            with pytest.raises(TimeoutError):
-                waiting.recv(1)
-            board.header.probe_accepts = 1
-            waiting.settimeout(20)
-            assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
+        waits_until(port, board.header, 1)
 
     with running(board, client, probe_accepts=0):
         pass
@@ -630,14 +635,7 @@ def test_none_is_accepted_while_the_predecessors_process_does(board: Board, monk
     predecessor.header.master_pid, predecessor.header.master_start = os.getpid(), proc.start_time(os.getpid())
 
     def client(port: int) -> None:
-        with connect(port) as waiting:
-            waiting.sendall(ONE)
-            waiting.settimeout(0.4)
-            with pytest.raises(TimeoutError):
-                waiting.recv(1)
-            predecessor.header.probe_accepts = 0
-            waiting.settimeout(20)
-            assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
+        waits_until(port, predecessor.header, 0)
         # Only once: the predecessor's process accepts again when this one is lost.
         predecessor.header.probe_accepts = 1
         with connect(port) as again:

@@ -327,7 +327,7 @@ class UpgradeCoordinator:
         # First of all: the successor listens there as soon as it is told that it is active.
         guarded("takeover", self._close_takeover)()
         upgrade.promote_successor()
-        # From here on a signal to the service is its, and not earlier: it reads its messages before it obeys.
+        # From here on signals to the service go to the successor. Not earlier: it reads its messages before it obeys.
         self._header.successor_pid = upgrade.pid
         self._generation.release_predecessor()
         log.emit("upgrade.committed", successor=upgrade.pid, seconds=upgrade.seconds, release=label)
